@@ -1,0 +1,131 @@
+"""What a network is made of: stages with shapes, parameters and exact arithmetic, counted on the traced program."""
+import collections
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfnets import models
+from nfnets.models import layers
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+  """One row. shapes: output [height, width, channels] by resolution; macs: multiply-adds an image by resolution."""
+
+  name: str
+  blocks: int
+  parameters: int
+  shapes: dict[int, tuple[int, ...]]
+  macs: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+  """`str()` gives the table; `parameters` and `macs[resolution]` are totals, FLOPs are twice the multiply-adds."""
+
+  name: str
+  num_classes: int
+  resolutions: dict[str, int]
+  stages: list[Stage]
+
+  @property
+  def parameters(self) -> int:
+    return sum(stage.parameters for stage in self.stages)
+
+  @property
+  def macs(self) -> dict[int, int]:
+    return {size: sum(stage.macs[size] for stage in self.stages) for size in self.resolutions.values()}
+
+  def __str__(self) -> str:
+    shape = lambda s: " × ".join(map(str, s))
+    head = ["stage", "blocks", "parameters"] + [column for use, size in self.resolutions.items()
+                                                for column in (f"{use}: {size} px", "multiply-adds")]
+    rows = [[stage.name, str(stage.blocks or ""), f"{stage.parameters:,}"] +
+            [cell for size in self.resolutions.values() for cell in (shape(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")]
+            for stage in self.stages]
+    rows.append(["total", str(sum(stage.blocks for stage in self.stages)), f"{self.parameters:,}"] +
+                [cell for size in self.resolutions.values() for cell in ("", f"{self.macs[size] / 1e9:.3f} G")])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    line = lambda cells: "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                                   for i, (cell, width) in enumerate(zip(cells, widths, strict=True)))
+    rule = "-" * len(line(head))
+    totals = "; ".join(f"{size} px: {2 * self.macs[size] / 1e9:.2f} GFLOP = 2 × {self.macs[size] / 1e9:.2f} G multiply-adds"
+                       for size in self.resolutions.values())
+    return "\n".join([f"{self.name}, {self.num_classes} classes", line(head), rule, *map(line, rows[:-1]), rule, line(rows[-1]),
+                      f"A forward pass, an image (convolutions and matrix products). {totals}.",
+                      "Papers and the release quote multiply-adds as \"FLOPs\"; a training step costs about 3 forward passes."])
+
+
+def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] | None = None, **overrides) -> Description:
+  """Describes `name` at its variant's train and test resolution, or at `resolutions` {use: pixels}; costs no memory.
+
+  Raises what `models.create` raises.
+  """
+  config = models.variant(name, **overrides)
+  if resolutions is None:
+    same = config.train_resolution == config.test_resolution
+    resolutions = ({"train and test": config.train_resolution} if same else
+                   {"train": config.train_resolution, "test": config.test_resolution})
+  network = nnx.eval_shape(lambda: models.create(name, num_classes, **overrides))
+  stage_of = _stage_names(config.depth)
+  parameters = collections.Counter()
+  for path, param in nnx.to_flat_state(nnx.state(network, nnx.Param)):
+    parameters[stage_of("/".join(map(str, path)))] += math.prod(param.shape)
+  traced = {size: _trace(network, size, stage_of) for size in set(resolutions.values())}
+  names = ["stem", *(f"stage {i + 1}" for i in range(len(config.depth))), "tail", "fc"]
+  stages = [Stage(name=stage, blocks=config.depth[i - 1] if stage.startswith("stage") else 0, parameters=parameters[stage],
+                  shapes={size: traced[size][0][stage] for size in traced}, macs={size: traced[size][1][stage] for size in traced})
+            for i, stage in enumerate(names)]
+  return Description(name=name, num_classes=num_classes, resolutions=resolutions, stages=stages)
+
+
+def _stage_names(depth: tuple[int, ...]):
+  """A function from a parameter's path, or a scope's name, to its row of the table."""
+  stage_of_block = [f"stage {i + 1}" for i, blocks in enumerate(depth) for _ in range(blocks)]
+
+  def stage_of(path: str) -> str:
+    top, *rest = path.split("/")
+    if top == "blocks":
+      return stage_of_block[int(rest[0])]
+    return {"stem": "stem", "bias1": "stem", "fc": "fc", "bias2": "fc"}.get(top, "tail")
+  return stage_of
+
+
+def _trace(network: nnx.Module, size: int, stage_of) -> tuple[dict[str, tuple[int, ...]], collections.Counter]:
+  """(output shape by stage, multiply-adds by stage) of one image of size × size."""
+  shapes: dict[str, tuple[int, ...]] = {}
+
+  def tap(name: str, x: jax.Array) -> None:
+    if name in ("stem", "pool", "logits") or name.count("/") == 1 and name.startswith("blocks/"):
+      shapes[{"pool": "tail", "logits": "fc"}.get(name, stage_of(name))] = x.shape[1:]
+
+  graph, state = nnx.split(network)
+  with layers.lowering_for("gpu"):  # grouped convolutions as such, whatever this machine is
+    program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).outputs(x, tap=tap)["logits"])(
+        state, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+  macs = collections.Counter()
+  for scope, count in multiply_adds(program.jaxpr):
+    macs[stage_of(scope)] += count
+  return shapes, macs
+
+
+def multiply_adds(jaxpr, scope: str = ""):
+  """Yields (named scope, multiply-adds) of every convolution and matrix product in a jaxpr, inner ones included."""
+  for eqn in jaxpr.eqns:
+    here = str(eqn.source_info.name_stack) or scope
+    if eqn.primitive.name == "conv_general_dilated":
+      kernel = eqn.invars[1].aval.shape
+      spec = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *space)
+      yield here, math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[spec[0]]
+    elif eqn.primitive.name == "dot_general":
+      contracted, _ = eqn.params["dimension_numbers"][0]
+      left = eqn.invars[0].aval.shape
+      yield here, math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    for value in eqn.params.values():
+      for inner in value if isinstance(value, tuple | list) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from multiply_adds(inner, here)

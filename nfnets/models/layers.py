@@ -1,0 +1,278 @@
+"""The layers that normalizer-free networks are made of.
+
+P1 is "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2101.08692), P2 is
+"High-Performance Large-Scale Image Recognition Without Normalization" (2102.06171). Parameters are float32; a layer
+computes in its input's dtype, standardizes weights and pools in float32. Images and features are [batch, height, width, channels].
+"""
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Array = jax.Array
+Padding = Literal["SAME", "SYMMETRIC"]
+
+
+# ---------------------------------------------------------------- activations
+@dataclasses.dataclass(frozen=True, slots=True)
+class Activation:
+  """`gamma · fn(x)`: gamma = 1/std(fn(z)), z ~ N(0, 1), so that unit variance goes in and comes out (P1, section 4.1)."""
+
+  name: str
+  fn: Callable[[Array], Array]
+  gamma: float
+
+  def __call__(self, x: Array) -> Array:
+    return self.fn(x) * self.gamma
+
+  def without_gamma(self) -> "Activation":
+    return dataclasses.replace(self, gamma=1.0)
+
+
+# The constants are the release's own, sampled by its authors: exact parity needs their digits, and tests derive each
+# of them again. glu halves the channels and log_softmax works across them; both have no place inside these blocks.
+ACTIVATIONS = {a.name: a for a in (
+    Activation("identity", lambda x: x, 1.0),
+    Activation("celu", jax.nn.celu, 1.270926833152771),
+    Activation("elu", jax.nn.elu, 1.2716004848480225),
+    Activation("gelu", functools.partial(jax.nn.gelu, approximate=True), 1.7015043497085571),
+    Activation("gelu_erf", functools.partial(jax.nn.gelu, approximate=False), 1.7015043497085571),  # timm's dm_* models
+    Activation("glu", jax.nn.glu, 1.8484294414520264),
+    Activation("leaky_relu", jax.nn.leaky_relu, 1.70590341091156),
+    Activation("log_sigmoid", jax.nn.log_sigmoid, 1.9193484783172607),
+    Activation("log_softmax", jax.nn.log_softmax, 1.0002083778381348),
+    Activation("relu", jax.nn.relu, 1.7139588594436646),
+    Activation("relu6", jax.nn.relu6, 1.7131484746932983),
+    Activation("selu", jax.nn.selu, 1.0008515119552612),
+    Activation("sigmoid", jax.nn.sigmoid, 4.803835391998291),
+    Activation("silu", jax.nn.silu, 1.7881293296813965),
+    Activation("soft_sign", jax.nn.soft_sign, 2.338853120803833),
+    Activation("softplus", jax.nn.softplus, 1.9203323125839233),
+    Activation("tanh", jnp.tanh, 1.5939117670059204),
+)}
+ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
+
+
+# ---------------------------------------------------------------- initial values
+_BLOCK = 1 << 16
+
+
+class ParamKeys:
+  """Keys for parameters, one a call, from a single key; where flax asks for `rngs` at construction, this is enough.
+
+  nnx.Rngs keeps a count in a traced Variable, which makes abstract creation quadratic in the number of parameters.
+  """
+
+  def __init__(self, key: Array):
+    self._key, self._count = key, 0
+
+  def params(self) -> Array:
+    self._count += 1
+    return jax.random.fold_in(self._key, self._count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _draw_block(key: Array, index: Array, truncated: bool) -> Array:
+  key = jax.random.fold_in(key, index)
+  return jax.random.truncated_normal(key, -2.0, 2.0, (_BLOCK,)) if truncated else jax.random.normal(key, (_BLOCK,))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw_traced(key: Array, shape: tuple[int, ...], truncated: bool) -> Array:
+  blocks = jax.vmap(_draw_block, (None, 0, None))(key, jnp.arange(-(-math.prod(shape) // _BLOCK)), truncated)
+  return blocks.reshape(-1)[:math.prod(shape)].reshape(shape)
+
+
+def normal(stddev: float, *, truncated: bool = False) -> Callable[..., Array]:
+  """Initializer N(0, stddev²); truncated draws are cut at two deviations and not rescaled, as Haiku's.
+
+  Draws in blocks of one size, so that a network compiles one draw, not one for each of its shapes (F5: 1,253 parameters).
+  """
+  def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    shape, size = tuple(shape), math.prod(shape)
+    if isinstance(key, jax.core.Tracer):
+      return (_draw_traced(key, shape, truncated) * stddev).astype(dtype)
+    blocks = np.concatenate([_draw_block(key, i, truncated) for i in range(-(-size // _BLOCK))])
+    return jnp.asarray((blocks[:size].reshape(shape) * np.float32(stddev)).astype(dtype))
+  return init
+
+
+def full(value: float) -> Callable[..., Array]:
+  """Initializer that fills; made by NumPy, since an eager jnp.zeros compiles for every shape."""
+  def init(key: Array | None, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    return jnp.asarray(np.full(shape, value, dtype))
+  return init
+
+
+def linear(in_features: int, out_features: int, *, stddev: float | None = None, dtype=None, rngs: ParamKeys) -> nnx.Linear:
+  """Dense layer, kernel [in, out]; by default the release's truncated normal with deviation 1/sqrt(in)."""
+  init = normal(in_features ** -0.5, truncated=True) if stddev is None else normal(stddev) if stddev else full(0)
+  return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=rngs)
+
+
+# ---------------------------------------------------------------- convolutions
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+  """Traces convolutions for `platform` ("cpu", "gpu", "tpu") whatever the default backend is: to compile for absent devices."""
+  token = _platform.set(platform)
+  try:
+    yield
+  finally:
+    _platform.reset(token)
+
+
+def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME") -> Array:
+  """2-D convolution, x [B, H, W, I], kernel [kh, kw, I/groups, O] → [B, H', W', O], in x's dtype.
+
+  "SAME" is XLA's (and TensorFlow's) padding, "SYMMETRIC" PyTorch's (k-1)/2 on every side. On CPU a grouped convolution is
+  written as plain ones concatenated, since XLA's CPU backend has no fast path for groups (18 times slower on NFNet-F0).
+  """
+  if groups > 1 and (_platform.get() or jax.default_backend()) == "cpu":
+    return _convolve_split(x, kernel, strides=strides, groups=groups, padding=padding)
+  kh, kw = kernel.shape[:2]
+  pad = "SAME" if padding == "SAME" else [((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2]
+  return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (strides, strides), pad, feature_group_count=groups,
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
+  """Groups narrower than 32 channels go several at a time, as one block-diagonal kernel: fewer calls, faster to compile."""
+  i, o = kernel.shape[2], kernel.shape[3] // groups
+  together = max(1, 32 // max(i, 1))
+  parts = []
+  for start in range(0, groups, together):
+    n = min(together, groups - start)
+    part = kernel[..., start * o:(start + n) * o]
+    if n > 1:
+      part = jnp.einsum("hwigo,ng->hwnigo", part.reshape(*part.shape[:3], n, o), jnp.eye(n, dtype=part.dtype))
+      part = part.reshape(*part.shape[:2], n * i, n * o)
+    parts.append(convolve(x[..., start * i:(start + n) * i], part, strides=strides, padding=padding))
+  return jnp.concatenate(parts, axis=-1)
+
+
+class Conv(nnx.Module):
+  """Plain convolution. kernel [k, k, in/groups, out], truncated normal 1/sqrt(fan_in) unless `kernel_init`; bias [out] if wanted."""
+
+  def __init__(self, in_features: int, out_features: int, kernel_size: int, *, strides: int = 1, groups: int = 1,
+               padding: Padding = "SAME", use_bias: bool = True, kernel_init: Callable[..., Array] | None = None, rngs: ParamKeys):
+    if in_features % groups or out_features % groups:
+      raise ValueError(f"groups={groups} must divide in_features={in_features} and out_features={out_features}")
+    self.strides, self.groups, self.padding = strides, groups, padding
+    shape = (kernel_size, kernel_size, in_features // groups, out_features)
+    init = kernel_init or self.default_init(math.prod(shape[:-1]))
+    self.kernel = nnx.Param(init(rngs.params(), shape))
+    self.bias = nnx.Param(full(0)(None, (out_features,))) if use_bias else None
+
+  def default_init(self, fan_in: int) -> Callable[..., Array]:
+    return normal(fan_in ** -0.5, truncated=True)
+
+  def weight(self) -> Array:
+    """The kernel to convolve with, float32 [k, k, in/groups, out]."""
+    return self.kernel[...]
+
+  def __call__(self, x: Array) -> Array:
+    out = convolve(x, self.weight(), strides=self.strides, groups=self.groups, padding=self.padding)
+    return out if self.bias is None else out + self.bias[...].astype(out.dtype)
+
+
+class WSConv(Conv):
+  """Convolution with Scaled Weight Standardization (P1, section 4.3): per output channel, with statistics in float32,
+
+      W' = gain · (W - mean(W)) / sqrt(max(var(W) · fan_in, 1e-4)),  fan_in = k · k · in/groups, biased variance.
+
+  kernel [k, k, in/groups, out] ~ N(0, 1/fan_in), gain [out] ones, bias [out] zeros, always present.
+  """
+
+  def __init__(self, in_features: int, out_features: int, kernel_size: int, *, gain_init: float = 1.0, rngs: ParamKeys, **conv):
+    super().__init__(in_features, out_features, kernel_size, rngs=rngs, **conv)
+    self.gain = nnx.Param(full(gain_init)(None, (out_features,)))
+
+  def default_init(self, fan_in: int) -> Callable[..., Array]:
+    return normal(fan_in ** -0.5)
+
+  def weight(self) -> Array:
+    kernel = self.kernel[...].astype(jnp.float32)
+    fan_in = math.prod(kernel.shape[:-1])
+    mean = jnp.mean(kernel, axis=(0, 1, 2))
+    var = jnp.var(kernel, axis=(0, 1, 2))
+    scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, 1e-4)) * self.gain[...]
+    return kernel * scale - mean * scale
+
+
+class TimmWSConv(WSConv):
+  """timm's ScaledStdConv2d: gamma folded into the weight, eps added to the variance, PyTorch's padding.
+
+      W' = gamma · gain · (W - mean(W)) / sqrt((var(W) + 1e-5) · fan_in)
+  """
+
+  def __init__(self, *args, gamma: float, padding: Padding = "SYMMETRIC", **conv):
+    super().__init__(*args, padding=padding, **conv)
+    self.gamma = gamma
+
+  def weight(self) -> Array:
+    kernel = self.kernel[...].astype(jnp.float32)
+    fan_in = math.prod(kernel.shape[:-1])
+    mean = jnp.mean(kernel, axis=(0, 1, 2))
+    var = jnp.var(kernel, axis=(0, 1, 2))
+    scale = jax.lax.rsqrt((var + 1e-5) * fan_in) * (self.gamma * self.gain[...])
+    return (kernel - mean) * scale
+
+
+# ---------------------------------------------------------------- pooling and gates
+def average_pool(x: Array) -> Array:
+  """2×2 mean with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; at an odd edge only real pixels count."""
+  return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
+
+
+def max_pool(x: Array, padding: Padding = "SAME") -> Array:
+  """3×3 maximum with stride 2."""
+  return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME" if padding == "SAME" else ((1, 1), (1, 1)))
+
+
+def global_pool(x: Array) -> Array:
+  """Spatial mean in float32, [B, H, W, C] → [B, C]."""
+  return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+class SqueezeExcite(nnx.Module):
+  """Gate [B, 1, 1, C] in (0, 1): mean → fc0 → ReLU → fc1 → sigmoid. P2's text says GELU inside; the release and timm use ReLU."""
+
+  def __init__(self, features: int, hidden: int, *, dtype, rngs: ParamKeys):
+    self.fc0 = linear(features, hidden, dtype=dtype, rngs=rngs)
+    self.fc1 = linear(hidden, features, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Array) -> Array:
+    hidden = jax.nn.relu(self.fc0(global_pool(x).astype(x.dtype)))
+    return jax.nn.sigmoid(self.fc1(hidden))[:, None, None, :]
+
+
+class EfficientChannelAttention(nnx.Module):
+  """Gate [B, 1, 1, C]: mean → 1-D convolution across channels → sigmoid (ECA-Net, 1910.03151). kernel [k, 1, 1]."""
+
+  def __init__(self, features: int, *, rngs: ParamKeys):
+    size = int(abs(math.log2(features) + 1) / 2)
+    size = max(size if size % 2 else size + 1, 3)
+    self.kernel = nnx.Param(normal(size ** -0.5)(rngs.params(), (size, 1, 1)))
+
+  def __call__(self, x: Array) -> Array:
+    mean = global_pool(x).astype(x.dtype)[:, :, None]
+    mixed = jax.lax.conv_general_dilated(mean, self.kernel[...].astype(x.dtype), (1,), "SAME",
+                                         dimension_numbers=("NWC", "WIO", "NWC"))
+    return jax.nn.sigmoid(mixed)[:, None, None, :, 0]
+
+
+def stochastic_depth(x: Array, rate: float, key: Array) -> Array:
+  """Zeroes each sample's residual branch with probability `rate`; what stays is not rescaled (the release, unlike timm)."""
+  keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1, 1))
+  return jnp.where(keep, x, jnp.zeros_like(x))

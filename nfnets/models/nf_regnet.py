@@ -1,0 +1,115 @@
+"""NF-RegNet-B0…B8 (P1, 2101.08692, section 5.3 and appendix): RegNets scaled like EfficientNets, without normalization."""
+import dataclasses
+
+import jax
+from flax import nnx
+
+from nfnets.models import layers
+from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NFRegNetConfig:
+  # blocks of each stage
+  depth: tuple[int, ...]
+  # output channels of each stage before `width_multiplier`
+  width: tuple[int, ...]
+  # pixels a side
+  train_resolution: int
+  test_resolution: int
+  # dropout before the classifier
+  drop_rate: float
+  # the released models are this much narrower than the widths above
+  width_multiplier: float = 0.75
+  # bottleneck channels / input channels; the network's first block has 1, as in EfficientNets
+  expansion: float = 2.25
+  # channels of a group in the 3×3 convolution
+  group_width: int = 8
+  # squeeze-and-excite hidden / bottleneck channels
+  se_ratio: float = 0.5
+  activation: str = "silu"
+  # residual branches are scaled by alpha: variance grows by alpha² a block
+  alpha: float = 0.2
+  stage_strides: tuple[int, ...] = (2, 2, 2, 2)
+  # probability to drop the last block's branch; grows linearly from 0 at the first
+  stochastic_depth: float = 0.1
+  # recompute each block's activations in the backward pass
+  remat: bool = False
+
+
+class NFRegBlock(nnx.Module):
+  """Inverted bottleneck 1×1 → grouped 3×3 → gate (×2) → 1×1; shortcuts pool 2×2 and mix by 1×1 at transitions."""
+
+  def __init__(self, config: NFRegNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, self.strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
+    self.alpha, self.beta = config.alpha, 1 / plan.expected_std
+    expansion = config.expansion if plan.index else 1.0
+    groups = int(in_features * expansion) // config.group_width
+    width = groups * config.group_width
+    self.activation = layers.ACTIVATIONS[config.activation]
+    self.conv0 = layers.WSConv(in_features, width, 1, rngs=rngs)
+    self.conv1 = layers.WSConv(width, width, 3, strides=self.strides, groups=groups, rngs=rngs)
+    self.se = layers.SqueezeExcite(width, max(1, int(width * config.se_ratio)), dtype=dtype, rngs=rngs)
+    self.conv2 = layers.WSConv(width, features, 1, rngs=rngs)
+    transition = self.strides > 1 or in_features != features
+    self.conv_shortcut = layers.WSConv(in_features, features, 1, rngs=rngs) if transition else None
+    self.skip_gain = nnx.Param(layers.full(0)(None, ()))
+
+  def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
+    out = self.activation(x) * self.beta
+    shortcut = x
+    if self.conv_shortcut is not None:
+      shortcut = self.conv_shortcut(layers.average_pool(out) if self.strides > 1 else out)
+      tap("conv_shortcut", shortcut)
+    out = self.conv0(out)
+    tap("conv0", out)
+    out = self.conv1(self.activation(out))
+    tap("conv1", out)
+    out = self.se(out) * 2 * out
+    out = self.conv2(self.activation(out))
+    tap("conv2", out)
+    tap("residual", out)
+    if train and self.drop_rate > 0:
+      out = layers.stochastic_depth(out, self.drop_rate, key)
+    return out * self.skip_gain[...].astype(out.dtype) * self.alpha + shortcut
+
+
+class NFRegNet(Network):
+  """Normalizer-free RegNet; its classifier starts from zero."""
+
+  def __init__(self, config: NFRegNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
+    self.activation = layers.ACTIVATIONS[config.activation]
+    widths = [int(width * config.width_multiplier) for width in config.width]
+    self.stem = layers.WSConv(3, widths[0], 3, strides=2, rngs=rngs)
+    plans = plan_blocks(depth=config.depth, width=widths, strides=config.stage_strides, in_features=widths[0],
+                        alpha=config.alpha, stochastic_depth=config.stochastic_depth)
+    blocks = [NFRegBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    final = 1280 * widths[-1] // 440
+    self.final_conv = layers.WSConv(widths[-1], final, 1, rngs=rngs)
+    super().__init__(blocks=blocks, features=final, num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.0,
+                     remat=config.remat, dtype=dtype, rngs=rngs)
+
+  def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
+    return self.stem(x)
+
+  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+    x = self.final_conv(x)
+    tap("final_conv", x)
+    return self.activation(x)
+
+
+# ---------------------------------------------------------------- variants
+_R = NFRegNetConfig
+VARIANTS = {f"nf_regnet_{name}": row for name, row in {
+    "b0": _R(width=(48, 104, 208, 440), depth=(1, 3, 6, 6), train_resolution=192, test_resolution=224, drop_rate=0.2),
+    "b1": _R(width=(48, 104, 208, 440), depth=(2, 4, 7, 7), train_resolution=224, test_resolution=256, drop_rate=0.2),
+    "b2": _R(width=(56, 112, 232, 488), depth=(2, 4, 8, 8), train_resolution=240, test_resolution=272, drop_rate=0.3),
+    "b3": _R(width=(56, 128, 248, 528), depth=(2, 5, 9, 9), train_resolution=288, test_resolution=320, drop_rate=0.3),
+    "b4": _R(width=(64, 144, 288, 616), depth=(2, 6, 11, 11), train_resolution=320, test_resolution=384, drop_rate=0.4),
+    "b5": _R(width=(80, 168, 336, 704), depth=(3, 7, 14, 14), train_resolution=384, test_resolution=456, drop_rate=0.4),
+    "b6": _R(width=(88, 184, 376, 792), depth=(3, 8, 16, 16), train_resolution=448, test_resolution=528, drop_rate=0.5),
+    "b7": _R(width=(96, 208, 416, 880), depth=(4, 10, 19, 19), train_resolution=512, test_resolution=600, drop_rate=0.5),
+    "b8": _R(width=(104, 232, 456, 968), depth=(4, 11, 22, 22), train_resolution=600, test_resolution=672, drop_rate=0.5),
+}.items()}

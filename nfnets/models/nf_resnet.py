@@ -1,0 +1,118 @@
+"""NF-ResNet 26–600 (P1, 2101.08692, section 4): pre-activation ResNets with Scaled Weight Standardization, no normalization."""
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from nfnets.models import layers
+from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class NFResNetConfig:
+  # blocks of each stage
+  depth: tuple[int, ...]
+  # output channels of each stage; the stem has a quarter of the first
+  width: tuple[int, ...] = (256, 512, 1024, 2048)
+  # bottleneck channels / output channels
+  bottleneck: float = 0.25
+  # the stem: k×k convolution, and a 3×3 max pool after it
+  stem_kernel: int = 7
+  stem_strides: int = 2
+  stem_pool: bool = True
+  stage_strides: tuple[int, ...] = (1, 2, 2, 2)
+  # gate at the end of a residual branch, if any; se_ratio = hidden / channels
+  gate: Literal["se", "eca"] | None = None
+  se_ratio: float = 0.25
+  activation: str = "relu"
+  # residual branches are scaled by alpha: variance grows by alpha² a block
+  alpha: float = 0.2
+  # probability to drop the last block's branch; grows linearly from 0 at the first
+  stochastic_depth: float = 0.1
+  # dropout before the classifier
+  drop_rate: float = 0.0
+  # pixels a side
+  train_resolution: int = 224
+  test_resolution: int = 224
+  # recompute each block's activations in the backward pass
+  remat: bool = False
+
+
+class NFResBlock(nnx.Module):
+  """Bottleneck 1×1 → 3×3 → 1×1; a transition's shortcut is a strided 1×1 of the activated, scaled input (P1, appendix)."""
+
+  def __init__(self, config: NFResNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
+    self.alpha, self.beta = config.alpha, 1 / plan.expected_std
+    width = int(features * config.bottleneck)
+    self.activation = layers.ACTIVATIONS[config.activation]
+    self.conv0 = layers.WSConv(in_features, width, 1, rngs=rngs)
+    self.conv1 = layers.WSConv(width, width, 3, strides=strides, rngs=rngs)
+    self.conv2 = layers.WSConv(width, features, 1, rngs=rngs)
+    transition = strides > 1 or in_features != features
+    self.conv_shortcut = layers.WSConv(in_features, features, 1, strides=strides, rngs=rngs) if transition else None
+    self.gate = config.gate
+    if config.gate == "se":
+      hidden = max(1, int(features * config.se_ratio))
+      self.se = layers.SqueezeExcite(features, hidden, dtype=dtype, rngs=rngs)
+    elif config.gate == "eca":
+      self.eca = layers.EfficientChannelAttention(features, rngs=rngs)
+    self.skip_gain = nnx.Param(layers.full(0)(None, ()))
+
+  def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
+    out = self.activation(x) * self.beta
+    shortcut = x
+    if self.conv_shortcut is not None:
+      shortcut = self.conv_shortcut(out)
+      tap("conv_shortcut", shortcut)
+    for name in ("conv0", "conv1", "conv2"):
+      out = getattr(self, name)(out if name == "conv0" else self.activation(out))
+      tap(name, out)
+    if self.gate is not None:
+      out = getattr(self, self.gate)(out) * 2 * out
+    tap("residual", out)
+    if train and self.drop_rate > 0:
+      out = layers.stochastic_depth(out, self.drop_rate, key)
+    return out * self.skip_gain[...].astype(out.dtype) * self.alpha + shortcut
+
+
+class NFResNet(Network):
+  """Normalizer-free pre-activation ResNet."""
+
+  def __init__(self, config: NFResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
+    self.activation = layers.ACTIVATIONS[config.activation]
+    self.pool = config.stem_pool
+    features = config.width[0] // 4
+    self.stem = layers.WSConv(3, features, config.stem_kernel, strides=config.stem_strides, rngs=rngs)
+    plans = plan_blocks(depth=config.depth, width=config.width, strides=config.stage_strides, in_features=features,
+                        alpha=config.alpha, stochastic_depth=config.stochastic_depth)
+    blocks = [NFResBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    super().__init__(blocks=blocks, features=config.width[-1], num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.01,
+                     remat=config.remat, dtype=dtype, rngs=rngs)
+
+  def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
+    x = self.stem(x)
+    return layers.max_pool(x) if self.pool else x
+
+  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+    return self.activation(x)
+
+
+# ---------------------------------------------------------------- variants
+DEPTHS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3),
+          288: (24, 24, 24, 24), 600: (50, 50, 50, 50)}
+_se = functools.partial(NFResNetConfig, gate="se", se_ratio=1 / 16)  # timm's ratio; the release's is gate="se", se_ratio=0.25
+_eca = functools.partial(NFResNetConfig, gate="eca")
+
+VARIANTS = {
+    **{f"nf_resnet{layers_}": NFResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+    **{f"nf_seresnet{layers_}": _se(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
+    **{f"nf_ecaresnet{layers_}": _eca(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
+    # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that keeps the resolution
+    "nf_resnet_tiny": NFResNetConfig(depth=(2, 2, 2), width=(64, 128, 256), stage_strides=(1, 2, 2), stem_kernel=3, stem_strides=1,
+                                     stem_pool=False, stochastic_depth=0.0, train_resolution=32, test_resolution=32),
+}

@@ -1,0 +1,212 @@
+"""The baselines of the papers, in one ResNet family: batch, group, layer, instance and no normalization, SkipInit and Fixup.
+
+Pre-activation bottleneck ResNets (He et al., 1603.05027) as P1 and P2 compare against; SkipInit is De & Smith, 2002.10444;
+Fixup, which is post-activation, is Zhang et al., 1901.09321. Depths 50–600 as in the release.
+"""
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from nfnets.models import layers
+from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+from nfnets.models.nf_resnet import DEPTHS
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ResNetConfig:
+  # blocks of each stage
+  depth: tuple[int, ...]
+  # "batch", "group" (32 groups), "layer" (one group: over height, width and channels), "instance" (a group a channel), "none"
+  norm: Literal["batch", "group", "layer", "instance", "none"] = "batch"
+  # SkipInit: a scalar on each residual branch, zero at the start
+  skip_init: bool = False
+  # output channels of each stage; the stem has a quarter of the first
+  width: tuple[int, ...] = (256, 512, 1024, 2048)
+  # bottleneck channels / output channels
+  bottleneck: float = 0.25
+  # the stem: k×k convolution, and a 3×3 max pool after it
+  stem_kernel: int = 7
+  stem_strides: int = 2
+  stem_pool: bool = True
+  stage_strides: tuple[int, ...] = (1, 2, 2, 2)
+  # used without gamma: these networks do not rely on it
+  activation: str = "relu"
+  # probability to drop the last block's branch; grows linearly from 0 at the first
+  stochastic_depth: float = 0.0
+  # dropout before the classifier
+  drop_rate: float = 0.0
+  # pixels a side
+  train_resolution: int = 224
+  test_resolution: int = 224
+  # recompute each block's activations in the backward pass
+  remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FixupConfig(ResNetConfig):
+  norm: Literal["none"] = "none"
+  stochastic_depth: float = 0.1
+
+
+def make_norm(kind: str, features: int, *, dtype, rngs: layers.ParamKeys) -> nnx.Module | None:
+  """The normalization that `kind` names, with scale and bias [features], statistics in float32; None for "none"."""
+  if kind == "none":
+    return None
+  init = {"scale_init": layers.full(1), "bias_init": layers.full(0), "epsilon": 1e-5, "dtype": dtype, "rngs": rngs}
+  if kind == "batch":  # running statistics move by 0.1 a step; under jit over a mesh they are the global batch's
+    return nnx.BatchNorm(features, momentum=0.9, **init)
+  groups = {"group": min(32, features), "layer": 1, "instance": features}[kind]
+  return nnx.GroupNorm(features, groups, **init)
+
+
+def normalize(norm: nnx.Module | None, x: Array, train: bool) -> Array:
+  if norm is None:
+    return x
+  return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)
+
+
+class ResBlock(nnx.Module):
+  """Pre-activation bottleneck: (norm → activation → conv) three times; the projection reads the first activation."""
+
+  def __init__(self, config: ResNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
+    width = int(features * config.bottleneck)
+    bias = config.norm == "none"
+    self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
+    self.norm0 = make_norm(config.norm, in_features, dtype=dtype, rngs=rngs)
+    self.conv0 = layers.Conv(in_features, width, 1, use_bias=bias, rngs=rngs)
+    self.norm1 = make_norm(config.norm, width, dtype=dtype, rngs=rngs)
+    self.conv1 = layers.Conv(width, width, 3, strides=strides, use_bias=bias, rngs=rngs)
+    self.norm2 = make_norm(config.norm, width, dtype=dtype, rngs=rngs)
+    self.conv2 = layers.Conv(width, features, 1, use_bias=bias, rngs=rngs)
+    transition = strides > 1 or in_features != features
+    self.conv_shortcut = layers.Conv(in_features, features, 1, strides=strides, use_bias=bias, rngs=rngs) if transition else None
+    self.skip_gain = nnx.Param(layers.full(0)(None, ())) if config.skip_init else None
+
+  def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
+    out = self.activation(normalize(self.norm0, x, train))
+    shortcut = x
+    if self.conv_shortcut is not None:
+      shortcut = self.conv_shortcut(out)
+      tap("conv_shortcut", shortcut)
+    out = self.conv0(out)
+    tap("conv0", out)
+    out = self.conv1(self.activation(normalize(self.norm1, out, train)))
+    tap("conv1", out)
+    out = self.conv2(self.activation(normalize(self.norm2, out, train)))
+    tap("conv2", out)
+    tap("residual", out)
+    if train and self.drop_rate > 0:
+      out = layers.stochastic_depth(out, self.drop_rate, key)
+    if self.skip_gain is not None:
+      out = out * self.skip_gain[...].astype(out.dtype)
+    return out + shortcut
+
+
+class FixupBlock(nnx.Module):
+  """Post-activation bottleneck with a scalar bias round every convolution and a scale at the end (1901.09321, section 3).
+
+  The branch's first convolutions are scaled by blocks^(-1/4), the last starts from zero.
+  """
+
+  def __init__(self, config: FixupConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
+    width = int(features * config.bottleneck)
+    depth_scale = sum(config.depth) ** -0.25
+    init = layers.normal
+    self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
+    self.conv0 = layers.Conv(in_features, width, 1, use_bias=False, kernel_init=init((2 / width) ** 0.5 * depth_scale), rngs=rngs)
+    self.conv1 = layers.Conv(width, width, 3, strides=strides, use_bias=False,
+                             kernel_init=init((2 / (width * 9)) ** 0.5 * depth_scale), rngs=rngs)
+    self.conv2 = layers.Conv(width, features, 1, use_bias=False, kernel_init=layers.full(0), rngs=rngs)
+    transition = strides > 1 or in_features != features
+    self.conv_shortcut = layers.Conv(in_features, features, 1, strides=strides, use_bias=False,
+                                     kernel_init=init((2 / features) ** 0.5), rngs=rngs) if transition else None
+    for name in ("bias1a", "bias1b", "bias2a", "bias2b", "bias3a", "bias3b"):
+      setattr(self, name, nnx.Param(layers.full(0)(None, ())))
+    self.scale = nnx.Param(layers.full(1)(None, ()))
+
+  def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
+    scalar = lambda param: param[...].astype(x.dtype)
+    out = shortcut = x + scalar(self.bias1a)
+    if self.conv_shortcut is not None:
+      shortcut = self.conv_shortcut(out)
+      tap("conv_shortcut", shortcut)
+    out = self.conv0(out)
+    tap("conv0", out)
+    out = self.conv1(self.activation(out + scalar(self.bias1b)) + scalar(self.bias2a))
+    tap("conv1", out)
+    out = self.conv2(self.activation(out + scalar(self.bias2b)) + scalar(self.bias3a))
+    tap("conv2", out)
+    out = out * scalar(self.scale) + scalar(self.bias3b)
+    tap("residual", out)
+    if train and self.drop_rate > 0:
+      out = layers.stochastic_depth(out, self.drop_rate, key)
+    return self.activation(out + shortcut)
+
+
+class ResNet(Network):
+  """Pre-activation ResNet with `config.norm`, or with SkipInit; its classifier starts from zero."""
+
+  block = ResBlock
+
+  def __init__(self, config: ResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
+    self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
+    self.pool = config.stem_pool
+    features = config.width[0] // 4
+    self.stem = layers.Conv(3, features, config.stem_kernel, strides=config.stem_strides, use_bias=False, rngs=rngs)
+    plans = plan_blocks(depth=config.depth, width=config.width, strides=config.stage_strides, in_features=features,
+                        alpha=1.0, stochastic_depth=config.stochastic_depth)
+    blocks = [self.block(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    self.final_norm = make_norm(config.norm, config.width[-1], dtype=dtype, rngs=rngs)
+    super().__init__(blocks=blocks, features=config.width[-1], num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.0,
+                     remat=config.remat, dtype=dtype, rngs=rngs)
+
+  def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
+    x = self.stem(x)
+    return layers.max_pool(x) if self.pool else x
+
+  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+    return self.activation(normalize(self.final_norm, x, train))
+
+
+class FixupResNet(ResNet):
+  """Post-activation ResNet with Fixup initialisation and its scalar biases `bias1` (stem) and `bias2` (classifier)."""
+
+  block = FixupBlock
+
+  def __init__(self, config: FixupConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
+    super().__init__(config, num_classes, dtype=dtype, rngs=rngs)
+    self.bias1, self.bias2 = nnx.Param(layers.full(0)(None, ())), nnx.Param(layers.full(0)(None, ()))
+
+  def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
+    x = self.activation(self.stem(x) + self.bias1[...].astype(x.dtype))
+    return layers.max_pool(x) if self.pool else x
+
+  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+    return x
+
+  def classify(self, pool: Array) -> Array:
+    return self.fc(pool + self.bias2[...])
+
+
+# ---------------------------------------------------------------- variants
+_skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
+_tiny = {"depth": (2, 2, 2), "width": (64, 128, 256), "stage_strides": (1, 2, 2), "stem_kernel": 3, "stem_strides": 1,
+         "stem_pool": False, "train_resolution": 32, "test_resolution": 32}
+
+VARIANTS = {
+    **{f"resnet{layers_}": ResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+    **{f"skipinit_resnet{layers_}": _skip_init(depth=depth) for layers_, depth in DEPTHS.items()},
+    "resnet_tiny": ResNetConfig(**_tiny),  # the shape of nf_resnet_tiny
+    "skipinit_resnet_tiny": _skip_init(**{**_tiny, "stochastic_depth": 0.0}),
+}
+FIXUP_VARIANTS = {
+    **{f"fixup_resnet{layers_}": FixupConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+    "fixup_resnet_tiny": FixupConfig(**_tiny, stochastic_depth=0.0),
+}
