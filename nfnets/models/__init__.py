@@ -34,7 +34,7 @@ class UnknownModelError(ValueError):
   """No model has this name; the message lists near ones."""
 
 
-class UnknownOverrideError(TypeError):
+class UnknownOverrideError(ValueError):
   """This model has no field of that name; the message lists near ones, or all."""
 
 

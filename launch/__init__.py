@@ -1,0 +1,1 @@
+"""Programs: `python -m launch.NAME`. Flags in, exit status out."""

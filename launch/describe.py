@@ -1,0 +1,21 @@
+"""Describes a network: python -m launch.describe nfnet_f0 [--num_classes=1000]; without a name, lists them all."""
+from absl import flags
+
+from launch import cli
+
+
+def define(values: flags.FlagValues) -> None:
+  flags.DEFINE_integer("num_classes", 1000, "Classes of the classifier.", flag_values=values)
+
+
+def run(values: flags.FlagValues, *wanted: str) -> int:
+  from nfnets import models
+  if not wanted:
+    print("\n".join(models.names()))
+  for name in wanted:
+    print(models.describe(name, values.num_classes))
+  return 0
+
+
+if __name__ == "__main__":
+  cli.main(run, define, __doc__, arguments=True)

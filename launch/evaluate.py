@@ -1,0 +1,50 @@
+"""Evaluates a checkpoint: python -m launch.evaluate --config=configs/digits.py --checkpoint=DIR
+
+DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. Prints top-1, top-5 and loss over
+the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON.
+"""
+import json
+import pathlib
+
+import jax
+import rich.console
+from absl import flags
+from flax import nnx
+
+from launch import cli
+
+
+def define(values: flags.FlagValues) -> None:
+  cli.define_config(values)
+  flags.DEFINE_string("checkpoint", None, "A workdir, or WORKDIR/checkpoints/STEP.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> int:
+  config = cli.parse_config(values)
+  if not values.checkpoint:
+    raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
+  from nfnets.data import sources
+  from nfnets.train import evaluate, logbook, mesh as meshes, state as states, step as steps
+  from nfnets.train.checkpoint import Checkpoints
+
+  where = pathlib.Path(values.checkpoint)
+  one = where.name.isdigit() and where.parent.name == "checkpoints"
+  checkpoints = Checkpoints(str(where.parent.parent if one else where))
+  step = int(where.name) if one else checkpoints.latest()
+  if step is None or not checkpoints.path(step).is_dir():
+    raise cli.UsageError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
+  data = sources.load(config.data, train=False)
+  mesh = meshes.make_mesh()
+  graph, params, stats = states.split(nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes)))
+  weights = checkpoints.restore_model(step, params, stats, meshes.replicated(mesh))
+  eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
+  results = {name: evaluate.evaluate(eval_step, mesh, *each, data, batch=config.eval_batch) for name, each in weights.items()}
+  checkpoints.close()
+  title = f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, {mesh.size} × {jax.devices()[0].device_kind}"
+  rich.console.Console().print(logbook.results_table(title, results))
+  print(json.dumps({"checkpoint": str(checkpoints.path(step)), "step": step, **results}))
+  return 0
+
+
+if __name__ == "__main__":
+  cli.main(run, define, __doc__)

@@ -1,0 +1,41 @@
+"""Where a number first stopped being finite."""
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfnets.agc import named_leaves
+from nfnets.config import Config
+from nfnets.train.state import TrainState
+from nfnets.train.step import Batch, batch_loss, step_key
+
+
+def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch) -> str:
+  """One line: the first layer, in the order of the forward pass, whose output is not finite for this state and batch; if all
+  are, the first, in the order of the backward pass, whose parameters' gradient is not.
+  """
+  names: list[str] = []
+
+  def run(params, stats, batch, step):
+    finite = []
+
+    def loss(params):
+      def tap(name, x):
+        names.append(name)
+        finite.append(jnp.isfinite(x).all())
+      value, _ = batch_loss(config, graph, params, stats, batch, step_key(config, step), tap)
+      return value, finite
+    (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, seen, jax.tree.map(lambda g: jnp.isfinite(g).all(), grads), jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
+
+  loss, seen, grads, params = jax.device_get(jax.jit(run)(state.params, state.stats, batch, state.step))
+  bad = lambda tree: [path for path, finite, _ in named_leaves(tree) if not finite]
+  if broken := bad(params):
+    return f"parameters themselves are not finite: {broken[0]}" + (f" and {len(broken) - 1} more" if len(broken) > 1 else "")
+  for name, finite in zip(names, seen, strict=True):
+    if not finite:
+      return f"first layer whose activations are not finite: {name}"
+  order = {name: place for place, name in enumerate(names)}
+  layer = lambda path: path.rpartition("/")[0]
+  if broken := sorted(bad(grads), key=lambda path: order.get(layer(path), len(order)), reverse=True):
+    return f"all activations are finite (loss {loss:g}); first layer whose gradient is not: {broken[0]}, of {len(broken)}"
+  return f"loss {loss:g}, activations and gradients are finite when this step is computed again"

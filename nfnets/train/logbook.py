@@ -1,0 +1,146 @@
+"""What a run writes down: a progress bar, JSONL, TensorBoard events, and a picture of its curves."""
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+from tensorboardX import SummaryWriter
+
+REDRAW_SECONDS = 600  # a long run's picture is drawn again at an evaluation after this time
+
+
+class Logbook:
+  """Writes `workdir/metrics.jsonl`, `workdir/tensorboard/` and `workdir/curves.png`, and shows progress on `console`.
+
+  On a terminal a bar, elsewhere plain lines. Starting at a step drops what was written about later ones, so that a resumed
+  run's record reads as an uninterrupted one's.
+  """
+
+  def __init__(self, workdir: str, *, start_step: int, total_steps: int, batch: int, console: rich.console.Console | None = None):
+    self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
+    self._dir = pathlib.Path(workdir)
+    self._total, self._batch = total_steps, batch
+    self._records = [record for record in read_jsonl(self._dir / "metrics.jsonl") if record["step"] <= start_step]
+    self._file = open(self._dir / "metrics.jsonl", "w", encoding="utf-8")
+    for record in self._records:
+      self._file.write(json.dumps(record) + "\n")
+    self._events = SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1)
+    self._drawn = time.monotonic()
+    columns = ["[progress.description]{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
+               "{task.fields[text]}", rich.progress.TimeRemainingColumn(compact=True)]
+    columns = [rich.progress.TextColumn(c) if isinstance(c, str) else c for c in columns]
+    self._bar = rich.progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+    self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="compiling …")
+    self._bar.start()
+
+  def advance(self, step: int) -> None:
+    self._bar.update(self._task, completed=step)
+
+  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float) -> None:
+    """scalars: "loss", "top1" (fraction), "lr", "images_per_second", "clip_fraction" if there is AGC, …, means since the last call."""
+    self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
+    text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}  {scalars['images_per_second']:,.0f} images/s" +
+            (f"  clipped {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else ""))
+    self._bar.update(self._task, completed=step, text=text)
+    if not self.console.is_terminal:
+      left = (self._total - step) * seconds_per_step
+      self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  epoch {scalars['epoch']:.1f}  {text}  "
+                         f"lr {scalars['lr']:.4g}  {left // 60:.0f}:{left % 60:02.0f} left")
+
+  def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
+    """results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""
+    flat = {f"{'' if name == 'params' else name + '_'}{key}": value for name, found in results.items() for key, value in found.items()}
+    self._write({"kind": "test", "step": step, "epoch": epoch, **flat})
+    parts = "  ".join(f"{name}: top-1 {found['top1']:.2%} loss {found['loss']:.4f}" for name, found in results.items())
+    self.console.print(f"test at epoch {epoch:.1f}, {results['params']['count']:,} images  {parts}")
+    if time.monotonic() - self._drawn > REDRAW_SECONDS:
+      self.draw()
+
+  def say(self, text: str) -> None:
+    self.console.print(text, markup=False)
+
+  def draw(self) -> pathlib.Path | None:
+    self._drawn = time.monotonic()
+    path = self._dir / "curves.png"
+    if not any(record["kind"] == "train" for record in self._records):
+      return None
+    draw_curves(self._records, path)
+    return path
+
+  def close(self) -> None:
+    self._bar.stop()
+    self._file.close()
+    self._events.close()
+
+  def _write(self, record: dict[str, Any]) -> None:
+    self._records.append(record)
+    self._file.write(json.dumps(record) + "\n")
+    self._file.flush()
+    for key, value in record.items():
+      if key not in ("kind", "step", "clip"):
+        self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+    for layer, value in record.get("clip", {}).items():
+      self._events.add_scalar(f"clip/{layer}", value, record["step"])
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a file, oldest first; [] where there is none. A last line cut off by a crash is left out."""
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records
+
+
+def results_table(title: str, results: dict[str, dict[str, float]]) -> rich.table.Table:
+  """Rows of top-1, top-5, loss and images for "params" and "ema"."""
+  table = rich.table.Table(title=title, title_justify="left")
+  for column in ("weights", "top-1", "top-5", "loss", "images"):
+    table.add_column(column, justify="left" if column == "weights" else "right")
+  for name, found in results.items():
+    table.add_row(name, f"{found['top1']:.2%}", f"{found['top5']:.2%}", f"{found['loss']:.4f}", f"{found['count']:,}")
+  return table
+
+
+def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Loss, accuracy, learning rate, and clip fraction by layer, over epochs."""
+  from matplotlib.figure import Figure
+  train = [record for record in records if record["kind"] == "train"]
+  test = [record for record in records if record["kind"] == "test"]
+  column = lambda rows, key: [row[key] for row in rows if key in row]
+  figure = Figure(figsize=(11, 7.5), layout="constrained")
+  (loss, accuracy), (rate, clip) = figure.subplots(2, 2)
+  for axis, key, title in ((loss, "loss", "cross-entropy"), (accuracy, "top1", "top-1 accuracy")):
+    axis.plot(column(train, "epoch"), column(train, key), color="0.6", lw=1, label="train")
+    for prefix, color, name in (("", "C0", "test"), ("ema_", "C1", "test, EMA")):
+      if column(test, prefix + key):
+        values = column(test, prefix + key)
+        last = f"{values[-1]:.2%}" if key == "top1" else f"{values[-1]:.3f}"
+        axis.plot(column(test, "epoch"), values, color=color, marker="." if len(values) < 40 else None, label=f"{name} ({last})")
+    axis.set_title(title, loc="left")
+    axis.legend()
+  rate.plot(column(train, "epoch"), column(train, "lr"), color="C2")
+  rate.set_title("learning rate", loc="left")
+  clipped = [record for record in train if record.get("clip")]
+  if clipped:
+    layers = list(clipped[-1]["clip"])
+    grid = np.array([[record["clip"].get(layer, np.nan) for record in clipped] for layer in layers])
+    extent = (clipped[0]["epoch"], max(clipped[-1]["epoch"], clipped[0]["epoch"] + 1e-6), len(layers) - 0.5, -0.5)
+    image = clip.imshow(grid, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="magma", extent=extent)
+    every = max(1, len(layers) // 16)
+    clip.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
+    figure.colorbar(image, ax=clip, label="share of units clipped")
+  else:
+    clip.text(0.5, 0.5, "no AGC in this run", ha="center", transform=clip.transAxes)
+  clip.set_title("clip fraction by layer (kernels)", loc="left")
+  for axis in (loss, accuracy, rate, clip):
+    axis.set_xlabel("epoch")
+  figure.savefig(path, dpi=110)

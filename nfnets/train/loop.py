@@ -1,0 +1,188 @@
+"""The training loop: from a configuration and a workdir to a trained network, resumable at any step."""
+import contextlib
+import dataclasses
+import json
+import pathlib
+import platform
+import pprint
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nfnets import optim
+from nfnets.agc import agc_metrics
+from nfnets.config import Config
+from nfnets.data import loader, sources
+from nfnets.train import diagnose, evaluate, losses, mesh as meshes, state as states, step as steps
+from nfnets.train.checkpoint import Checkpoints, check_same_run, to_json
+from nfnets.train.logbook import Logbook, results_table
+
+
+class NonFiniteError(FloatingPointError):
+  """The loss or a gradient was not finite; the message says at which step, where, and what the last good checkpoint is."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+  """What `train` hands back. results: the last evaluation, {"params": {"top1", …}, "ema": …}; empty if it was interrupted."""
+
+  step: int
+  finished: bool
+  results: dict[str, dict[str, float]]
+
+
+def train(config: Config, workdir: str) -> Result:
+  """Trains as `config` says, from the newest checkpoint in `workdir` if there is one.
+
+  Writes checkpoints, metrics.jsonl, tensorboard/, curves.png and config.json into `workdir`. SIGINT and SIGTERM save and return.
+  Raises ValueError (with its subclasses DataError, CheckpointError and the models' own) for what a person can mend, and
+  NonFiniteError.
+  """
+  # ---- what is to be trained, on what
+  config.validate()
+  mesh = meshes.make_mesh()
+  meshes.check_batch(config.batch, mesh)
+  data, test_data = sources.load(config.data, train=True), sources.load(config.data, train=False)
+  abstract = nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes))
+  steps_per_epoch = len(data) / config.batch
+  total_steps = max(1, round(config.epochs * steps_per_epoch))
+  graph, params, stats = states.split(abstract)
+  schedule_args = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+  schedule = optim.make_schedule(config.optim, **schedule_args)
+  optimizer = optim.make_optimizer(config.optim, params, **schedule_args)
+  checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+  found = checkpoints.latest()
+  if found is not None:
+    check_same_run(checkpoints.meta(found)["config"], config, workdir)
+
+  # ---- the state, new or restored
+  whole = meshes.replicated(mesh)
+  if found is None:
+    network = states.build_network(config.model, data.num_classes, seed=config.seed)
+    graph, params, stats = states.split(network)
+    state = jax.device_put(states.init_state(params, stats, optimizer, config), whole)
+  else:
+    state = checkpoints.restore(found, jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats), whole)
+  step = int(state.step)
+  batches = loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed)
+  train_step = steps.compile_over(mesh, steps.make_train_step(config, graph, optimizer), donate_state=True)
+  eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
+
+  # ---- say what is going to happen
+  pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+  log = Logbook(workdir, start_step=step, total_steps=total_steps, batch=config.batch)
+  log.say(pprint.pformat(config, width=120, sort_dicts=False))
+  log.say(optim.describe_groups(params, config.optim))
+  log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
+          f"{len(test_data):,} test images of {data.images.shape[1]}×{data.images.shape[2]}, {data.num_classes} classes; "
+          f"{total_steps:,} steps of {config.batch} images; {mesh.size} × {jax.devices()[0].device_kind} "
+          f"({jax.process_count()} process), jax {jax.__version__}, {platform.node()}")
+  if found is not None:
+    log.say(f"resumed from {checkpoints.path(found)}" + (", which is the end of the training" if step >= total_steps else ""))
+
+  def test(step: int, state: states.TrainState) -> dict[str, dict[str, float]]:
+    weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
+    results = {name: evaluate.evaluate(eval_step, mesh, *each, test_data, batch=config.eval_batch) for name, each in weights.items()}
+    log.test(step, step / steps_per_epoch, results)
+    return results
+
+  due = lambda every, step: step == total_steps or int(step / steps_per_epoch / every) > int((step - 1) / steps_per_epoch / every)
+
+  # ---- the loop
+  results, pending, since = {}, [], time.perf_counter()
+  ahead = loader.prefetch(lambda at: meshes.put_batch(mesh, batches[at]), step, total_steps)
+  try:
+    with stop_on_signals() as stop, contextlib.closing(ahead):
+      for batch in ahead:
+        with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the device
+          state, metrics = train_step(state, batch)
+        step += 1
+        pending.append(metrics)
+        log.advance(step)
+        test_due, save_due = due(config.eval_every, step), due(config.checkpoint_every, step)
+        if step % config.log_every == 0 or test_due or save_due or stop or step == total_steps:
+          _check_finite(config, graph, state, batches, mesh, checkpoints)
+          log.train(step, *_summary(config, state, pending, schedule, step, steps_per_epoch, time.perf_counter() - since))
+          pending, since = [], time.perf_counter()
+        if test_due:
+          results = test(step, state)
+        if save_due or stop:
+          checkpoints.save(state, config, num_classes=data.num_classes)
+        if test_due or save_due:
+          since = time.perf_counter()
+        if stop:
+          break
+    if step >= total_steps and not results:  # resumed at the end
+      results = test(step, state)
+  finally:
+    checkpoints.close()
+    picture = log.draw()
+    log.close()
+  finished = step >= total_steps
+  if finished:
+    log.console.print(results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
+  else:
+    log.say(f"stopped by {stop[0]} at step {step} of {total_steps}; saved {checkpoints.path(step)}; "
+            "the same command goes on from there")
+  log.say(f"in {workdir}: metrics.jsonl, tensorboard/, checkpoints/{', ' + picture.name if picture else ''}")
+  return Result(step=step, finished=finished, results=results)
+
+
+def _summary(config: Config, state: states.TrainState, pending: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
+             seconds: float) -> tuple[dict[str, float], dict[str, float], float]:
+  """(means over the pending steps, clip fraction of each layer's kernel at the last step, seconds a step)."""
+  window = jax.device_get(pending)
+  grad_norms = [metrics.pop("grad_norm") for metrics in window]
+  means = losses.summarize({key: sum(metrics[key] for metrics in window) for key in window[0]})
+  images = means.pop("count")
+  scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1)), "grad_norm": float(np.mean(grad_norms)),
+             "images_per_second": images / seconds}
+  clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
+  if clipping:
+    scalars["clip_fraction"] = float(np.mean([entry["clip_fraction"] for entry in clipping.values()]))
+  kernels = {path.removesuffix("/kernel"): float(entry["clip_fraction"]) for path, entry in clipping.items() if path.endswith("/kernel")}
+  return scalars, dict(sorted(kernels.items(), key=lambda item: _layer_order(item[0]))), seconds / len(window)
+
+
+def _layer_order(path: str) -> tuple:
+  top, *rest = path.split("/")
+  places = {"stem": 0, "blocks": 1, "final_conv": 2, "fc": 3}
+  return places.get(top, 2), [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in rest]
+
+
+def _check_finite(config: Config, graph: nnx.GraphDef, state: states.TrainState, batches: loader.TrainBatches, mesh,
+                  checkpoints: Checkpoints) -> None:
+  if not bool(state.halted):
+    return
+  step = int(state.step)  # the state is the one before this update, which is numbered from 0 as the schedule is
+  where = diagnose.first_nonfinite(config, graph, state, meshes.put_batch(mesh, batches[step]))
+  checkpoints.wait()
+  last = checkpoints.latest()
+  raise NonFiniteError(f"loss or gradient not finite at step {step + 1}: {where}; last good checkpoint: "
+                       f"{checkpoints.path(last) if last is not None else 'none yet'}")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[list[str]]:
+  """A list that gets the name of the first SIGINT or SIGTERM; a second one acts as if nobody listened."""
+  received: list[str] = []
+  before = {}
+
+  def handle(number, frame):
+    received.append(signal.Signals(number).name)
+    for each, handler in before.items():
+      signal.signal(each, handler)
+  try:
+    before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+  except ValueError:  # not the main thread: signals are not ours to take
+    pass
+  try:
+    yield received
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
