@@ -72,13 +72,10 @@ class Entry(NamedTuple):
 
 
 class AGCState(NamedTuple):
-  """State of `agc`: a schedule needs the count, `track` the rest (of the latest step); what is not needed is None.
-
-  `paths` has the P clipped parameters as keys, in whose sorted order the arrays are; a dict without leaves passes jit.
-  """
+  """State of `agc`: a schedule needs the count, `track` the rest (of the latest step); what is not needed is None."""
 
   count: jax.Array | None = None  # int32 []: steps taken
-  paths: dict[str, None] | None = None
+  paths: dict[str, None] | None = None  # keys: the P clipped parameters, in whose sorted order the arrays are
   clip_fraction: jax.Array | None = None  # float32 [P]: clipped units / units
   max_ratio: jax.Array | None = None  # float32 [P]: largest ‖g‖ / max(‖w‖, eps) before clipping, over finite units
   nonfinite_units: jax.Array | None = None  # int32 [P]: units with NaN or Inf in the gradient
@@ -165,10 +162,7 @@ def agc_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
 
 
 def explain(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: Any = None) -> str:
-  """A table of what `agc` with these arguments does to each parameter (array or `jax.ShapeDtypeStruct`), and why.
-
-  The last column is the rule in this module's docstring. Raises what `agc` and its init raise.
-  """
+  """A table of what `agc` with these arguments does to each parameter (array or ShapeDtypeStruct), and the rule."""
   entries = plan(params, clipping, exclude=exclude, unit_axes=unit_axes)
   rows = [("parameter", "shape", "unit axes", "units", "clipping", "why")]
   for path, shape, axes, units, value, why in entries:
@@ -209,7 +203,6 @@ def plan(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: A
     parts = tuple(path.split("/"))
     for depth in range(len(parts) if not _is_hole(leaf) else 0):
       scopes[parts[:depth]][path] = jnp.shape(leaf)
-
   entries = []
   for path, leaf, metadata in named:
     shape = None if _is_hole(leaf) else jnp.shape(leaf)
@@ -247,7 +240,6 @@ def named_leaves(tree: Any) -> list[Named]:
 
 def unit_norm(x: jax.Array, unit_axes: Sequence[int]) -> jax.Array:
   """L2 norm in float32 (float64 for float64) over all axes but `unit_axes` (>= 0); the axes summed over become 1."""
-  x = jnp.asarray(x)
   x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   others = tuple(axis for axis in range(x.ndim) if axis not in unit_axes)
   norm = jnp.sqrt(jnp.sum(x * x, axis=others, keepdims=True))
@@ -280,8 +272,7 @@ def _unit_axes(path: str, shape: Shape, scopes: Scopes) -> tuple[Shape, str]:
   is_heads = bool(_HEADS.search(module))
   unstacked = is_heads and len(bias) > 1 and max(siblings.values(), key=len)[1:] == bias  # (D, H, K) beside (H, K)
   stack = 0 if unstacked else _stack(scope, scopes)
-  rest, out = shape[stack:], tuple(size for size in bias[stack:] if size > 1)
-  rank = len(rest)
+  rest, rank, out = shape[stack:], len(shape) - stack, tuple(size for size in bias[stack:] if size > 1)
   if name in _VECTORS or rank <= 1:
     axes, why = (), "vector"
   elif _ROWS.search(name):
