@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 a mistake in what was asked for.
 import dataclasses
 import difflib
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -56,7 +57,8 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
     try:
       rest = values(sys.argv)
     except (flags.Error, KeyError) as error:
-      raise UsageError(" ".join(str(error).split())) from error
+      # a config file's own error comes wrapped in its traceback; the last line is what it said
+      raise UsageError(" ".join(re.split(r"\w*Error: ", str(error))[-1].split())) from error
     if values.help:
       print(f"{usage}\n\n{values.get_help()}")
       sys.exit(0)

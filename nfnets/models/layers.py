@@ -62,7 +62,7 @@ ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
 
 # ---------------------------------------------------------------- initial values
-_BLOCK = 1 << 16
+_BLOCK = 1 << 18
 
 
 class ParamKeys:
@@ -101,7 +101,7 @@ def normal(stddev: float, *, truncated: bool = False) -> Callable[..., Array]:
     if isinstance(key, jax.core.Tracer):
       return (_draw_traced(key, shape, truncated) * stddev).astype(dtype)
     blocks = np.concatenate([_draw_block(key, i, truncated) for i in range(-(-size // _BLOCK))])
-    return jnp.asarray((blocks[:size].reshape(shape) * np.float32(stddev)).astype(dtype))
+    return jnp.asarray((blocks[:size].reshape(shape) * np.float32(stddev)).astype(dtype, copy=False))
   return init
 
 

@@ -47,13 +47,11 @@ class Checkpoints:
     step = int(state.step)
     if step == self.latest():
       return
-    meta = {"step": step, "num_classes": num_classes, "config": to_json(config),
+    items = {"model": _named((state.params, state.stats)), "ema": _named(state.ema), "training": _named((state.opt_state, state.step))}
+    meta = {"step": step, "num_classes": num_classes, "config": to_json(config), "shapes": jax.tree.map(lambda x: list(x.shape), items),
             "versions": {"nfnets": nfnets.__version__, "jax": jax.__version__}}
     self._manager.save(step, args=ocp.args.Composite(
-        model=ocp.args.StandardSave(_named((state.params, state.stats))),
-        ema=ocp.args.StandardSave(_named(state.ema)),
-        training=ocp.args.StandardSave(_named((state.opt_state, state.step))),
-        meta=ocp.args.JsonSave(meta)))
+        meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}))
 
   def meta(self, step: int) -> dict[str, Any]:
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -79,8 +77,9 @@ class Checkpoints:
   def _restore(self, step: int, trees: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     wanted = {name: jax.tree.map(abstract, _named(tree)) for name, tree in trees.items()}
+    shapes = self.meta(step)["shapes"]
     for name, arrays in wanted.items():
-      saved = {key: tuple(value.shape) for key, value in self._manager.item_metadata(step)[name].items()}
+      saved = {key: tuple(shape) for key, shape in shapes[name].items()}
       expected = {key: value.shape for key, value in arrays.items()}
       if saved != expected:
         odd = sorted(key for key in saved | expected if saved.get(key) != expected.get(key))

@@ -35,7 +35,7 @@ def batch_loss(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nn
 
   batch: "image" uint8 [B, H, W, 3], "label" int [B] or float [B, classes], and "mix_label", "ratio" where images are mixed.
   """
-  network = nnx.merge(graph, params, stats)
+  network = nnx.merge(graph, params, stats, copy=True)  # a copy: BatchNorm moves its statistics within this trace
   outputs = network.outputs(normalise(batch["image"], config.data), train=True, rngs=key, **({"tap": tap} if tap else {}))
   each = losses.cross_entropy(outputs["logits"], batch["label"], label_smoothing=config.label_smoothing, kind=config.loss,
                               mix_labels=batch.get("mix_label"), ratio=batch.get("ratio"))
@@ -53,7 +53,7 @@ def make_train_step(config: Config, graph: nnx.GraphDef, optimizer: optax.Gradie
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     loss_of = lambda params: batch_loss(config, graph, params, state.stats, batch, step_key(config, state.step))
     (loss, (stats, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = None if state.ema is None else ema_update(state.ema, (params, stats), state.step, config.optim.ema_decay)

@@ -1,0 +1,259 @@
+"""The zoo against the papers' tables and theory: counts, arithmetic, signal at initialisation, and what layers must do."""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfnets import models
+from nfnets.models import layers
+
+# 1000 classes: to the unit where the release's or timm's count is known, else in millions to two digits.
+PARAMETERS = {
+    "nfnet_f0": 71_489_284, "nfnet_f1": 132_634_256, "nfnet_f2": 193.78, "nfnet_f3": 254_924_200, "nfnet_f4": 316.07,
+    "nfnet_f5": 377_214_144, "nfnet_f6": 438.36, "nfnet_f7": 499.50, "nfnet_f0+": 118_824_516, "nfnet_f1+": 220_357_008,
+    "nfnet_f4+": 524.95, "nf_regnet_b0": 8_595_372, "nf_regnet_b1": 10_019_208, "nf_regnet_b2": 13.79, "nf_regnet_b3": 18.14,
+    "nf_regnet_b4": 29_315_830, "nf_regnet_b5": 48.71, "nf_regnet_b6": 70.05, "nf_regnet_b7": 101.74, "nf_regnet_b8": 142.31,
+    "nf_resnet50": 25_557_048, "nf_resnet101": 44.55, "nf_resnet152": 60.19, "nf_resnet200": 64.67, "nf_resnet288": 146.46,
+    "nf_resnet600": 300.65, "skipinit_resnet50": 25_530_424, "fixup_resnet50": 25_504_026, "resnet50": 25_549_352,
+    "nfnet_l0": 35_074_488, "eca_nfnet_l0": 24_143_924, "eca_nfnet_l1": 41_407_728, "eca_nfnet_l2": 56_722_348,
+    "eca_nfnet_l3": 72_036_968}
+# Billions of multiply-adds at the test resolution (P2, table 8 and appendix); F0…F7 and F4+.
+MULTIPLY_ADDS = {"nfnet_f0": 12.38, "nfnet_f1": 35.54, "nfnet_f2": 62.59, "nfnet_f3": 114.76, "nfnet_f4": 215.24, "nfnet_f5": 289.76,
+                 "nfnet_f6": 377.28, "nfnet_f7": 478.78, "nfnet_f4+": 333.4}
+WITHOUT_DROPS = {"drop_rate": 0.0, "stochastic_depth": 0.0}
+
+
+def count(network: nnx.Module) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+
+def images(batch: int = 2, size: int = 32) -> jax.Array:
+  return jax.random.normal(jax.random.key(7), (batch, size, size, 3))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+  found, expected = count(nnx.eval_shape(lambda: models.create(name))), PARAMETERS[name]
+  assert found == expected if isinstance(expected, int) else round(found / 1e6, 2) == expected
+
+
+def test_the_papers_rounding_of_groups_is_an_option():
+  assert round(count(nnx.eval_shape(lambda: models.create("nfnet_f4+", group_rounding="nearest"))) / 1e6, 1) == 526.9
+
+
+@pytest.mark.parametrize("name", ["nfnet_f0", "nfnet_f2", "nfnet_f5", "nfnet_f4+"])
+def test_multiply_adds_are_the_papers(name):
+  description = models.describe(name)
+  size = description.resolutions["test"]
+  assert description.macs[size] / 1e9 == pytest.approx(MULTIPLY_ADDS[name], abs=0.05 if "+" in name else 0.005)
+  assert description.parameters == count(nnx.eval_shape(lambda: models.create(name)))
+  assert f"{2 * description.macs[size] / 1e9:.2f} GFLOP" in str(description)
+
+
+def test_a_descriptions_rows_add_up_to_what_a_small_network_does():
+  """By hand for one network: stem, one block of each kind, classifier."""
+  description = models.describe("nf_resnet_tiny", 10, depth=(1,), width=(16,), stage_strides=(2,))
+  stem = 32 * 32 * 9 * 3 * 4
+  block = 32 * 32 * 4 * 4 + 16 * 16 * 9 * 4 * 4 + 16 * 16 * 4 * 16 + 16 * 16 * 4 * 16
+  assert description.macs[32] == stem + block + 16 * 10
+  assert [stage.shapes[32] for stage in description.stages] == [(32, 32, 4), (16, 16, 16), (16,), (10,)]
+
+
+def test_every_name_creates_and_describes_itself():
+  for name in models.names():
+    network = nnx.eval_shape(lambda name=name: models.create(name, 10))
+    assert count(network) > 0
+    config = models.variant(name)
+    assert config.train_resolution <= config.test_resolution
+    assert sum(config.depth) == len(network.blocks)
+
+
+@pytest.mark.parametrize("name", [name for name in models.names() if name.endswith("tiny")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_networks_run_and_keep_float32_where_it_matters(name, dtype):
+  network = models.create(name, 10, dtype=dtype)
+  outputs = network.outputs(images(), train=True, rngs=nnx.Rngs(0))
+  assert outputs["features"].dtype == dtype
+  assert outputs["logits"].shape == (2, 10) and outputs["logits"].dtype == outputs["pool"].dtype == jnp.float32
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(network)))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance", "none"])
+def test_every_baseline_normalizes_as_its_name_says(norm):
+  network = models.create("resnet_tiny", 10, norm=norm)
+  norm0 = network.blocks[1].norm0
+  if norm == "none":
+    assert norm0 is None and network.blocks[1].conv0.bias is not None
+    return
+  x = 3 * jax.random.normal(jax.random.key(0), (4, 8, 8, 64)) * jnp.arange(1, 65) + 5
+  from nfnets.models.resnet import normalize
+  y = np.asarray(normalize(norm0, x, True), np.float64)
+  axes = {"batch": (0, 1, 2), "group": (1, 2, 4), "layer": (1, 2, 3), "instance": (1, 2)}[norm]
+  y = y.reshape(4, 8, 8, 32, 2) if norm == "group" else y
+  np.testing.assert_allclose(y.mean(axes), 0, atol=2e-5)
+  np.testing.assert_allclose(y.std(axes), 1, atol=1e-3)
+
+
+# ---------------------------------------------------------------- theory
+@pytest.mark.parametrize("name, size", [("nfnet_f0", 96), ("nf_resnet50", 96), ("nf_regnet_b0", 96)])
+def test_signal_at_initialisation_follows_theory(name, size):
+  """Variance grows by alpha² a block and starts again at each transition (P1, section 4.2), with skip gains of one."""
+  network = models.create(name, 10, **WITHOUT_DROPS)
+  for block in network.blocks:
+    block.skip_gain[...] = jnp.ones(())
+  statistics = jax.device_get(nnx.jit(models.signal_statistics)(network, jax.random.normal(jax.random.key(0), (8, size, size, 3))))
+  plans = [(round(1 / block.beta**2, 6), block.conv_shortcut is not None) for block in network.blocks]
+  alpha = network.blocks[0].alpha
+  for i, (expected_in, transition) in enumerate(plans):
+    if i + 1 < len(plans):
+      assert plans[i + 1][0] == pytest.approx((1.0 if transition else expected_in) + alpha**2, abs=1e-5)
+  measured = lambda i: float(statistics[f"blocks/{i}"]["var"] + statistics[f"blocks/{i}"]["mean_sq"])
+  for i, (expected_in, transition) in enumerate(plans):
+    expected_out = (1.0 if transition else expected_in) + alpha**2
+    assert float(statistics[f"blocks/{i}"]["residual_var"]) == pytest.approx(1.0, rel=0.75), i
+    # gates and pooling make single blocks stray; the sum over a stage must not run away from theory
+    assert measured(i) == pytest.approx(expected_out, rel=0.6), i
+  growth = [measured(i + 1) - measured(i) for i, (_, transition) in enumerate(plans[1:]) if not transition]
+  assert np.mean(growth) == pytest.approx(alpha**2, rel=0.5)
+  resets = [measured(i) / measured(i - 1) for i, (_, transition) in enumerate(plans) if transition and i]
+  assert all(ratio < 1.05 for ratio in resets)
+
+
+@pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
+def test_gamma_is_derived(name):
+  """gamma = 1/std(f(z)), by Gauss–Hermite quadrature in float64; the release sampled, hence 2e-3 (1% for the two across channels)."""
+  activation = layers.ACTIVATIONS[name]
+  if name in ("glu", "log_softmax"):
+    z = jax.random.normal(jax.random.key(0), (1024, 4096))
+    std = float(jnp.std(activation.fn(z)))
+    assert activation.gamma == pytest.approx(1 / std, rel=1e-2)
+    return
+  z = np.linspace(-12, 12, 480_001)
+  weight = np.exp(-z**2 / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
+  value = np.asarray(activation.fn(jnp.asarray(z, jnp.float32)), np.float64)
+  mean = (value * weight).sum()
+  std = np.sqrt(((value - mean) ** 2 * weight).sum())
+  assert activation.gamma == pytest.approx(1 / std, rel=5e-3)
+  assert float(activation(jnp.float32(0.7))) == pytest.approx(float(activation.fn(jnp.float32(0.7))) * activation.gamma)
+
+
+# ---------------------------------------------------------------- layers
+def test_scaled_weight_standardization_against_float64():
+  conv = layers.WSConv(6, 8, 3, groups=2, rngs=layers.ParamKeys(jax.random.key(0)))
+  kernel = 0.3 + np.random.default_rng(0).normal(size=(3, 3, 3, 8))
+  kernel[..., 3] = 0.25  # a constant channel: variance 0 meets the floor and gives a zero kernel, not NaN
+  gain = np.linspace(0.5, 2, 8)
+  conv.kernel[...], conv.gain[...] = jnp.asarray(kernel, jnp.float32), jnp.asarray(gain, jnp.float32)
+  expected = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(np.maximum(kernel.var((0, 1, 2)) * 27, 1e-4)) * gain
+  np.testing.assert_allclose(conv.weight(), expected, rtol=1e-5, atol=1e-5)
+  conv.kernel[...] = conv.kernel[...].astype(jnp.bfloat16)
+  assert conv.weight().dtype == jnp.float32
+
+
+@pytest.mark.parametrize("groups, width, strides, padding", itertools.chain(
+    itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), itertools.product((5, 16), (8,), (1, 2), ("SAME",))))
+def test_split_groups_equal_grouped_convolution(groups, width, strides, padding):
+  """What CPUs get (`_convolve_split`) against what accelerators get, forward and gradient."""
+  x = jax.random.normal(jax.random.key(0), (2, 7, 7, groups * width))
+  kernel = jax.random.normal(jax.random.key(1), (3, 3, width, groups * width))
+
+  def loss(x, kernel):
+    return jnp.sum(jnp.sin(layers.convolve(x, kernel, strides=strides, groups=groups, padding=padding)))
+  split = jax.value_and_grad(loss, (0, 1))(x, kernel)
+  with layers.lowering_for("gpu"):
+    assert "feature_group_count=" + str(groups) in str(jax.make_jaxpr(loss)(x, kernel))
+    whole = jax.value_and_grad(loss, (0, 1))(x, kernel)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), split, whole)
+
+
+def test_stochastic_depth_drops_samples_and_does_not_rescale():
+  x = jnp.ones((2000, 1, 1, 4))
+  kept = np.asarray(layers.stochastic_depth(x, 0.25, jax.random.key(0)))[:, 0, 0]
+  assert set(np.unique(kept)) == {0.0, 1.0} and (kept == kept[:, :1]).all()
+  assert kept[:, 0].mean() == pytest.approx(0.75, abs=0.04)
+
+
+def test_randomness_needs_rngs_and_is_off_at_evaluation():
+  network = models.create("nfnet_tiny", 10)
+  network.fc.bias[...] = jnp.zeros(10)
+  with pytest.raises(ValueError, match="rngs"):
+    network(images(), train=True)
+  a, b = (network(images(), train=True, rngs=jax.random.key(seed)) for seed in (0, 1))
+  assert not np.array_equal(a, b)
+  np.testing.assert_array_equal(network(images(), train=True, rngs=jax.random.key(0)), a)
+  np.testing.assert_array_equal(network(images()), network(images(), rngs=jax.random.key(5)))
+  still = models.create("nfnet_tiny", 10, **WITHOUT_DROPS)
+  np.testing.assert_array_equal(still(images(), train=True), still(images()))
+
+
+@pytest.mark.parametrize("name", ["nfnet_tiny", "nf_resnet_tiny", "resnet_tiny", "fixup_resnet_tiny"])
+def test_remat_changes_no_gradient_and_no_statistic(name):
+  def run(remat):
+    graph, params, stats = nnx.split(models.create(name, 10, remat=remat), nnx.Param, nnx.BatchStat)
+
+    def loss(params):
+      network = nnx.merge(graph, params, stats, copy=True)
+      return jnp.sum(network(images(), train=True, rngs=jax.random.key(3)) ** 2), nnx.state(network, nnx.BatchStat)
+    return jax.jit(jax.grad(loss, has_aux=True))(params), str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params))
+  (plain, text), (again, remat_text) = run(False), run(True)
+  assert "remat" in remat_text and "remat" not in text
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+
+
+def test_taps_see_every_layer_in_order_and_cost_nothing_when_off():
+  network = models.create("nfnet_tiny", 10)
+  seen = []
+  network.outputs(images(), tap=lambda name, x: seen.append(name))
+  assert seen[0] == "stem/conv0" and seen[-2:] == ["pool", "logits"]
+  assert seen.index("blocks/0/conv1b") < seen.index("blocks/0/residual") < seen.index("blocks/0") < seen.index("blocks/1/conv0")
+  graph, state = nnx.split(network)
+  plain = str(jax.make_jaxpr(lambda s, x: nnx.merge(graph, s)(x))(state, images()))
+  assert plain == str(jax.make_jaxpr(lambda s, x: nnx.merge(graph, s).outputs(x, tap=lambda name, x: None)["logits"])(state, images()))
+  statistics = models.signal_statistics(network, images())
+  assert list(statistics) == ["stem", *(f"blocks/{i}" for i in range(5))]
+  assert set(statistics["blocks/2"]) == {"mean_sq", "var", "residual_var"} and set(statistics["stem"]) == {"mean_sq", "var"}
+
+
+def test_initial_values_have_the_published_deviations():
+  network = models.create("nfnet_f0", 1000)
+  assert float(jnp.std(network.fc.kernel[...])) == pytest.approx(0.01, rel=0.01)
+  conv = network.blocks[4].conv0.kernel[...]
+  assert float(jnp.std(conv)) == pytest.approx(conv.shape[2] ** -0.5, rel=0.01)
+  dense = network.blocks[4].se.fc0.kernel[...]  # cut at two deviations: 0.8796 of them are left
+  assert float(jnp.std(dense)) == pytest.approx(0.8796 * dense.shape[0] ** -0.5, rel=0.01)
+  assert float(jnp.max(jnp.abs(dense))) <= 2 * dense.shape[0] ** -0.5
+  assert not jnp.any(models.create("nf_regnet_b0", 10).fc.kernel[...])
+
+
+def test_eager_and_traced_creation_agree():
+  make = functools.partial(models.create, "nfnet_tiny", 10)
+  eager, traced = nnx.state(make(rngs=nnx.Rngs(5))), nnx.state(nnx.jit(lambda: make(rngs=nnx.Rngs(5)))())
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), eager, traced)
+  other = nnx.state(make(rngs=nnx.Rngs(6)))
+  assert not np.array_equal(eager["stem"]["conv0"]["kernel"][...], other["stem"]["conv0"]["kernel"][...])
+
+
+# ---------------------------------------------------------------- mistakes
+def test_names_are_forgiving_and_mistakes_are_answered():
+  assert models.variant("NFNet-F0+") is models.variant("nfnet_f0+")
+  with pytest.raises(models.UnknownModelError, match="nf_resnet50"):
+    models.create("nf_resnet5")
+  with pytest.raises(models.UnknownOverrideError, match="drop_rate"):
+    models.create("nfnet_f0", droprate=0.1)
+  for override, expected in ({"drop_rate": 1.0}, "probability"), ({"activation": "swosh"}, "one of"), ({"depth": (1, 2)}, "one entry a stage"), (
+      {"gate": "sse"}, "'se', 'eca'"), ({"width": (0, 1, 1, 1)}, "positive ints"), ({"remat": 1}, "True or False"), (
+      {"dialect": "torch"}, "'official', 'timm'"), ({"alpha": -0.2}, "number ≥ 0"):
+    with pytest.raises(models.InvalidOverrideError, match=expected):
+      models.create("nfnet_f0", **override)
+  for classes in (0, -1, 2.5, True):
+    with pytest.raises(models.InvalidOverrideError, match="num_classes"):
+      models.create("nfnet_f0", classes)
+  with pytest.raises(models.InvalidOverrideError, match="dtype"):
+    models.create("nfnet_f0", dtype="int8")
+  for shape in ((32, 32, 3), (1, 32, 32, 1), (1, 0, 0, 3)):
+    with pytest.raises(ValueError, match="batch, height, width, 3"):
+      models.create("nfnet_tiny", 10)(jnp.zeros(shape))

@@ -1,0 +1,134 @@
+"""The rooms of the house: imports run down the floors only, and no room grows beyond what can be read at one sitting."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = sorted(path.relative_to(ROOT) for room in ("nfnets", "launch", "configs") for path in (ROOT / room).rglob("*.py"))
+LINES = 350
+
+# Room → what of the project it may import besides itself. A file is in the room with the longest name that fits.
+MAY_IMPORT = {
+    "nfnets.agc": (),
+    "nfnets.config": (),
+    "nfnets.models": (),
+    "nfnets.optim": ("nfnets.agc", "nfnets.config", "nfnets.models"),
+    "nfnets.data": ("nfnets.config",),
+    "nfnets.weights": ("nfnets.config", "nfnets.models"),
+    "nfnets.train": ("nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim", "nfnets.data", "nfnets.weights"),
+    "nfnets": ("nfnets.agc", "nfnets.models"),  # the package's front door, nfnets/__init__.py
+    "configs": ("nfnets",),
+    "launch": ("nfnets", "configs"),
+}
+
+
+def module_name(path: pathlib.Path) -> str:
+  return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def exists(name: str) -> bool:
+  path = ROOT.joinpath(*name.split("."))
+  return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(source: str, module: str, *, package: bool = False) -> set[str]:
+  """Every module that `source` imports, at the top or inside a function, by its full name.
+
+  `from a import b` is a.b where b is a module of this project, a otherwise.
+  """
+  found = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ""
+      if node.level:
+        parts = module.split(".")
+        parts = parts[: len(parts) - node.level + package]
+        base = ".".join([*parts, *filter(None, [base])])
+      for alias in node.names:
+        name = f"{base}.{alias.name}"
+        found.add(name if exists(name) else base)
+  return found
+
+
+def within(name: str, room: str) -> bool:
+  return name == room or name.startswith(f"{room}.")
+
+
+def room_of(module: str) -> str:
+  """The room of a module; nfnets itself holds no modules but those that MAY_IMPORT names."""
+  fitting = [room for room in MAY_IMPORT if within(module, room) and (room != "nfnets" or module == room)]
+  assert fitting, f"{module} is in no room; add it to the floors in tests/test_floors.py"
+  return max(fitting, key=len)
+
+
+def all_imports(path: pathlib.Path) -> set[str]:
+  return imports((ROOT / path).read_text(encoding="utf-8"), module_name(path), package=path.name == "__init__.py")
+
+
+def test_imports_are_found_wherever_they_stand():
+  source = "import os.path\ndef f():\n  from nfnets import optim, __version__\n  from . import step\n  from ..agc import agc\n"
+  found = {"os.path", "nfnets.optim", "nfnets", "nfnets.train.step", "nfnets.agc"}
+  assert imports(source, "nfnets.train.loop") == found
+  assert imports("from .agc import agc", "nfnets", package=True) == {"nfnets.agc"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_run_down_the_floors(path):
+  room = room_of(module_name(path))
+  for name in all_imports(path):
+    if name.split(".")[0] not in ("nfnets", "launch", "configs", "tests"):
+      continue
+    if name == "nfnets" and room == "nfnets.train":  # the front door, for its __version__
+      continue
+    allowed = (room, *MAY_IMPORT[room]) if room != "nfnets" else MAY_IMPORT[room]
+    assert any(within(name, each) for each in allowed), f"{path} imports {name}; {room} may import {', '.join(allowed)}"
+
+
+def test_no_imports_in_a_circle():
+  """Modules that import each other while they are being imported; what a function imports when called is not counted."""
+  graph = {}
+  for path in FILES:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    module = module_name(path)
+    found = imports(ast.unparse(top), module, package=path.name == "__init__.py")
+    graph[module] = {name for name in found if name.split(".")[0] in ("nfnets", "launch", "configs")}
+  done = set()
+
+  def visit(module, trail):
+    assert module not in trail, f"imports run in a circle: {' → '.join([*trail[trail.index(module):], module])}"
+    if module not in done:
+      for name in sorted(graph.get(module, ())):
+        visit(name, [*trail, module])
+      done.add(module)
+
+  for module in sorted(graph):
+    visit(module, [])
+
+
+def test_agc_needs_jax_and_optax_alone():
+  """So that the file can be copied into another project and works there."""
+  outside = {name.split(".")[0] for name in all_imports(pathlib.Path("nfnets/agc.py"))} - sys.stdlib_module_names
+  assert outside == {"jax", "optax"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "nfnets"], ids=str)
+def test_the_library_knows_no_flags(path):
+  found = {name.split(".")[0] for name in all_imports(path)}
+  assert not found & {"launch", "configs", "absl", "ml_collections"}
+
+
+def test_files_stay_readable():
+  lines = {str(path): len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in FILES}
+  assert {path: n for path, n in lines.items() if n > LINES} == {}
+
+
+def test_no_room_for_odds_and_ends():
+  """A file for what has no room shows that a room is missing."""
+  odds = {"utils", "util", "helpers", "helper", "common", "misc"}
+  assert [str(path) for path in FILES if odds & {*path.parts[:-1], path.stem}] == []

@@ -1,0 +1,126 @@
+"""Training from end to end on the real digits: records, resume, signals, non-finite losses, refused workdirs."""
+import dataclasses
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.data import loader, sources
+from nfnets.train import loop, state as states
+from nfnets.train.checkpoint import CheckpointError, Checkpoints
+from nfnets.train.logbook import read_jsonl
+
+TINY = {"width": (16, 16, 16, 16), "group_width": 8, "stem_width": (4, 4, 8), "stem_strides": (1, 1, 1, 2),
+        "stage_strides": (1, 1, 2, 1), "depth": (1, 1, 1, 1)}
+
+
+def tiny_config(**changes) -> Config:
+  """11.2 steps an epoch, with everything on: AGC, EMA, dropout, stochastic depth, shifts."""
+  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
+                  data=DataConfig(name="digits", shift=1),
+                  optim=OptimConfig(base_lr=0.4, warmup_epochs=0.5, clipping=0.05, agc_track=True, ema_decay=0.9),
+                  batch=128, eval_batch=100, epochs=2, log_every=5, eval_every=1, checkpoint_every=1)
+  return dataclasses.replace(config, **changes)
+
+
+def final_arrays(workdir) -> list[np.ndarray]:
+  """Everything a run's last checkpoint holds, in one order."""
+  config = tiny_config()
+  graph, params, stats = states.split(states.build_network(config.model, 10))
+  checkpoints = Checkpoints(str(workdir))
+  found = checkpoints.restore_model(checkpoints.latest(), params, stats, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  checkpoints.close()
+  return [np.asarray(x) for x in jax.tree.leaves(found)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  return workdir, loop.train(tiny_config(), str(workdir))
+
+
+def test_a_run_learns_and_leaves_its_records(uninterrupted):
+  workdir, result = uninterrupted
+  assert result.finished and result.step == 22
+  assert set(result.results) == {"params", "ema"}
+  assert result.results["params"]["count"] == 360
+  assert result.results["params"]["loss"] < np.log(10) - 0.1  # better than chance after two epochs
+  records = read_jsonl(workdir / "metrics.jsonl")
+  train = [record for record in records if record["kind"] == "train"]
+  assert [record["step"] for record in records if record["kind"] == "test"] == [12, 22]
+  assert train[-1]["step"] == 22 and train[-1]["loss"] < train[0]["loss"]
+  assert all(0 <= value <= 1 for record in train for value in record["clip"].values())
+  assert set(train[-1]) >= {"epoch", "loss", "top1", "top5", "lr", "grad_norm", "images_per_second", "clip_fraction", "clip"}
+  assert "fc" not in train[-1]["clip"] and "blocks/0/conv1b" in train[-1]["clip"]
+  for name in ("curves.png", "config.json", "tensorboard"):
+    assert (workdir / name).exists()
+  assert list((workdir / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("at", [7, 13])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, at):
+  """SIGTERM in the middle of an epoch; the second half must see the same images, keys and state, to the bit."""
+  original = loader.TrainBatches.__getitem__
+  monkeypatch.setattr(loader, "prefetch", lambda make, start, stop, depth=2: (make(step) for step in range(start, stop)))
+
+  def interrupting(self, step):
+    if step == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, step)
+  monkeypatch.setattr(loader.TrainBatches, "__getitem__", interrupting)
+  assert threading.current_thread() is threading.main_thread()
+  first = loop.train(tiny_config(), str(tmp_path))
+  assert not first.finished and first.step == at + 1
+  monkeypatch.setattr(loader.TrainBatches, "__getitem__", original)
+  second = loop.train(tiny_config(), str(tmp_path))
+  assert second.finished and second.results == uninterrupted[1].results
+  for a, b in zip(final_arrays(tmp_path), final_arrays(uninterrupted[0]), strict=True):
+    np.testing.assert_array_equal(a, b)
+  steps = [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
+  assert steps == sorted(set(steps))
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(uninterrupted):
+  workdir, result = uninterrupted
+  before = final_arrays(workdir)
+  again = loop.train(tiny_config(), str(workdir))
+  assert again.finished and again.results == result.results
+  for a, b in zip(before, final_arrays(workdir), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_another_configurations_workdir_is_refused(uninterrupted):
+  workdir, _ = uninterrupted
+  config = tiny_config(seed=1)
+  with pytest.raises(CheckpointError, match="config.seed was 0, is 1"):
+    loop.train(config, str(workdir))
+  config = tiny_config()
+  config.optim.clipping = 0.01
+  with pytest.raises(CheckpointError, match="config.optim.clipping was 0.05, is 0.01"):
+    loop.train(config, str(workdir))
+
+
+def test_fields_that_change_nothing_may_differ(uninterrupted):
+  workdir, result = uninterrupted
+  config = tiny_config(log_every=3, eval_batch=77)
+  again = loop.train(config, str(workdir))
+  assert again.results["params"]["top1"] == result.results["params"]["top1"]
+  assert again.results["params"]["loss"] == pytest.approx(result.results["params"]["loss"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_layer_and_checkpoint(tmp_path):
+  config = tiny_config(checkpoint_every=0.25, epochs=4)
+  config.optim = OptimConfig(base_lr=1e30, warmup_epochs=0.25, clipping=None, ema_decay=None)
+  with pytest.raises(loop.NonFiniteError) as error:
+    loop.train(config, str(tmp_path))
+  message = str(error.value)
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  assert "not finite at step" in message and "first layer whose" in message
+  assert "checkpoint: " in message
+  assert all(np.isfinite(record["loss"]) for record in records)
+  assert json.loads((tmp_path / "config.json").read_text())["optim"]["base_lr"] == 1e30

@@ -1,0 +1,107 @@
+"""The step: the same on 1 and 8 devices, nothing changes once a number is not finite, exact evaluation on any batch."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfnets import optim
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.data import loader, sources
+from nfnets.train import evaluate, mesh as meshes, state as states, step as steps
+
+
+def make_config(model: str) -> Config:
+  return Config(model=ModelConfig(name=model, drop_rate=0.2), data=DataConfig(name="digits", shift=1),
+                optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9), batch=64, epochs=2)
+
+
+def prepare(config: Config, devices: int):
+  """(mesh, step, evaluation step, state, batches) on the first `devices` devices."""
+  mesh = meshes.make_mesh(jax.devices()[:devices])
+  data = sources.load(config.data, train=True)
+  graph, params, stats = states.split(states.build_network(config.model, 10))
+  optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=22, total_steps=44)
+  state = jax.device_put(states.init_state(params, stats, optimizer, config), meshes.replicated(mesh))
+  return (mesh, steps.compile_over(mesh, steps.make_train_step(config, graph, optimizer), donate_state=True),
+          steps.compile_over(mesh, steps.make_eval_step(config, graph)), state,
+          loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed))
+
+
+@pytest.mark.parametrize("model", ["nf_resnet_tiny", "resnet_tiny"])
+def test_eight_devices_equal_one(model):
+  """Losses, parameters, running statistics and EMA after 4 steps, with AGC, dropout and the global batch's BatchNorm."""
+  assert jax.device_count() == 8
+  finals = []
+  for devices in (1, 8):
+    mesh, step, _, state, batches = prepare(make_config(model), devices)
+    losses = []
+    for i in range(4):
+      state, metrics = step(state, meshes.put_batch(mesh, batches[i]))
+      losses.append(float(metrics["loss_sum"]))
+    finals.append((losses, jax.device_get((state.params, state.stats, state.ema))))
+  np.testing.assert_allclose(finals[0][0], finals[1][0], rtol=1e-5)
+  # BatchNorm divides by deviations that may be tiny: it alone amplifies float32's rounding
+  tolerance = 1e-5 if model == "nf_resnet_tiny" else 2e-3
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), finals[0][1], finals[1][1])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
+  mesh, step, _, state, batches = prepare(make_config("nf_resnet_tiny"), 2)
+  state, _ = step(state, meshes.put_batch(mesh, batches[0]))
+  before = jax.device_get(state)
+  kernel = before.params["fc"]["bias"]
+  poisoned = dataclasses.replace(state, params=jax.tree.map(lambda x: x, state.params))
+  poisoned.params["fc"]["bias"] = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, np.nan, np.float32), meshes.replicated(mesh)), kernel)
+  expected = jax.device_get(poisoned)
+  for i in (1, 2):
+    poisoned, _ = step(poisoned, meshes.put_batch(mesh, batches[i]))
+  after = jax.device_get(poisoned)
+  assert bool(after.halted) and int(after.step) == 1
+  for field in ("params", "opt_state", "ema"):
+    jax.tree.map(np.testing.assert_array_equal, getattr(expected, field), getattr(after, field))
+
+
+def test_the_state_is_donated():
+  mesh, step, _, state, batches = prepare(make_config("nf_resnet_tiny"), 1)
+  before = jax.tree.leaves(state.params)
+  step(state, meshes.put_batch(mesh, batches[0]))
+  assert all(leaf.is_deleted() for leaf in before)
+
+
+def test_evaluation_is_exact_on_any_devices_and_batch():
+  config = make_config("nf_resnet_tiny")
+  data = sources.load(config.data, train=False)
+  found = []
+  for devices, batch in ((1, 360), (8, 50), (3, 7)):
+    mesh, _, eval_step, state, _ = prepare(config, devices)
+    heard = []
+    found.append(evaluate.evaluate(eval_step, mesh, state.params, state.stats, data, batch=batch, progress=heard.append))
+    assert heard[-1] == found[-1]["count"] == 360
+  assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"] and found[0]["top5"] == found[1]["top5"]
+  assert [each["loss"] for each in found] == pytest.approx([found[0]["loss"]] * 3, rel=1e-5)
+  network = states.build_network(config.model, 10)
+  logits = np.asarray(network(steps.normalise(jnp.asarray(data.images), config.data)), np.float64)
+  assert found[0]["top1"] == (logits.argmax(-1) == data.labels).mean()
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  assert found[0]["loss"] == pytest.approx(-logp[np.arange(360), data.labels].mean(), rel=1e-5)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+  with pytest.raises(ValueError, match="batch=100 is not divisible by the 8 devices; use 96 or 104"):
+    meshes.check_batch(100, meshes.make_mesh())
+
+
+def test_mixed_labels_reach_the_loss():
+  config = dataclasses.replace(make_config("nf_resnet_tiny"), label_smoothing=0.0)
+  config.model.drop_rate = 0.0
+  graph, params, stats = states.split(states.build_network(config.model, 10))
+  data = sources.load(config.data, train=False)
+  batch = {"image": jnp.asarray(data.images[:8]), "label": jnp.asarray(data.labels[:8])}
+  other = jnp.asarray(data.labels[8:16])
+  loss = lambda **extra: float(steps.batch_loss(config, graph, params, stats, batch | extra, jax.random.key(0))[0])
+  mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
+  assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)
+  assert isinstance(nnx.merge(graph, params, stats), nnx.Module)
