@@ -14,8 +14,9 @@ digits: $(VENV)/installed
 	$(RUN) -m launch.train --config=configs/digits.py --workdir=$(WORKDIR)
 	$(RUN) -m launch.evaluate --config=configs/digits.py --checkpoint=$(WORKDIR)
 
+# Two processes of one thread each: much of the time is XLA compiling, on one thread.
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_multi_thread_eigen=false" $(RUN) -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

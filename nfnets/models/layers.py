@@ -232,7 +232,8 @@ class TimmWSConv(WSConv):
 # ---------------------------------------------------------------- pooling and gates
 def average_pool(x: Array) -> Array:
   """2×2 mean with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; at an odd edge only real pixels count."""
-  return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
+  mean = nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
+  return mean.astype(x.dtype)  # flax counts the pixels in float32
 
 
 def max_pool(x: Array, padding: Padding = "SAME") -> Array:

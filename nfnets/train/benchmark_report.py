@@ -192,7 +192,8 @@ class StepReport:
       lines.append(("AGC overhead", f"× {self.agc.ratio:.4f} = {self.agc.with_agc_ms.median:.4g} ms with / "
                                     f"{self.agc.without_agc_ms.median:.4g} ms without, medians; by pairs of blocks: "
                                     f"{self.agc.pair_ratio} ({self.agc.pair_ratio.count} pairs of blocks of "
-                                    f"{self.agc.steps_per_block} steps, taking turns)"))
+                                    f"{self.agc.steps_per_block} step{'s' * (self.agc.steps_per_block > 1)}, "
+                                    "taking turns)"))
     lines += [
       ("checked", f"loss {self.final_loss:.4g} after {self.updates} updates, not halted"),
       ("with", ", ".join(f"{name} {version}" for name, version in self.versions.items()) +

@@ -64,7 +64,9 @@ def test_a_descriptions_rows_add_up_to_what_a_small_network_does():
 
 
 def test_every_name_creates_and_describes_itself():
-  for name in models.names():
+  for name in set(models.names()) - set(PARAMETERS):
+    if sum(models.variant(name).depth) > 70:
+      continue  # deeper rows differ from these in depth alone
     network = nnx.eval_shape(lambda name=name: models.create(name, 10))
     assert count(network) > 0
     config = models.variant(name)
@@ -76,8 +78,14 @@ def test_every_name_creates_and_describes_itself():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_small_networks_run_and_keep_float32_where_it_matters(name, dtype):
   network = models.create(name, 10, dtype=dtype)
-  outputs = network.outputs(images(), train=True, rngs=nnx.Rngs(0))
+  seen = {}
+
+  @nnx.jit
+  def run(network, x, key):
+    return network.outputs(x, train=True, rngs=key, tap=lambda place, value: seen.setdefault(place, value.dtype))
+  outputs = run(network, images(), jax.random.key(0))
   assert outputs["features"].dtype == dtype
+  assert {place for place, found in seen.items() if found != dtype} <= {"pool", "logits"}
   assert outputs["logits"].shape == (2, 10) and outputs["logits"].dtype == outputs["pool"].dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(network)))
 
@@ -86,11 +94,11 @@ def test_small_networks_run_and_keep_float32_where_it_matters(name, dtype):
 def test_every_baseline_normalizes_as_its_name_says(norm):
   network = models.create("resnet_tiny", 10, norm=norm)
   norm0 = network.blocks[1].norm0
+  from nfnets.models.resnet import normalize
   if norm == "none":
     assert norm0 is None and network.blocks[1].conv0.bias is not None
     return
   x = 3 * jax.random.normal(jax.random.key(0), (4, 8, 8, 64)) * jnp.arange(1, 65) + 5
-  from nfnets.models.resnet import normalize
   y = np.asarray(normalize(norm0, x, True), np.float64)
   axes = {"batch": (0, 1, 2), "group": (1, 2, 4), "layer": (1, 2, 3), "instance": (1, 2)}[norm]
   y = y.reshape(4, 8, 8, 32, 2) if norm == "group" else y
@@ -99,28 +107,40 @@ def test_every_baseline_normalizes_as_its_name_says(norm):
 
 
 # ---------------------------------------------------------------- theory
-@pytest.mark.parametrize("name, size", [("nfnet_f0", 96), ("nf_resnet50", 96), ("nf_regnet_b0", 96)])
-def test_signal_at_initialisation_follows_theory(name, size):
-  """Variance grows by alpha² a block and starts again at each transition (P1, section 4.2), with skip gains of one."""
+@pytest.mark.parametrize("name", ["nfnet_f0", "nf_resnet50", "nf_regnet_b0"])
+def test_signal_at_initialisation_follows_theory(name):
+  """With skip gains of one, a block adds alpha² times its branch's variance, and a transition starts again (P1, section 4.2)."""
   network = models.create(name, 10, **WITHOUT_DROPS)
   for block in network.blocks:
     block.skip_gain[...] = jnp.ones(())
-  statistics = jax.device_get(nnx.jit(models.signal_statistics)(network, jax.random.normal(jax.random.key(0), (8, size, size, 3))))
-  plans = [(round(1 / block.beta**2, 6), block.conv_shortcut is not None) for block in network.blocks]
-  alpha = network.blocks[0].alpha
-  for i, (expected_in, transition) in enumerate(plans):
-    if i + 1 < len(plans):
-      assert plans[i + 1][0] == pytest.approx((1.0 if transition else expected_in) + alpha**2, abs=1e-5)
-  measured = lambda i: float(statistics[f"blocks/{i}"]["var"] + statistics[f"blocks/{i}"]["mean_sq"])
-  for i, (expected_in, transition) in enumerate(plans):
-    expected_out = (1.0 if transition else expected_in) + alpha**2
-    assert float(statistics[f"blocks/{i}"]["residual_var"]) == pytest.approx(1.0, rel=0.75), i
-    # gates and pooling make single blocks stray; the sum over a stage must not run away from theory
-    assert measured(i) == pytest.approx(expected_out, rel=0.6), i
-  growth = [measured(i + 1) - measured(i) for i, (_, transition) in enumerate(plans[1:]) if not transition]
-  assert np.mean(growth) == pytest.approx(alpha**2, rel=0.5)
-  resets = [measured(i) / measured(i - 1) for i, (_, transition) in enumerate(plans) if transition and i]
-  assert all(ratio < 1.05 for ratio in resets)
+  x = jax.image.resize(jax.random.normal(jax.random.key(0), (8, 6, 6, 3)), (8, 96, 96, 3), "bilinear")
+  graph, state = nnx.split(network)
+
+  @jax.jit
+  def run(state, x):
+    network, shortcut = nnx.merge(graph, state), {}
+    network.outputs(x, tap=lambda name, value: shortcut.update({name: jnp.mean(jnp.var(value, axis=(0, 1, 2)))})
+                    if name.endswith("conv_shortcut") else None)
+    return models.signal_statistics(network, x), shortcut
+  statistics, shortcut = jax.device_get(run(state, (x - x.mean()) / x.std()))
+  var = lambda i: float(statistics[f"blocks/{i}"]["var"])
+  branch = lambda i: float(statistics[f"blocks/{i}"]["residual_var"])
+  alpha, expected_var = network.blocks[0].alpha, 1.0
+  growth = {True: [], False: []}  # measured and predicted, within stages
+  for i, block in enumerate(network.blocks):
+    assert 1 / block.beta**2 == pytest.approx(expected_var, rel=1e-5)
+    if block.conv_shortcut is not None:
+      assert var(i) == pytest.approx(shortcut[f"blocks/{i}/conv_shortcut"] + alpha**2 * branch(i), rel=0.1)
+      assert i == 0 or var(i) < var(i - 1)
+      expected_var = 1.0
+    else:
+      growth[True].append(var(i) - var(i - 1))
+      growth[False].append(alpha**2 * branch(i))
+    expected_var += alpha**2
+  assert sum(growth[True]) == pytest.approx(sum(growth[False]), rel=0.2)
+  if name == "nf_resnet50":  # nothing is pooled between blocks here, so that absolute values follow too
+    assert all(0.6 < branch(i) < 1.5 for i in range(16))
+    assert np.mean(growth[True]) == pytest.approx(alpha**2, rel=0.2)
 
 
 @pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
@@ -154,8 +174,8 @@ def test_scaled_weight_standardization_against_float64():
   assert conv.weight().dtype == jnp.float32
 
 
-@pytest.mark.parametrize("groups, width, strides, padding", itertools.chain(
-    itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), itertools.product((5, 16), (8,), (1, 2), ("SAME",))))
+@pytest.mark.parametrize("groups, width, strides, padding", [
+    *itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), *itertools.product((5, 16), (8,), (1, 2), ("SAME",))])
 def test_split_groups_equal_grouped_convolution(groups, width, strides, padding):
   """What CPUs get (`_convolve_split`) against what accelerators get, forward and gradient."""
   x = jax.random.normal(jax.random.key(0), (2, 7, 7, groups * width))
@@ -178,22 +198,25 @@ def test_stochastic_depth_drops_samples_and_does_not_rescale():
 
 
 def test_randomness_needs_rngs_and_is_off_at_evaluation():
-  network = models.create("nfnet_tiny", 10)
+  network = models.create("nf_resnet_tiny", 10, drop_rate=0.2, stochastic_depth=0.5)
   network.fc.bias[...] = jnp.zeros(10)
+  for block in network.blocks:
+    block.skip_gain[...] = jnp.ones(())
   with pytest.raises(ValueError, match="rngs"):
     network(images(), train=True)
   a, b = (network(images(), train=True, rngs=jax.random.key(seed)) for seed in (0, 1))
   assert not np.array_equal(a, b)
   np.testing.assert_array_equal(network(images(), train=True, rngs=jax.random.key(0)), a)
   np.testing.assert_array_equal(network(images()), network(images(), rngs=jax.random.key(5)))
-  still = models.create("nfnet_tiny", 10, **WITHOUT_DROPS)
+  still = models.create("nf_resnet_tiny", 10, **WITHOUT_DROPS)
   np.testing.assert_array_equal(still(images(), train=True), still(images()))
 
 
 @pytest.mark.parametrize("name", ["nfnet_tiny", "nf_resnet_tiny", "resnet_tiny", "fixup_resnet_tiny"])
 def test_remat_changes_no_gradient_and_no_statistic(name):
   def run(remat):
-    graph, params, stats = nnx.split(models.create(name, 10, remat=remat), nnx.Param, nnx.BatchStat)
+    graph, params, stats = nnx.split(models.create(name, 10, remat=remat, depth=(1, 1), width=(16, 32), stage_strides=(1, 2)),
+                                     nnx.Param, nnx.BatchStat)
 
     def loss(params):
       network = nnx.merge(graph, params, stats, copy=True)
@@ -239,7 +262,7 @@ def test_eager_and_traced_creation_agree():
 
 # ---------------------------------------------------------------- mistakes
 def test_names_are_forgiving_and_mistakes_are_answered():
-  assert models.variant("NFNet-F0+") is models.variant("nfnet_f0+")
+  assert models.variant("NFNet-F0+") == models.variant("nfnet_f0+")
   with pytest.raises(models.UnknownModelError, match="nf_resnet50"):
     models.create("nf_resnet5")
   with pytest.raises(models.UnknownOverrideError, match="drop_rate"):
