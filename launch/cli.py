@@ -23,7 +23,8 @@ class UsageError(ValueError):
 
 def define_config(values: flags.FlagValues) -> None:
   """Adds `--config` and its overrides, `--config.optim.base_lr=0.2`."""
-  config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/digits.py or configs/cifar10.py:norm=batch", flag_values=values)
+  config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/digits.py or configs/cifar10.py:norm=batch",
+                                  flag_values=values)
 
 
 def parse_config(values: flags.FlagValues) -> Config:
@@ -47,7 +48,10 @@ def parse_workdir(values: flags.FlagValues) -> str:
 
 def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues], None], usage: str, *,
          arguments: bool = False) -> None:
-  """Parses sys.argv, runs `program(values)` (and, with `arguments`, what is no flag), exits. A person's mistake is one line and status 2, a bug keeps its traceback."""
+  """Parses sys.argv, runs `program(values)` (and, with `arguments`, what is no flag), exits.
+
+  A person's mistake is one line and status 2, a bug keeps its traceback.
+  """
   values = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "Show this and exit.", short_name="h", flag_values=values)
   define(values)

@@ -40,7 +40,8 @@ def run(values: flags.FlagValues) -> int:
   eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
   results = {name: evaluate.evaluate(eval_step, mesh, *each, data, batch=config.eval_batch) for name, each in weights.items()}
   checkpoints.close()
-  title = f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, {mesh.size} × {jax.devices()[0].device_kind}"
+  title = (f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
+           f"{mesh.size} × {jax.devices()[0].device_kind}")
   rich.console.Console().print(logbook.results_table(title, results))
   print(json.dumps({"checkpoint": str(checkpoints.path(step)), "step": step, **results}))
   return 0

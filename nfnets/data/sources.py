@@ -74,8 +74,8 @@ def _synthetic(config: DataConfig, split: str) -> Images:
   """256 images of noise, image_size pixels a side (32 if 0), num_classes classes (1000 if 0); the split seeds them."""
   size, classes = config.image_size or 32, config.num_classes or 1000
   rng = np.random.default_rng([*split.encode()])
-  return Images(images=rng.integers(0, 256, (256, size, size, 3), np.uint8), labels=rng.integers(0, classes, 256).astype(np.int32),
-                class_names=tuple(map(str, range(classes))))
+  images, labels = rng.integers(0, 256, (256, size, size, 3), np.uint8), rng.integers(0, classes, 256).astype(np.int32)
+  return Images(images=images, labels=labels, class_names=tuple(map(str, range(classes))))
 
 
 def _tfds(config: DataConfig, split: str) -> Images:

@@ -44,7 +44,8 @@ class Description:
     head = ["stage", "blocks", "parameters"] + [column for use, size in self.resolutions.items()
                                                 for column in (f"{use}: {size} px", "multiply-adds")]
     rows = [[stage.name, str(stage.blocks or ""), f"{stage.parameters:,}"] +
-            [cell for size in self.resolutions.values() for cell in (shape(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")]
+            [cell for size in self.resolutions.values()
+             for cell in (shape(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")]
             for stage in self.stages]
     rows.append(["total", str(sum(stage.blocks for stage in self.stages)), f"{self.parameters:,}"] +
                 [cell for size in self.resolutions.values() for cell in ("", f"{self.macs[size] / 1e9:.3f} G")])
@@ -77,7 +78,8 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
   traced = {size: _trace(network, size, stage_of) for size in set(resolutions.values())}
   names = ["stem", *(f"stage {i + 1}" for i in range(len(config.depth))), "tail", "fc"]
   stages = [Stage(name=stage, blocks=config.depth[i - 1] if stage.startswith("stage") else 0, parameters=parameters[stage],
-                  shapes={size: traced[size][0][stage] for size in traced}, macs={size: traced[size][1][stage] for size in traced})
+                  shapes={size: traced[size][0][stage] for size in traced},
+                  macs={size: traced[size][1][stage] for size in traced})
             for i, stage in enumerate(names)]
   return Description(name=name, num_classes=num_classes, resolutions=resolutions, stages=stages)
 

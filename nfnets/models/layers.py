@@ -2,7 +2,8 @@
 
 P1 is "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2101.08692), P2 is
 "High-Performance Large-Scale Image Recognition Without Normalization" (2102.06171). Parameters are float32; a layer
-computes in its input's dtype, standardizes weights and pools in float32. Images and features are [batch, height, width, channels].
+computes in its input's dtype, standardizes weights and pools in float32. Images and features are [batch, height, width,
+channels].
 """
 import contextlib
 import contextvars
@@ -162,10 +163,11 @@ def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, paddi
 
 
 class Conv(nnx.Module):
-  """Plain convolution. kernel [k, k, in/groups, out], truncated normal 1/sqrt(fan_in) unless `kernel_init`; bias [out] if wanted."""
+  """Plain convolution. kernel [k, k, in/groups, out], truncated normal 1/sqrt(fan_in) unless `kernel_init`; bias [out]."""
 
   def __init__(self, in_features: int, out_features: int, kernel_size: int, *, strides: int = 1, groups: int = 1,
-               padding: Padding = "SAME", use_bias: bool = True, kernel_init: Callable[..., Array] | None = None, rngs: ParamKeys):
+               padding: Padding = "SAME", use_bias: bool = True, kernel_init: Callable[..., Array] | None = None,
+               rngs: ParamKeys):
     if in_features % groups or out_features % groups:
       raise ValueError(f"groups={groups} must divide in_features={in_features} and out_features={out_features}")
     self.strides, self.groups, self.padding = strides, groups, padding

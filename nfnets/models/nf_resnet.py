@@ -91,8 +91,8 @@ class NFResNet(Network):
     plans = plan_blocks(depth=config.depth, width=config.width, strides=config.stage_strides, in_features=features,
                         alpha=config.alpha, stochastic_depth=config.stochastic_depth)
     blocks = [NFResBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
-    super().__init__(blocks=blocks, features=config.width[-1], num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.01,
-                     remat=config.remat, dtype=dtype, rngs=rngs)
+    super().__init__(blocks=blocks, features=config.width[-1], num_classes=num_classes, drop_rate=config.drop_rate,
+                     fc_stddev=0.01, remat=config.remat, dtype=dtype, rngs=rngs)
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.stem(x)
@@ -113,6 +113,7 @@ VARIANTS = {
     **{f"nf_seresnet{layers_}": _se(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
     **{f"nf_ecaresnet{layers_}": _eca(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
     # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that keeps the resolution
-    "nf_resnet_tiny": NFResNetConfig(depth=(2, 2, 2), width=(64, 128, 256), stage_strides=(1, 2, 2), stem_kernel=3, stem_strides=1,
-                                     stem_pool=False, stochastic_depth=0.0, train_resolution=32, test_resolution=32),
+    "nf_resnet_tiny": NFResNetConfig(depth=(2, 2, 2), width=(64, 128, 256), stage_strides=(1, 2, 2), stem_kernel=3,
+                                     stem_strides=1, stem_pool=False, stochastic_depth=0.0, train_resolution=32,
+                                     test_resolution=32),
 }

@@ -47,8 +47,10 @@ class Checkpoints:
     step = int(state.step)
     if step == self.latest():
       return
-    items = {"model": _named((state.params, state.stats)), "ema": _named(state.ema), "training": _named((state.opt_state, state.step))}
-    meta = {"step": step, "num_classes": num_classes, "config": to_json(config), "shapes": jax.tree.map(lambda x: list(x.shape), items),
+    items = {"model": _named((state.params, state.stats)), "ema": _named(state.ema),
+             "training": _named((state.opt_state, state.step))}
+    meta = {"step": step, "num_classes": num_classes, "config": to_json(config),
+            "shapes": jax.tree.map(lambda x: list(x.shape), items),
             "versions": {"nfnets": nfnets.__version__, "jax": jax.__version__}}
     self._manager.save(step, args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}))
@@ -66,7 +68,7 @@ class Checkpoints:
     return dataclasses.replace(like, params=params, stats=stats, ema=ema, opt_state=opt_state, step=step_array,
                                halted=jax.device_put(False, sharding))
 
-  def restore_model(self, step: int, params: nnx.State, stats: nnx.State, sharding: Sharding) -> dict[str, tuple[nnx.State, nnx.State]]:
+  def restore_model(self, step: int, params: nnx.State, stats: nnx.State, sharding: Sharding) -> dict[str, Any]:
     """{"params": (params, stats), "ema": the same, averaged, if it was kept}, for evaluation: no optimizer is read."""
     trees = {"model": (params, stats)}
     if self.meta(step)["config"]["optim"]["ema_decay"] is not None:
@@ -83,8 +85,8 @@ class Checkpoints:
       expected = {key: value.shape for key, value in arrays.items()}
       if saved != expected:
         odd = sorted(key for key in saved | expected if saved.get(key) != expected.get(key))
-        lines = ", ".join(f"{key.replace('.', '/')} (saved {saved.get(key, 'not there')}, expected {expected.get(key, 'not there')})"
-                          for key in odd[:3])
+        lines = ", ".join(f"{key.replace('.', '/')} (saved {saved.get(key, 'not there')}, "
+                          f"expected {expected.get(key, 'not there')})" for key in odd[:3])
         raise CheckpointError(f"{self.path(step)} holds another network: {len(odd)} arrays differ: {lines}")
     found = self._manager.restore(step, args=ocp.args.Composite(
         **{name: ocp.args.StandardRestore(arrays) for name, arrays in wanted.items()}))

@@ -25,7 +25,8 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, batc
       value, _ = batch_loss(config, graph, params, stats, batch, step_key(config, step), tap)
       return value, finite
     (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return value, seen, jax.tree.map(lambda g: jnp.isfinite(g).all(), grads), jax.tree.map(lambda p: jnp.isfinite(p).all(), params)
+    all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+    return value, seen, all_finite(grads), all_finite(params)
 
   loss, seen, grads, params = jax.device_get(jax.jit(run)(state.params, state.stats, batch, state.step))
   bad = lambda tree: [path for path, finite, _ in named_leaves(tree) if not finite]

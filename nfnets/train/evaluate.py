@@ -16,7 +16,8 @@ def evaluate(eval_step: Callable, mesh: Mesh, params: nnx.State, stats: nnx.Stat
              progress: Callable[[int], None] = lambda images: None) -> dict[str, float | int]:
   """{"loss", "top1", "top5", "count"} over all of `data`, top-k as fractions.
 
-  `batch` is rounded up to a multiple of the devices; the last batch is padded and masked. `progress` hears how many images are done.
+  `batch` is rounded up to a multiple of the devices; the last batch is padded and masked. `progress` hears how many
+  images are done.
   """
   batch = -(-batch // mesh.size) * mesh.size
   sums = None

@@ -41,7 +41,7 @@ class Logbook:
     self._bar.update(self._task, completed=step)
 
   def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float) -> None:
-    """scalars: "loss", "top1" (fraction), "lr", "images_per_second", "clip_fraction" if there is AGC, …, means since the last call."""
+    """scalars: means since the last call: "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction", …"""
     self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
     text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}  {scalars['images_per_second']:,.0f} images/s" +
             (f"  clipped {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else ""))
@@ -53,7 +53,8 @@ class Logbook:
 
   def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
     """results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""
-    flat = {f"{'' if name == 'params' else name + '_'}{key}": value for name, found in results.items() for key, value in found.items()}
+    flat = {key if name == "params" else f"{name}_{key}": value
+            for name, found in results.items() for key, value in found.items()}
     self._write({"kind": "test", "step": step, "epoch": epoch, **flat})
     parts = "  ".join(f"{name}: top-1 {found['top1']:.2%} loss {found['loss']:.4f}" for name, found in results.items())
     self.console.print(f"test at epoch {epoch:.1f}, {results['params']['count']:,} images  {parts}")

@@ -67,7 +67,8 @@ def train(config: Config, workdir: str) -> Result:
     graph, params, stats = states.split(network)
     state = jax.device_put(states.init_state(params, stats, optimizer, config), whole)
   else:
-    state = checkpoints.restore(found, jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats), whole)
+    like = jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats)
+    state = checkpoints.restore(found, like, whole)
   step = int(state.step)
   batches = loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed)
   train_step = steps.compile_over(mesh, steps.make_train_step(config, graph, optimizer), donate_state=True)
@@ -87,7 +88,8 @@ def train(config: Config, workdir: str) -> Result:
 
   def test(step: int, state: states.TrainState) -> dict[str, dict[str, float]]:
     weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
-    results = {name: evaluate.evaluate(eval_step, mesh, *each, test_data, batch=config.eval_batch) for name, each in weights.items()}
+    results = {name: evaluate.evaluate(eval_step, mesh, *each, test_data, batch=config.eval_batch)
+               for name, each in weights.items()}
     log.test(step, step / steps_per_epoch, results)
     return results
 
@@ -145,7 +147,8 @@ def _summary(config: Config, state: states.TrainState, pending: list[dict[str, A
   clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
   if clipping:
     scalars["clip_fraction"] = float(np.mean([entry["clip_fraction"] for entry in clipping.values()]))
-  kernels = {path.removesuffix("/kernel"): float(entry["clip_fraction"]) for path, entry in clipping.items() if path.endswith("/kernel")}
+  kernels = {path.removesuffix("/kernel"): float(entry["clip_fraction"])
+             for path, entry in clipping.items() if path.endswith("/kernel")}
   return scalars, dict(sorted(kernels.items(), key=lambda item: _layer_order(item[0]))), seconds / len(window)
 
 

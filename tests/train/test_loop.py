@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.data import loader, sources
+from nfnets.data import loader
 from nfnets.train import loop, state as states
 from nfnets.train.checkpoint import CheckpointError, Checkpoints
 from nfnets.train.logbook import read_jsonl

@@ -15,7 +15,8 @@ from nfnets.train import evaluate, mesh as meshes, state as states, step as step
 
 def make_config(model: str) -> Config:
   return Config(model=ModelConfig(name=model, drop_rate=0.2), data=DataConfig(name="digits", shift=1),
-                optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9), batch=64, epochs=2)
+                optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9),
+                batch=64, epochs=2)
 
 
 def prepare(config: Config, devices: int):
@@ -52,9 +53,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
   mesh, step, _, state, batches = prepare(make_config("nf_resnet_tiny"), 2)
   state, _ = step(state, meshes.put_batch(mesh, batches[0]))
   before = jax.device_get(state)
-  kernel = before.params["fc"]["bias"]
+  nans = lambda x: jax.device_put(np.full(x.shape, np.nan, np.float32), meshes.replicated(mesh))
   poisoned = dataclasses.replace(state, params=jax.tree.map(lambda x: x, state.params))
-  poisoned.params["fc"]["bias"] = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, np.nan, np.float32), meshes.replicated(mesh)), kernel)
+  poisoned.params["fc"]["bias"] = jax.tree.map(nans, before.params["fc"]["bias"])
   expected = jax.device_get(poisoned)
   for i in (1, 2):
     poisoned, _ = step(poisoned, meshes.put_batch(mesh, batches[i]))
