@@ -184,10 +184,10 @@ class DataConfig:
   dir: str = ""
   train_split: str = "train"
   test_split: str = "test"
-  # Classes of the classifier; must be what the data has. 0 = as the data says.
-  num_classes: int = 0
-  # Side of the square images, pixels; 0 = as stored. Only synthetic images can have any size.
-  image_size: int = 0
+  # Classes of the classifier; must be what the data has. None = as the data says.
+  num_classes: int | None = None
+  # Side of the square images, pixels. None = as stored; only synthetic images can have any size.
+  image_size: int | None = None
   # Training images: random shift by up to this many pixels each way (edges repeat), and mirroring half of them.
   shift: int = 0
   flip: bool = False
@@ -196,10 +196,12 @@ class DataConfig:
   std: tuple[float, ...] = (58.395, 57.12, 57.375)
 
   def validate(self) -> None:
-    for field in ("num_classes", "image_size", "shift"):
+    for field, least in (("num_classes", 1), ("image_size", 1), ("shift", 0)):
       value = getattr(self, field)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"DataConfig.{field} = {value!r}: expected a whole number >= 0.")
+      if value is None and least:
+        continue
+      if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"DataConfig.{field} = {value!r}: expected a whole number >= {least}.")
     for field in ("mean", "std"):
       value = getattr(self, field)
       if len(value) != 3 or not all(isinstance(v, (int, float)) for v in value) or field == "std" and min(value) <= 0:

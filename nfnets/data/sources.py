@@ -47,13 +47,13 @@ def load(config: DataConfig, *, train: bool) -> Images:
     found = _tfds(config, split)
   if not len(found):
     raise DataError(f"split {split!r} of {config.name} is empty (config.data.{'train' if train else 'test'}_split)")
-  if config.num_classes not in (0, found.num_classes):
+  if config.num_classes not in (None, found.num_classes):
     raise DataError(f"config.data.num_classes={config.num_classes}, but {config.name} has {found.num_classes} classes "
-                    f"(set it to {found.num_classes}, or to 0 to take the data's)")
+                    f"(set it to {found.num_classes}, or leave it unset)")
   size = found.images.shape[1:3]
   if config.image_size and size != (config.image_size,) * 2:
     raise DataError(f"config.data.image_size={config.image_size}, but the images of {config.name} are {size[0]}×{size[1]} "
-                    "(set it to 0 to take them as they are)")
+                    "(leave it unset to take them as they are)")
   return found
 
 
@@ -71,7 +71,7 @@ def _digits(split: str) -> Images:
 
 
 def _synthetic(config: DataConfig, split: str) -> Images:
-  """256 images of noise, image_size pixels a side (32 if 0), num_classes classes (1000 if 0); the split seeds them."""
+  """256 images of noise, image_size pixels a side (32 if unset), num_classes classes (1000); the split seeds them."""
   size, classes = config.image_size or 32, config.num_classes or 1000
   rng = np.random.default_rng([*split.encode()])
   images, labels = rng.integers(0, 256, (256, size, size, 3), np.uint8), rng.integers(0, classes, 256).astype(np.int32)
