@@ -103,7 +103,7 @@ def test_the_main_job(tmp_path):
     assert done.returncode == 0, done.stderr
     return done.stdout
   trained = run("train", f"--workdir={tmp_path}")
-  for words in ("OptimConfig(", "kernels, unclipped", "images/s", "clipped", "505/505", "curves.png"):
+  for words in ("OptimConfig(", "kernels, unclipped", "images/s", "  clip ", "505/505", "curves.png"):
     assert words in trained
   found = json.loads(run("evaluate", f"--checkpoint={tmp_path}").splitlines()[-1])
   assert found["step"] == 505

@@ -45,8 +45,8 @@ def benchmark_step(config: Config, *, steps: int = 50, warmup: int = 5, without_
   """Times the training step that `config` describes.
 
   Read from `config`: everything that makes the step (model, optimizer, loss, batch). No dataset is loaded: images are
-  noise of config.data.image_size pixels (0 = the model's training resolution), labels are drawn from
-  config.data.num_classes (0 = 1000), and an epoch is as long as ImageNet's.
+  noise of config.data.image_size pixels (None = the model's training resolution), labels are drawn from
+  config.data.num_classes (None = 1000), and an epoch is as long as ImageNet's.
 
   Args:
     config: the run; `batch` is over all devices.

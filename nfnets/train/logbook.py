@@ -30,10 +30,12 @@ class Logbook:
       self._file.write(json.dumps(record) + "\n")
     self._events = SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1)
     self._drawn = time.monotonic()
-    columns = ["[progress.description]{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn(),
-               "{task.fields[text]}", rich.progress.TimeRemainingColumn(compact=True)]
-    columns = [rich.progress.TextColumn(c) if isinstance(c, str) else c for c in columns]
-    self._bar = rich.progress.Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+    whole = rich.table.Column(no_wrap=True)
+    self._bar = rich.progress.Progress(
+        rich.progress.MofNCompleteColumn(table_column=whole),
+        rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1, min_width=4)),
+        rich.progress.TextColumn("{task.fields[text]}", table_column=whole), rich.progress.TimeRemainingColumn(table_column=whole),
+        console=self.console, disable=not self.console.is_terminal, transient=True, expand=True)
     self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="compiling …")
     self._bar.start()
 
@@ -44,7 +46,7 @@ class Logbook:
     """scalars: means since the last call: "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction", …"""
     self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
     text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}  {scalars['images_per_second']:,.0f} images/s" +
-            (f"  clipped {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else ""))
+            (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else ""))
     self._bar.update(self._task, completed=step, text=text)
     if not self.console.is_terminal:
       left = (self._total - step) * seconds_per_step
