@@ -22,7 +22,8 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
 $(VENV)/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; say which: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"error: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; say which: make PYTHON=python3.12 ...")'
 	@echo "Installing requirements.txt into $(VENV): some 80 packages, a minute or two"
 	@$(PYTHON) -m venv $(VENV)
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt | awk ' \

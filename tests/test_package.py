@@ -114,5 +114,6 @@ def test_readme_tree_is_true():
   found = readme_tree()
   wrong = [path for path in found if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()]
   assert wrong == [], f"README's tree shows what is not there: {wrong}"
-  absent = {path.split("/")[0] + "/" for path in tracked() if "/" in path} - set(found)
+  tops = lambda paths: {path.split("/")[0] + "/" for path in paths if "/" in path}
+  absent = tops(tracked()) - tops(found)
   assert absent == set(), f"README's tree lacks {sorted(absent)}"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from launch import bench as launch_bench, cli
+from configs import digits
 from nfnets import models
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.train import benchmark, mesh as meshes
@@ -185,7 +186,7 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
   assert json.loads(last) == json.loads(file.read_text())
   read = json.loads(last)
   assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 1000, 2)
-  assert read["clipping"] == 0.01 and read["agc_track"] is True and read["agc"] is None
+  assert read["clipping"] == digits.get_config().optim.clipping and read["agc_track"] is True and read["agc"] is None
 
 
 @pytest.mark.parametrize("arguments, message", [
