@@ -34,7 +34,8 @@ class Logbook:
     self._bar = rich.progress.Progress(
         rich.progress.MofNCompleteColumn(table_column=whole),
         rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1, min_width=4)),
-        rich.progress.TextColumn("{task.fields[text]}", table_column=whole), rich.progress.TimeRemainingColumn(table_column=whole),
+        rich.progress.TextColumn("{task.fields[text]}", table_column=whole),
+        rich.progress.TimeRemainingColumn(table_column=whole),
         console=self.console, disable=not self.console.is_terminal, transient=True, expand=True)
     self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="compiling …")
     self._bar.start()

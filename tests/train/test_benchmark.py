@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import bench as launch_bench, cli
 from configs import digits
+from launch import bench as launch_bench, cli
 from nfnets import models
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.train import benchmark, mesh as meshes
