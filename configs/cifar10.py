@@ -21,4 +21,4 @@ def get_config(arg: str = "norm=none") -> Config:
       data=DataConfig(name="cifar10", num_classes=10, shift=4, flip=True, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7)),
       optim=OptimConfig(base_lr=0.1, warmup_epochs=2, weight_decay=5e-4, clipping=0.05 if norm == "none" else None,
                         agc_track=norm == "none", ema_decay=0.999),
-      batch=256, eval_batch=1000, epochs=30, label_smoothing=0.1, log_every=20, eval_every=1, checkpoint_every=2)
+      batch=256, eval_batch=1000, epochs=20, label_smoothing=0.1, log_every=20, eval_every=1, checkpoint_every=2)

@@ -112,8 +112,7 @@ VARIANTS = {
     **{f"nf_resnet{layers_}": NFResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
     **{f"nf_seresnet{layers_}": _se(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
     **{f"nf_ecaresnet{layers_}": _eca(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
-    # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that keeps the resolution
+    # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that halves once
     "nf_resnet_tiny": NFResNetConfig(depth=(2, 2, 2), width=(64, 128, 256), stage_strides=(1, 2, 2), stem_kernel=3,
-                                     stem_strides=1, stem_pool=False, stochastic_depth=0.0, train_resolution=32,
-                                     test_resolution=32),
+                                     stem_pool=False, stochastic_depth=0.0, train_resolution=32, test_resolution=32),
 }

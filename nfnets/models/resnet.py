@@ -197,7 +197,7 @@ class FixupResNet(ResNet):
 
 # ---------------------------------------------------------------- variants
 _skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
-_tiny = {"depth": (2, 2, 2), "width": (64, 128, 256), "stage_strides": (1, 2, 2), "stem_kernel": 3, "stem_strides": 1,
+_tiny = {"depth": (2, 2, 2), "width": (64, 128, 256), "stage_strides": (1, 2, 2), "stem_kernel": 3,
          "stem_pool": False, "train_resolution": 32, "test_resolution": 32}
 
 VARIANTS = {

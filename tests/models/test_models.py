@@ -57,10 +57,10 @@ def test_multiply_adds_are_the_papers(name):
 def test_a_descriptions_rows_add_up_to_what_a_small_network_does():
   """By hand for one network: stem, one block of each kind, classifier."""
   description = models.describe("nf_resnet_tiny", 10, depth=(1,), width=(16,), stage_strides=(2,))
-  stem = 32 * 32 * 9 * 3 * 4
-  block = 32 * 32 * 4 * 4 + 16 * 16 * 9 * 4 * 4 + 16 * 16 * 4 * 16 + 16 * 16 * 4 * 16
+  stem = 16 * 16 * 9 * 3 * 4
+  block = 16 * 16 * 4 * 4 + 8 * 8 * 9 * 4 * 4 + 8 * 8 * 4 * 16 + 8 * 8 * 4 * 16
   assert description.macs[32] == stem + block + 16 * 10
-  assert [stage.shapes[32] for stage in description.stages] == [(32, 32, 4), (16, 16, 16), (16,), (10,)]
+  assert [stage.shapes[32] for stage in description.stages] == [(16, 16, 4), (8, 8, 16), (16,), (10,)]
 
 
 def test_every_name_creates_and_describes_itself():
