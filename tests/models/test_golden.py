@@ -38,14 +38,21 @@ CASES = {
   "fixup_resnet50": Case("fixup_resnet50"),
   "resnet50": Case("resnet50"),
   "resnet50_silu": Case("resnet50", {"activation": "silu"}),
+  "nf_resnet50_silu": Case("nf_resnet50", {"activation": "silu"}),
+  "nf_seresnet50_silu": Case("nf_resnet50", {"gate": "se", "se_ratio": 0.25, "activation": "silu"}),
+  "skipinit_resnet50_silu": Case("skipinit_resnet50", {"activation": "silu"}),
+  "fixup_resnet50_silu": Case("fixup_resnet50", {"activation": "silu"}),
   "nfnet_l0": Case("nfnet_l0"),
   "eca_nfnet_l0": Case("eca_nfnet_l0"),
   "eca_nfnet_l1": Case("eca_nfnet_l1"),
 }
-# Normalizing over a small batch amplifies rounding until some ReLU flips: the published code's own float32 gradients
-# are off by 2e-2. With a smooth activation, in resnet50_silu, they can be compared. The other three would take about as
-# long as the rest together to tell what their smaller siblings tell.
-WITH_GRADIENTS = [case for case in CASES if case not in ("resnet50", "nfnet_f1+", "nf_regnet_b2", "eca_nfnet_l1")]
+# A ReLU whose input is zero to rounding passes its gradient in one float32 program and not in another (jax 0.10 and 0.12 differ
+# by 1e-3 so), and batch normalization makes that 2e-2. These networks are compared strictly with a smooth activation, and
+# loosely as they are.
+FLIPS = {"nf_resnet50": 1e-2, "skipinit_resnet50": 1e-2, "fixup_resnet50": 1e-2}
+# The last three would take 80 s to tell nothing that their smaller siblings do not.
+WITHOUT_GRADIENTS = ("resnet50", "nf_seresnet50", "nf_regnet_b2", "eca_nfnet_l1", "nfnet_f1+")
+WITH_GRADIENTS = [case for case in CASES if case not in WITHOUT_GRADIENTS]
 BATCH_NORM = ["resnet50", "resnet50_silu"]
 WITHOUT_DROPS = {"drop_rate": 0.0, "stochastic_depth": 0.0}
 
@@ -118,7 +125,7 @@ def test_parameter_counts(case):
     assert sorted(leaves) == str(want["paths"]).split("\n")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("resnet50_silu") or case == "resnet50_silu"])
 def test_evaluation_outputs(case):
   """At evaluation, with the variant's own dropout and stochastic depth: they must not act."""
   graph, state = nnx.split(abstract_model(case))
@@ -163,7 +170,7 @@ def test_training_loss_and_gradients(case):
   value, gradients = jax.jit(jax.value_and_grad(loss))(params, rest)
   assert abs(float(value) / want["loss"] - 1) < TOLERANCE
   deviations = gradient_deviations(by_path(gradients), want)
-  assert {what: d for what, d in deviations.items() if not d < TOLERANCE} == {}
+  assert {what: d for what, d in deviations.items() if not d < FLIPS.get(case, TOLERANCE)} == {}
 
 
 def gradient_deviations(gradients: dict[str, jax.Array], want: dict) -> dict[str, float]:
