@@ -1,6 +1,6 @@
 """NF-ResNet with AGC on CIFAR-10, and the BatchNorm ResNet of the same shape under the same recipe.
 
-    tfds build cifar10 --data_dir=DATA      # once; needs TFDS's network
+    tfds build cifar10 --file_format=array_record --data_dir=DATA      # once, with tensorflow and a network
     python -m launch.train --config=configs/cifar10.py --config.data.dir=DATA --workdir=runs/cifar10
     python -m launch.train --config=configs/cifar10.py:norm=batch --config.data.dir=DATA --workdir=runs/cifar10-batch
 

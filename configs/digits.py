@@ -11,8 +11,7 @@ def get_config(arg: str = "") -> Config:
   if arg:
     raise ValueError(f"configs/digits.py takes no argument, got {arg!r}")
   return Config(
-      model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, overrides={
-          "depth": (1, 1, 1, 1), "stem_strides": (1, 1, 1, 1), "stage_strides": (1, 2, 2, 1)}),
+      model=ModelConfig(name="nfnet_digits"),
       data=DataConfig(name="digits", shift=1, mean=(77.8,) * 3, std=(95.9,) * 3),
       optim=OptimConfig(base_lr=0.8, warmup_epochs=3, clipping=0.04, agc_track=True, ema_decay=0.99),
       batch=128, eval_batch=360, epochs=45, log_every=20, eval_every=5, checkpoint_every=15)

@@ -31,6 +31,8 @@ def parse_config(values: flags.FlagValues) -> Config:
   """The configuration, overridden and checked."""
   if values.config is None:
     raise UsageError("--config is missing, e.g. --config=configs/digits.py")
+  if not isinstance(values.config, Config):
+    raise UsageError(f"--config: get_config must return a nfnets.config.Config, got {type(values.config).__name__}")
   values.config.validate()
   return values.config
 
@@ -60,7 +62,7 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
       _check_config_arguments(sys.argv[1:])
     try:
       rest = values(sys.argv)
-    except (flags.Error, KeyError) as error:
+    except (flags.Error, KeyError, AttributeError, SyntaxError, ImportError, TypeError) as error:
       # a config file's own error comes wrapped in its traceback; the last line is what it said
       raise UsageError(" ".join(re.split(r"\w*Error: ", str(error))[-1].split())) from error
     if values.help:
@@ -95,14 +97,15 @@ def _raised_here(error: BaseException) -> bool:
 
 def _check_config_arguments(arguments: list[str]) -> None:
   """Raises UsageError for a config file that is not there and for overrides of fields that no config has."""
-  for argument in arguments:
-    flag, _, value = argument.lstrip("-").partition("=")
-    if flag == "config":
+  for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+    flag, equals, value = argument.lstrip("-").partition("=")
+    if flag == "config" and argument.startswith("-"):
+      value = value if equals else following
       file = pathlib.Path(value.partition(":")[0])
       if not file.is_file():
         near = difflib.get_close_matches(str(file), map(str, sorted(pathlib.Path("configs").glob("*.py"))), n=3, cutoff=0.4)
         raise UsageError(f"--config={value}: no file {file}; near: {', '.join(near) or 'none in configs/'}")
-    elif flag.startswith("config."):
+    elif flag.startswith("config.") and argument.startswith("-"):
       _check_field(Config, flag.removeprefix("config.").split("."), flag)
 
 

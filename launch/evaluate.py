@@ -25,14 +25,16 @@ def run(values: flags.FlagValues) -> int:
     raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
   from nfnets.data import sources
   from nfnets.train import evaluate, logbook, mesh as meshes, state as states, step as steps
-  from nfnets.train.checkpoint import Checkpoints
+  from nfnets.train.checkpoint import Checkpoints, check_same_run
 
-  where = pathlib.Path(values.checkpoint)
+  where = pathlib.Path(values.checkpoint).resolve()
+  where = where.parent if where.name == "checkpoints" else where
   one = where.name.isdigit() and where.parent.name == "checkpoints"
   checkpoints = Checkpoints(str(where.parent.parent if one else where))
   step = int(where.name) if one else checkpoints.latest()
   if step is None or not checkpoints.path(step).is_dir():
     raise cli.UsageError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
+  check_same_run(checkpoints.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
   data = sources.load(config.data, train=False)
   mesh = meshes.make_mesh()
   graph, params, stats = states.split(nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes)))

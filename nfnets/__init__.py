@@ -4,7 +4,7 @@
 devices lives in `nfnets.data`, `nfnets.train` and the programs in `launch/`, and is not imported from here.
 """
 from nfnets import models
-from nfnets.agc import agc, agc_metrics, explain
+from nfnets.agc import AGCState, agc, agc_metrics, explain
 
-__all__ = ["agc", "agc_metrics", "explain", "models"]
+__all__ = ["AGCState", "agc", "agc_metrics", "explain", "models"]
 __version__ = "0.1.0"

@@ -22,13 +22,11 @@ Unit axes are those that stay; the norm runs over all others. They follow from n
   bias      A bias has the shape of its kernel's units: beside (O,) the last axis of that size, which settles most
             transposed kernels (and by name Haiku's conv2_d_transpose/w, (H, W, O, I)); beside (H, K) those two.
   name      Kernels (D, H, K) of query, key, value, q_proj...: H and K.
-  rank      The last axis: Dense (I, O); Conv (..., I, O), grouped and depthwise alike. "rank?" in the table: rank 3 or
-            >= 5, taken for a 1-D or 3-D convolution without evidence; override it if it is a stack.
+  rank      The last axis: Dense (I, O); Conv (..., I, O), grouped and depthwise alike; "rank?" where that is a guess.
 
 Shapes cannot settle everything: (L, L, O) beside (L, O) is read as a stack unless named query, key or value, and a
 kernel with I = O as (I, O) though it be transposed. Read the table, and give `unit_axes` where it is wrong.
 """
-
 import collections
 import difflib
 import functools
@@ -128,7 +126,6 @@ def agc(
     # Each schedule is asked once a step, not once a parameter.
     schedules = {id(entry.clipping): entry.clipping for entry in entries.values() if callable(entry.clipping)}
     now = {key: jnp.reshape(schedule(state.count), ()) for key, schedule in schedules.items()}
-
     clipped, rows = [], {}
     for path, grad in grads.items():
       entry = entries[path]
@@ -156,6 +153,8 @@ def agc_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
   metrics = {}
   for state in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AGCState)):
     if isinstance(state, AGCState) and state.paths is not None:
+      if twice := metrics.keys() & state.paths.keys():
+        raise ValueError(f"Two tracking agc's clip {min(twice)!r}: read their states one by one.")
       for i, path in enumerate(sorted(state.paths)):
         metrics[path] = {field: getattr(state, field)[i] for field in AGCState._fields[2:]}
   return metrics
@@ -187,7 +186,6 @@ def plan(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: A
       _check_number(f"clipping[{pattern.pattern!r}]" if by_path else "clipping", value)
   overrides = _rules("unit_axes", {} if unit_axes is None else unit_axes)
   exclusions = _rules("exclude", () if exclude is None or callable(exclude) else exclude)
-
   named = named_leaves(params)
   paths = [path for path, _, _ in named]
   if len(set(paths)) < len(paths):
@@ -327,6 +325,8 @@ def _rules(what: str, rules: Any) -> list[tuple[re.Pattern, Any]]:
   rules = [rules] if isinstance(rules, str) else rules
   try:
     pairs = rules.items() if isinstance(rules, Mapping) else [(pattern, None) for pattern in rules]
+    if any("['" in pattern for pattern, _ in pairs):
+      raise re.error("paths are written head/kernel; ['head'] would match single letters")
     return [(re.compile(pattern), value) for pattern, value in pairs]
   except (re.error, TypeError) as error:
     raise ValueError(f"{what}: expected regular expressions, got {rules!r} ({error}).") from error

@@ -54,6 +54,8 @@ def call(monkeypatch, capsys, program: str, *arguments: str) -> tuple[int, str, 
     ([DIGITS, "--workdir=W", "--config.data.image_size=0"], "DataConfig.image_size = 0: expected"),
     ([DIGITS, "--workdir=W", "--config.data.num_classes=0"], "DataConfig.num_classes = 0: expected"),
     ([DIGITS, "--workdir=/proc/x"], "--workdir=/proc/x"),
+    (["--config", "configs/digits.py"], "--workdir is missing"),
+    (["--config=launch/__init__.py", "--workdir=W"], "get_config"),
 ])
 def test_mistakes_in_training_are_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, expected):
   arguments = [argument.replace("--workdir=W", f"--workdir={tmp_path / 'run'}") for argument in arguments]
@@ -109,5 +111,8 @@ def test_the_main_job(tmp_path):
   assert found["step"] == 505
   for weights in ("params", "ema"):
     assert found[weights]["count"] == 360 and found[weights]["top1"] >= 0.985
+  command = [sys.executable, "-m", "launch.evaluate", DIGITS, f"--checkpoint={tmp_path}", "--config.model.activation=relu"]
+  refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+  assert refused.returncode == 2 and "config.model.activation was None, is 'relu'" in refused.stderr
   one = json.loads(run("evaluate", f"--checkpoint={tmp_path}/checkpoints/505", "--config.eval_batch=77").splitlines()[-1])
   assert one["params"]["top1"] == found["params"]["top1"]

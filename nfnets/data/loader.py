@@ -39,12 +39,13 @@ class TrainBatches:
     return {"image": images, "label": self._data.labels[index]}
 
   def _draws(self, epoch: int) -> dict[str, np.ndarray]:
-    if epoch not in self._epochs:
+    drawn = self._epochs.get(epoch)
+    if drawn is None:
       rng = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
       n, shift = len(self._data), self._config.shift
       drawn = {"order": rng.permutation(n), "shift": rng.integers(-shift, shift + 1, (n, 2)), "flip": rng.random(n) < 0.5}
       self._epochs = {e: d for e, d in self._epochs.items() if e == epoch - 1} | {epoch: drawn}
-    return self._epochs[epoch]
+    return drawn
 
 
 def shift_images(images: np.ndarray, by: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ All of them are held in memory, as uint8; none needs TensorFlow.
 """
 import dataclasses
 import difflib
+import logging
 import os
 
 import numpy as np
@@ -81,12 +82,12 @@ def _synthetic(config: DataConfig, split: str) -> Images:
 def _tfds(config: DataConfig, split: str) -> Images:
   """A dataset as TFDS has prepared it, in memory. Nothing is downloaded: without a network TFDS would retry for minutes."""
   os.environ.setdefault("NO_GCE_CHECK", "true")
+  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at every start
   import tensorflow_datasets as tfds
   from etils import epath
   directory = config.dir or None
   if directory and not os.path.isdir(directory):
-    raise DataError(f"config.data.dir={directory!r} is not a directory; prepare the dataset there with TFDS, e.g.: "
-                    f"tfds build {config.name} --data_dir={directory}")
+    raise DataError(f"config.data.dir={directory!r} is not a directory; {_how_to_prepare(config)}")
   where = directory or os.path.join("~", "tensorflow_datasets")
   try:
     builder = tfds.builder(config.name, data_dir=directory, try_gcs=False)
@@ -95,21 +96,24 @@ def _tfds(config: DataConfig, split: str) -> Images:
     near = ", ".join(difflib.get_close_matches(config.name, known, n=4, cutoff=0.5)) or "none"
     raise DataError(f"unknown dataset config.data.name={config.name!r}; near: {near}") from error
   if not epath.Path(builder.data_path).exists():
-    raise DataError(f"{config.name} is not prepared under {where}; run: tfds build {config.name}"
-                    f"{f' --data_dir={directory}' if directory else ''}, or set config.data.dir to where it is")
+    raise DataError(f"{config.name} is not prepared under {where}; set config.data.dir to where it is, or "
+                    f"{_how_to_prepare(config)}")
   if "image" not in builder.info.features or "label" not in builder.info.features:
     raise DataError(f"{config.name} has the features {', '.join(builder.info.features)}; 'image' and 'label' are needed")
+  if not hasattr(builder.info.features["label"], "names"):
+    raise DataError(f"the labels of {config.name} are {builder.info.features['label']}, not classes")
   try:
     source = builder.as_data_source(split=split)
   except (ValueError, KeyError) as error:
     raise DataError(f"{config.name} has no split {split!r}; it has: {', '.join(builder.info.splits)}") from error
   except NotImplementedError as error:
-    raise DataError(f"{config.name} under {where} is not stored as array_record; prepare it again with: tfds build {config.name} "
-                    "--file_format=array_record") from error
+    raise DataError(f"{config.name} under {where} is not stored as array_record; {_how_to_prepare(config)}") from error
   images, labels = [], []
   for example in source:
     image = example["image"]
     image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+    if image.dtype != np.uint8 or image.shape[-1] != 3:
+      raise DataError(f"the images of {config.name} are {image.dtype} with {image.shape[-1]} channels, not uint8 with 1 or 3")
     if images and image.shape != images[0].shape:
       raise DataError(f"the images of {config.name} differ in size ({images[0].shape[:2]}, {image.shape[:2]}); only datasets of "
                       "equally large images can be read into memory")
@@ -117,3 +121,8 @@ def _tfds(config: DataConfig, split: str) -> Images:
     labels.append(example["label"])
   return Images(images=np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8), labels=np.asarray(labels, np.int32),
                 class_names=tuple(builder.info.features["label"].names))
+
+
+def _how_to_prepare(config: DataConfig) -> str:
+  directory = f" --data_dir={config.dir}" if config.dir else ""
+  return f"prepare it once, where tensorflow is installed: tfds build {config.name} --file_format=array_record{directory}"

@@ -9,10 +9,12 @@
 """
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -55,21 +57,26 @@ def variant(name: str, **overrides) -> Config:
   return _lookup(name, overrides)[1]
 
 
-def create(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs | int = 0, dtype=jnp.float32, **overrides) -> Network:
+def create(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs | jax.Array | int = 0, dtype=jnp.float32,
+           **overrides) -> Network:
   """The named network with initialised float32 parameters.
 
-  rngs: an nnx.Rngs (its "params" stream is used) or a seed. dtype: what convolutions compute in; statistics, pooling and
-  logits stay float32. overrides: fields of the variant's row, e.g. drop_rate=0.0, remat=True, activation="silu".
+  rngs: an nnx.Rngs (its "params" stream is used), a jax.random key or a seed. dtype: what convolutions compute in; statistics,
+  pooling and logits stay float32. overrides: fields of the variant's row, e.g. drop_rate=0.0, remat=True, activation="silu".
   Abstractly, for shapes without memory: `nnx.eval_shape(lambda: create(name))`.
   Raises UnknownModelError, UnknownOverrideError or InvalidOverrideError, each naming near matches.
   """
   network, config = _lookup(name, overrides)
   if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
     raise InvalidOverrideError(f"num_classes={num_classes!r}: expected a positive int")
-  if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+  try:
+    floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    floating = False
+  if not floating:
     raise InvalidOverrideError(f"dtype={dtype!r}: expected a floating dtype such as float32 or bfloat16")
-  keys = layers.ParamKeys((nnx.Rngs(rngs) if isinstance(rngs, int) else rngs).params())
-  return network(config, num_classes, dtype=dtype, rngs=keys)
+  key = rngs if isinstance(rngs, jax.Array) else (nnx.Rngs(rngs) if isinstance(rngs, int) else rngs).params()
+  return network(config, num_classes, dtype=dtype, rngs=layers.ParamKeys(key))
 
 
 def describe(name: str, num_classes: int = 1000, **overrides):
@@ -105,21 +112,27 @@ def _check(name: str, field: str, value, hint) -> None:
   """Raises InvalidOverrideError where `value` does not fit the field's annotation or range."""
   choices = [c for option in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
              for c in (typing.get_args(option) if typing.get_origin(option) is typing.Literal else ())]
+  inside = [each for each in layers.ACTIVATIONS if each not in ("glu", "log_softmax")]  # these two mix channels
+  whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  sizes = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
   expected = None
-  if field == "activation" and value not in layers.ACTIVATIONS:
-    expected = "one of " + ", ".join(layers.ACTIVATIONS)
-  elif choices and value not in choices and not (value is None and type(None) in typing.get_args(hint)):
-    expected = "one of " + ", ".join(map(repr, choices))
-  elif field in ("drop_rate", "stochastic_depth") and not (isinstance(value, int | float) and 0 <= value < 1):
-    expected = "a probability, 0 ≤ rate < 1"
-  elif typing.get_origin(hint) is tuple and not (isinstance(value, tuple | list) and value and all(
-      isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in value)):
-    expected = "a tuple of positive ints"
-  elif hint is bool and not isinstance(value, bool):
-    expected = "True or False"
-  elif hint is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-    expected = "a positive int"
-  elif hint is float and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-    expected = "a number ≥ 0"
+  if field == "activation":
+    expected = None if value in inside else "one of " + ", ".join(inside)
+  elif choices:
+    allowed = value in choices or value is None and type(None) in typing.get_args(hint)
+    expected = None if allowed else "one of " + ", ".join(map(repr, choices))
+  elif field in ("drop_rate", "stochastic_depth"):
+    expected = None if number and 0 <= value < 1 else "a probability, 0 ≤ rate < 1"
+  elif sizes:
+    several = isinstance(value, tuple | list) and value and all(map(whole, value))
+    fits = several and (Ellipsis in sizes or len(value) == len(sizes))
+    expected = None if fits else "a tuple of positive ints" + ("" if Ellipsis in sizes else f", {len(sizes)} of them")
+  elif hint is bool:
+    expected = None if isinstance(value, bool) else "True or False"
+  elif hint in (int, int | None):
+    expected = None if whole(value) or value is None and hint is not int else "a positive int"
+  elif hint is float:
+    expected = None if number and 0 < value < math.inf else "a finite number > 0"
   if expected:
     raise InvalidOverrideError(f"{name}: {field}={value!r}, expected {expected}")

@@ -168,8 +168,8 @@ class Conv(nnx.Module):
   def __init__(self, in_features: int, out_features: int, kernel_size: int, *, strides: int = 1, groups: int = 1,
                padding: Padding = "SAME", use_bias: bool = True, kernel_init: Callable[..., Array] | None = None,
                rngs: ParamKeys):
-    if in_features % groups or out_features % groups:
-      raise ValueError(f"groups={groups} must divide in_features={in_features} and out_features={out_features}")
+    if min(in_features, out_features, groups) < 1 or in_features % groups or out_features % groups:
+      raise ValueError(f"groups={groups} must be at least 1 and divide in_features={in_features} and out_features={out_features}")
     self.strides, self.groups, self.padding = strides, groups, padding
     shape = (kernel_size, kernel_size, in_features // groups, out_features)
     init = kernel_init or self.default_init(math.prod(shape[:-1]))
@@ -238,9 +238,9 @@ def average_pool(x: Array) -> Array:
   return mean.astype(x.dtype)  # flax counts the pixels in float32
 
 
-def max_pool(x: Array, padding: Padding = "SAME") -> Array:
+def max_pool(x: Array) -> Array:
   """3×3 maximum with stride 2."""
-  return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME" if padding == "SAME" else ((1, 1), (1, 1)))
+  return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
 
 
 def global_pool(x: Array) -> Array:

@@ -166,7 +166,10 @@ VARIANTS = {
     "eca_nfnet_l1": _light(depth=(2, 4, 12, 6), train_resolution=256, test_resolution=320),
     "eca_nfnet_l2": _light(depth=(3, 6, 18, 9), train_resolution=320, test_resolution=384),
     "eca_nfnet_l3": _light(depth=(4, 8, 24, 12), train_resolution=352, test_resolution=448),
-    # for 32-pixel images and CPUs: the same blocks, narrow, and a stem that halves once
+    # for 32-pixel images and CPUs: the same blocks, narrow, and a stem that halves once; for 8-pixel ones, halving twice in all
+    "nfnet_digits": _F(depth=(1, 1, 1, 1), width=(32, 64, 128, 128), group_width=16, stem_width=(8, 12, 16),
+                       stem_strides=(1, 1, 1, 1), stage_strides=(1, 2, 2, 1), train_resolution=8, test_resolution=8,
+                       drop_rate=0.2, stochastic_depth=0.1, randaugment=(2, 5)),
     "nfnet_tiny": _F(depth=(1, 1, 2, 1), width=(32, 64, 128, 128), group_width=16, stem_width=(8, 12, 16),
                      stem_strides=(1, 1, 1, 2), train_resolution=32, test_resolution=32,
                      drop_rate=0.1, stochastic_depth=0.1, randaugment=(2, 5)),

@@ -100,14 +100,18 @@ class Checkpoints:
       self._manager.close()
 
 
-def check_same_run(saved: dict[str, Any], config: Config, workdir: str) -> None:
-  """Raises CheckpointError where a workdir's configuration is not this one's, naming the fields."""
+def check_same_run(saved: dict[str, Any], config: Config, where: str, *, only: tuple[str, ...] = ("",)) -> None:
+  """Raises CheckpointError where a checkpoint's configuration is not this one's, naming the fields.
+
+  `only`: prefixes of the fields to compare, all by default.
+  """
   before, now = _flat(saved), _flat(to_json(config))
-  odd = sorted(key for key in before | now if before.get(key) != now.get(key) and key not in MAY_DIFFER)
+  odd = sorted(key for key in before | now if before.get(key) != now.get(key) and key not in MAY_DIFFER
+               and key.startswith(only))
   if odd:
     lines = ", ".join(f"config.{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in odd[:4])
-    raise CheckpointError(f"{workdir} belongs to another configuration: {lines}{' …' if len(odd) > 4 else ''}; take another "
-                          "--workdir, or the configuration it was started with")
+    raise CheckpointError(f"{where} belongs to another configuration: {lines}{' …' if len(odd) > 4 else ''}; take another "
+                          "directory, or the configuration it was started with")
 
 
 def to_json(config: Config) -> dict[str, Any]:

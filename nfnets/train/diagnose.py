@@ -39,4 +39,4 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, batc
   layer = lambda path: path.rpartition("/")[0]
   if broken := sorted(bad(grads), key=lambda path: order.get(layer(path), len(order)), reverse=True):
     return f"all activations are finite (loss {loss:g}); first layer whose gradient is not: {broken[0]}, of {len(broken)}"
-  return f"loss {loss:g}, activations and gradients are finite when this step is computed again"
+  return f"loss {loss:g}, activations and gradients are finite, the updated parameters are not: the learning rate is too high"

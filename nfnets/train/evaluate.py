@@ -20,9 +20,10 @@ def evaluate(eval_step: Callable, mesh: Mesh, params: nnx.State, stats: nnx.Stat
   images are done.
   """
   batch = -(-batch // mesh.size) * mesh.size
-  sums = None
+  sums, before = None, None
   for done, part in enumerate(loader.eval_batches(data, batch), start=1):
     found = eval_step(params, stats, put_batch(mesh, part))
-    sums = found if sums is None else jax.tree.map(operator.add, sums, found)
+    jax.block_until_ready(before)  # one step ahead is enough; more would only hold their batches
+    sums, before = found if sums is None else jax.tree.map(operator.add, sums, found), found
     progress(min(len(data), done * batch))
   return losses.summarize(jax.device_get(sums))

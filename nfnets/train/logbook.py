@@ -20,10 +20,11 @@ class Logbook:
   run's record reads as an uninterrupted one's.
   """
 
-  def __init__(self, workdir: str, *, start_step: int, total_steps: int, batch: int, console: rich.console.Console | None = None):
+  def __init__(self, workdir: str, *, start_step: int, total_steps: int, train_label: str = "train",
+               console: rich.console.Console | None = None):
     self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
     self._dir = pathlib.Path(workdir)
-    self._total, self._batch = total_steps, batch
+    self._total, self._train_label = total_steps, train_label
     self._records = [record for record in read_jsonl(self._dir / "metrics.jsonl") if record["step"] <= start_step]
     self._file = open(self._dir / "metrics.jsonl", "w", encoding="utf-8")
     for record in self._records:
@@ -58,7 +59,8 @@ class Logbook:
     """results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""
     flat = {key if name == "params" else f"{name}_{key}": value
             for name, found in results.items() for key, value in found.items()}
-    self._write({"kind": "test", "step": step, "epoch": epoch, **flat})
+    if not any(record["kind"] == "test" and record["step"] == step for record in self._records):
+      self._write({"kind": "test", "step": step, "epoch": epoch, **flat})
     parts = "  ".join(f"{name}: top-1 {found['top1']:.2%} loss {found['loss']:.4f}" for name, found in results.items())
     self.console.print(f"test at epoch {epoch:.1f}, {results['params']['count']:,} images  {parts}")
     if time.monotonic() - self._drawn > REDRAW_SECONDS:
@@ -72,7 +74,7 @@ class Logbook:
     path = self._dir / "curves.png"
     if not any(record["kind"] == "train" for record in self._records):
       return None
-    draw_curves(self._records, path)
+    draw_curves(self._records, path, self._train_label)
     return path
 
   def close(self) -> None:
@@ -114,7 +116,7 @@ def results_table(title: str, results: dict[str, dict[str, float]]) -> rich.tabl
   return table
 
 
-def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, train_label: str = "train") -> None:
   """Loss, accuracy, learning rate, and clip fraction by layer, over epochs."""
   from matplotlib.figure import Figure
   train = [record for record in records if record["kind"] == "train"]
@@ -123,7 +125,7 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path) -> None:
   figure = Figure(figsize=(11, 7.5), layout="constrained")
   (loss, accuracy), (rate, clip) = figure.subplots(2, 2)
   for axis, key, title in ((loss, "loss", "cross-entropy"), (accuracy, "top1", "top-1 accuracy")):
-    axis.plot(column(train, "epoch"), column(train, key), color="0.6", lw=1, label="train")
+    axis.plot(column(train, "epoch"), column(train, key), color="0.6", lw=1, label=train_label if key == "loss" else "train")
     for prefix, color, name in (("", "C0", "test"), ("ema_", "C1", "test, EMA")):
       if column(test, prefix + key):
         values = column(test, prefix + key)

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import platform
 import pprint
@@ -76,7 +77,8 @@ def train(config: Config, workdir: str) -> Result:
 
   # ---- say what is going to happen
   pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
-  log = Logbook(workdir, start_step=step, total_steps=total_steps, batch=config.batch)
+  log = Logbook(workdir, start_step=step, total_steps=total_steps,
+                train_label=f"train, labels smoothed {config.label_smoothing:g}" if config.label_smoothing else "train")
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
   log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
@@ -93,39 +95,51 @@ def train(config: Config, workdir: str) -> Result:
     log.test(step, step / steps_per_epoch, results)
     return results
 
-  due = lambda every, step: step == total_steps or int(step / steps_per_epoch / every) > int((step - 1) / steps_per_epoch / every)
+  periods = lambda step, every: int(step / steps_per_epoch / every + 1e-9)
+  due = lambda every, step: step == total_steps or periods(step, every) > periods(step - 1, every)
 
   # ---- the loop
   results, pending, since = {}, [], time.perf_counter()
+  untimed = 1  # steps in this window that the clock leaves out: the first, which compiles
   ahead = loader.prefetch(lambda at: meshes.put_batch(mesh, batches[at]), step, total_steps)
   try:
     with stop_on_signals() as stop, contextlib.closing(ahead):
       for batch in ahead:
+        jax.block_until_ready(pending[-3:-2])  # the device keeps two steps of work; more would only hold their batches
         with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the device
           state, metrics = train_step(state, batch)
         step += 1
         pending.append(metrics)
+        if untimed and len(pending) == 1:
+          jax.block_until_ready(metrics)
+          log.say(f"compiled in {time.perf_counter() - since:.0f} s")
+          since = time.perf_counter()
         log.advance(step)
         test_due, save_due = due(config.eval_every, step), due(config.checkpoint_every, step)
         if step % config.log_every == 0 or test_due or save_due or stop or step == total_steps:
           _check_finite(config, graph, state, batches, mesh, checkpoints)
-          log.train(step, *_summary(config, state, pending, schedule, step, steps_per_epoch, time.perf_counter() - since))
-          pending, since = [], time.perf_counter()
-        if test_due:
-          results = test(step, state)
-        if save_due or stop:
+          seconds = (time.perf_counter() - since) / max(1, len(pending) - untimed)
+          log.train(step, *_summary(config, state, pending, schedule, step, steps_per_epoch, seconds), seconds)
+          pending, untimed, since = [], 0, time.perf_counter()
+        if save_due:
           checkpoints.save(state, config, num_classes=data.num_classes)
+        if test_due and not stop:
+          results = test(step, state)
+        if stop:
+          checkpoints.save(state, config, num_classes=data.num_classes)
+          break
         if test_due or save_due:
           since = time.perf_counter()
-        if stop:
-          break
-    if step >= total_steps and not results:  # resumed at the end
-      results = test(step, state)
+      if step >= total_steps and not results and not stop:  # resumed at the end
+        results = test(step, state)
+      checkpoints.wait()  # while signals are still ours: the last write must not be lost to one
   finally:
-    checkpoints.close()
-    picture = log.draw()
-    log.close()
-  finished = step >= total_steps
+    try:
+      checkpoints.close()
+    finally:
+      picture = log.draw()
+      log.close()
+  finished = bool(results) and step >= total_steps
   if finished:
     log.console.print(results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
   else:
@@ -136,20 +150,20 @@ def train(config: Config, workdir: str) -> Result:
 
 
 def _summary(config: Config, state: states.TrainState, pending: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
-             seconds: float) -> tuple[dict[str, float], dict[str, float], float]:
-  """(means over the pending steps, clip fraction of each layer's kernel at the last step, seconds a step)."""
+             seconds_per_step: float) -> tuple[dict[str, float], dict[str, float]]:
+  """(means over the pending steps, clip fraction of each layer's kernel at the last step)."""
   window = jax.device_get(pending)
   grad_norms = [metrics.pop("grad_norm") for metrics in window]
-  means = losses.summarize({key: sum(metrics[key] for metrics in window) for key in window[0]})
-  images = means.pop("count")
+  means = losses.summarize({key: sum(metrics[key].item() for metrics in window) for key in window[0]})
+  del means["count"]
   scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1)), "grad_norm": float(np.mean(grad_norms)),
-             "images_per_second": images / seconds}
+             "images_per_second": config.batch / seconds_per_step}
   clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
-  if clipping:
-    scalars["clip_fraction"] = float(np.mean([entry["clip_fraction"] for entry in clipping.values()]))
   kernels = {path.removesuffix("/kernel"): float(entry["clip_fraction"])
              for path, entry in clipping.items() if path.endswith("/kernel")}
-  return scalars, dict(sorted(kernels.items(), key=lambda item: _layer_order(item[0]))), seconds / len(window)
+  if kernels:  # the mean over layers, as in the picture
+    scalars["clip_fraction"] = float(np.mean(list(kernels.values())))
+  return scalars, dict(sorted(kernels.items(), key=lambda item: _layer_order(item[0])))
 
 
 def _layer_order(path: str) -> tuple:
@@ -163,7 +177,10 @@ def _check_finite(config: Config, graph: nnx.GraphDef, state: states.TrainState,
   if not bool(state.halted):
     return
   step = int(state.step)  # the state is the one before this update, which is numbered from 0 as the schedule is
-  where = diagnose.first_nonfinite(config, graph, state, meshes.put_batch(mesh, batches[step]))
+  try:
+    where = diagnose.first_nonfinite(config, graph, state, meshes.put_batch(mesh, batches[step]))
+  except jax.errors.JaxRuntimeError as error:  # looking at every layer needs more memory than training
+    where = f"the layer could not be found ({str(error).splitlines()[0]})"
   checkpoints.wait()
   last = checkpoints.latest()
   raise NonFiniteError(f"loss or gradient not finite at step {step + 1}: {where}; last good checkpoint: "
@@ -178,8 +195,9 @@ def stop_on_signals() -> Iterator[list[str]]:
 
   def handle(number, frame):
     received.append(signal.Signals(number).name)
+    os.write(2, f"\n{received[0]}: saving after this step; once more to end at once\n".encode())
     for each, handler in before.items():
-      signal.signal(each, handler)
+      signal.signal(each, handler or signal.SIG_DFL)
   try:
     before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
   except ValueError:  # not the main thread: signals are not ours to take
@@ -188,4 +206,4 @@ def stop_on_signals() -> Iterator[list[str]]:
     yield received
   finally:
     for number, handler in before.items():
-      signal.signal(number, handler)
+      signal.signal(number, handler or signal.SIG_DFL)

@@ -23,9 +23,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   return jax.device_put(batch, batch_sharding(mesh))
 
 
-def check_batch(batch: int, mesh: Mesh, field: str = "batch") -> None:
+def check_batch(batch: int, mesh: Mesh) -> None:
   """Raises ValueError where the devices cannot share `batch` images evenly."""
   if batch % mesh.size:
     lower, upper = batch // mesh.size * mesh.size, -(-batch // mesh.size) * mesh.size
     near = f"{lower} or {upper}" if lower else str(upper)
-    raise ValueError(f"config.{field}={batch} is not divisible by the {mesh.size} devices; use {near}")
+    raise ValueError(f"config.batch={batch} is not divisible by the {mesh.size} devices; use {near}")

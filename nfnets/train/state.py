@@ -16,8 +16,8 @@ from nfnets.config import Config, ModelConfig
 class TrainState:
   """A pytree. params and stats are nnx.States (stats: BatchNorm's running ones, else empty); ema averages both, or is None.
 
-  step: int32 [], updates done. halted: bool [], True once a loss or gradient was not finite: from then on nothing changes,
-  so that `step` names the update that failed and the state is the one before it.
+  step: int32 [], updates done. halted: bool [], True once a loss, gradient or update was not finite: from then on nothing
+  changes, so that `step` names the update that failed and the state is the one before it.
   """
 
   step: jax.Array

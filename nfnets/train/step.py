@@ -26,7 +26,12 @@ def normalise(images: jax.Array, config: DataConfig) -> jax.Array:
 
 def step_key(config: Config, step: jax.Array) -> jax.Array:
   """The key of a step's dropout and stochastic depth: a function of (seed, step), so that nothing need be saved."""
-  return jax.random.fold_in(jax.random.key(config.seed), step)
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)  # 1: not the parameters' key
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Whether no number of the tree is NaN or infinite: bool []. (A norm would overflow for finite ones.)"""
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def batch_loss(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, key: jax.Array,
@@ -47,8 +52,8 @@ def make_train_step(config: Config, graph: nnx.GraphDef, optimizer: optax.Gradie
     [TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure step: gradients → optimizer (AGC first) → parameters → EMA, all float32.
 
-  Metrics are sums over the batch ("loss_sum", "top1", "top5", "count") and "grad_norm" before clipping. A step whose loss or
-  gradients are not finite changes nothing but `halted`, and so do all that follow it.
+  Metrics are sums over the batch ("loss_sum", "top1", "top5", "count") and "grad_norm" before clipping. A step whose loss,
+  gradients or new parameters are not finite changes nothing but `halted`, and so do all that follow it.
   """
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     loss_of = lambda params: batch_loss(config, graph, params, state.stats, batch, step_key(config, state.step))
@@ -57,7 +62,7 @@ def make_train_step(config: Config, graph: nnx.GraphDef, optimizer: optax.Gradie
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = None if state.ema is None else ema_update(state.ema, (params, stats), state.step, config.optim.ema_decay)
-    halted = state.halted | ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    halted = state.halted | ~(jnp.isfinite(loss) & all_finite(grads) & all_finite((params, stats)))
     new = TrainState(step=state.step + 1, params=params, stats=stats, opt_state=opt_state, ema=average, halted=halted)
     kept = jax.tree.map(lambda before, after: jnp.where(halted, before, after), state, new)
     return dataclasses.replace(kept, halted=halted), {**sums, "grad_norm": grad_norm}

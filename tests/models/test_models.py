@@ -271,7 +271,10 @@ def test_names_are_forgiving_and_mistakes_are_answered():
   for override, expected in [
       ({"drop_rate": 1.0}, "probability"), ({"activation": "swosh"}, "one of"), ({"depth": (1, 2)}, "one entry a stage"),
       ({"gate": "sse"}, "'se', 'eca'"), ({"width": (0, 1, 1, 1)}, "positive ints"), ({"remat": 1}, "True or False"),
-      ({"dialect": "torch"}, "'official', 'timm'"), ({"alpha": -0.2}, "number ≥ 0")]:
+      ({"dialect": "torch"}, "'official', 'timm'"), ({"alpha": -0.2}, "finite number > 0"),
+      ({"stem_width": (8, 12)}, "3 of them"),
+      ({"stem_width": 3}, "3 of them"), ({"expansion": float("nan")}, "finite number"), ({"activation": "glu"}, "one of"),
+      ({"stem_features": 0}, "a positive int")]:
     with pytest.raises(models.InvalidOverrideError, match=expected):
       models.create("nfnet_f0", **override)
   for classes in (0, -1, 2.5, True):

@@ -124,3 +124,17 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_checkpoint(tmp_path
   assert "checkpoint: " in message
   assert all(np.isfinite(record["loss"]) for record in records)
   assert json.loads((tmp_path / "config.json").read_text())["optim"]["base_lr"] == 1e30
+
+
+def test_an_update_that_overflows_is_never_saved(tmp_path):
+  """Finite loss and gradients, but a learning rate that makes the parameters infinite: the state before stays the last good."""
+  config = tiny_config(checkpoint_every=0.1, epochs=1)
+  config.optim = OptimConfig(base_lr=3e38, scale_lr=False, warmup_epochs=0.1, clipping=None, ema_decay=None, momentum=0)
+  with pytest.raises(loop.NonFiniteError, match="learning rate is too high|not finite"):
+    loop.train(config, str(tmp_path))
+  checkpoints = Checkpoints(str(tmp_path))
+  graph, params, stats = states.split(states.build_network(config.model, 10))
+  for step in [checkpoints.latest()] if checkpoints.latest() else []:
+    found = checkpoints.restore_model(step, params, stats, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+  checkpoints.close()
