@@ -55,7 +55,6 @@ def call(monkeypatch, capsys, program: str, *arguments: str) -> tuple[int, str, 
     ([DIGITS, "--workdir=W", "--config.data.num_classes=0"], "DataConfig.num_classes = 0: expected"),
     ([DIGITS, "--workdir=/proc/x"], "--workdir=/proc/x"),
     (["--config", "configs/digits.py"], "--workdir is missing"),
-    (["--config=launch/__init__.py", "--workdir=W"], "get_config"),
 ])
 def test_mistakes_in_training_are_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, expected):
   arguments = [argument.replace("--workdir=W", f"--workdir={tmp_path / 'run'}") for argument in arguments]

@@ -169,7 +169,7 @@ VARIANTS = {
     # for 32-pixel images and CPUs: the same blocks, narrow, and a stem that halves once; for 8-pixel ones, halving twice in all
     "nfnet_digits": _F(depth=(1, 1, 1, 1), width=(32, 64, 128, 128), group_width=16, stem_width=(8, 12, 16),
                        stem_strides=(1, 1, 1, 1), stage_strides=(1, 2, 2, 1), train_resolution=8, test_resolution=8,
-                       drop_rate=0.2, stochastic_depth=0.1, randaugment=(2, 5)),
+                       drop_rate=0.1, stochastic_depth=0.0, randaugment=(2, 5)),
     "nfnet_tiny": _F(depth=(1, 1, 2, 1), width=(32, 64, 128, 128), group_width=16, stem_width=(8, 12, 16),
                      stem_strides=(1, 1, 1, 2), train_resolution=32, test_resolution=32,
                      drop_rate=0.1, stochastic_depth=0.1, randaugment=(2, 5)),

@@ -98,5 +98,5 @@ def test_bad_data_is_refused_in_words(changes, message):
 
 
 def test_a_dataset_that_is_not_prepared_says_what_to_run(tmp_path):
-  with pytest.raises(sources.DataError, match="tfds build cifar10 --data_dir="):
+  with pytest.raises(sources.DataError, match="tfds build cifar10 --file_format=array_record --data_dir="):
     sources.load(DataConfig(name="cifar10", dir=str(tmp_path)), train=True)
