@@ -1,14 +1,20 @@
 """Measures speed: python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 [--without-agc]
+                python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
 
 step: the compiled training step, on synthetic images that already lie on the devices. Prints the times of initialising,
 lowering and compiling, ms a step, images/s, FLOPs, MFU and memory, then all of it as one line of JSON; docs/speed.md
 says how to read it.
+data: making training images ready on the host, each pipeline in a process of its own, in turn: images/s, images per
+CPU-second, time to the first batch, memory, and what the time goes to. --against=tf.data measures two tf.data pipelines beside
+it, one tuned for decoding alone and one with the structure of the official recipe. The last line is JSON.
 """
 import dataclasses
 import difflib
 import json
 import pathlib
 
+import rich.console
+import rich.progress
 from absl import flags
 
 from launch import cli
@@ -17,13 +23,17 @@ from launch import cli
 def define(values: flags.FlagValues) -> None:
   cli.define_config(values)
   whole = lambda name, default, text: flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
-  whole("batch", None, "Images a step, over all devices; instead of config.batch.")
+  whole("batch", None, "Images a step, over all devices; instead of config.batch (step) or of 64 (data).")
   whole("image_size", None, "Pixels a side; instead of config.data.image_size and of the model's training resolution.")
   whole("steps", 50, "Timed steps, one by one and then again in a row.")
   whole("warmup", 5, "Steps before these that are not timed.")
   flags.DEFINE_boolean("without_agc", False, "Also time the step without AGC, in turn with the one with it.",
                        flag_values=values)
   flags.DEFINE_alias("without-agc", "without_agc", flag_values=values)
+  whole("images", 4000, "data: images that each pipeline makes a round, rounded up to whole batches.")
+  whole("rounds", 3, "data: times that each pipeline is measured, in turn; the medians are shown.")
+  whole("threads", None, "data: threads that decode; instead of config.data.threads and of one a core.")
+  flags.DEFINE_enum("against", None, ["tf.data"], "data: what to measure beside ours.", flag_values=values)
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
 
 
@@ -49,11 +59,54 @@ def step(values: flags.FlagValues) -> int:
   report = benchmark.benchmark_step(config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc,
                                     say=lambda line: print(line, flush=True))
   print(f"\n{report}\n")
-  line = json.dumps(report.to_json())
+  _hand_out(report.to_json(), file)
+  return 0
+
+
+def data(values: flags.FlagValues) -> int:
+  config = cli.parse_config(values)
+  file = _json_file(values.json)
+  from nfnets.data import benchmark, peers
+  if values.against and peers.missing():
+    raise cli.UsageError("--against=tf.data needs TensorFlow: pip install 'nfnets[peers]' (or tensorflow-cpu)")
+  from nfnets.data import sources
+  from nfnets.train import recipe
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  filled = recipe.data_config(config)
+  source = sources.load(filled, train=True, progress=console.print)  # what is wrong with it, and its index, before the clock
+  source.close()
+  if values.against:
+    peers.check(filled)
+  jobs = benchmark.plan(filled, batch=values.batch or 64, images=values.images, seed=config.seed,
+                        threads=values.threads or filled.threads or benchmark.cores(), against=bool(values.against))
+  columns = [rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}"),
+             rich.progress.TimeElapsedColumn()]
+  with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    task, last = bar.add_task("", total=values.rounds * len(jobs)), ""
+
+    def show(number: int, job: benchmark.Job, result: benchmark.Result | None) -> None:
+      nonlocal last
+      if result is not None:
+        last = f" (last: {result.figures['images_per_s']:,.0f} images/s)"
+        bar.advance(task)
+      bar.update(task, description=f"round {number + 1}/{values.rounds}  {job.pipeline}, {job.group}{last}")
+
+    report = benchmark.compare(jobs, rounds=values.rounds, progress=show)
+  rich.console.Console(highlight=False, width=None if console.is_terminal else 130).print(report.table())
+  for ratio in report.ratios:
+    console.print(str(ratio))
+  if values.against and len(report.ratios) == 1:
+    console.print(f"{benchmark.RECIPE}: no tf.data pipeline for config.data.mix={filled.mix}, augment={filled.augment}, "
+                  f"augment_before_mix={filled.augment_before_mix}; the official structure mixes up and cuts, then RandAugment")
+  _hand_out(report.to_json(), file)
+  return 0
+
+
+def _hand_out(report: dict, file: pathlib.Path | None) -> None:
+  line = json.dumps(report)
   print(line)
   if file is not None:
     file.write_text(f"{line}\n", encoding="utf-8")
-  return 0
 
 
 def _json_file(name: str | None) -> pathlib.Path | None:
@@ -68,7 +121,7 @@ def _json_file(name: str | None) -> pathlib.Path | None:
     raise cli.UsageError(f"--json={name}: {error.strerror}") from error
 
 
-SUBCOMMANDS = {"step": step}
+SUBCOMMANDS = {"step": step, "data": data}
 
 
 if __name__ == "__main__":

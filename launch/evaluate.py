@@ -23,8 +23,8 @@ def run(values: flags.FlagValues) -> int:
   config = cli.parse_config(values)
   if not values.checkpoint:
     raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
-  from nfnets.data import sources
-  from nfnets.train import evaluate, logbook, mesh as meshes, state as states, step as steps
+  from nfnets.data import loader, sources
+  from nfnets.train import evaluate, logbook, mesh as meshes, recipe, state as states, step as steps
   from nfnets.train.checkpoint import Checkpoints, check_same_run
 
   where = pathlib.Path(values.checkpoint).resolve()
@@ -35,13 +35,17 @@ def run(values: flags.FlagValues) -> int:
   if step is None or not checkpoints.path(step).is_dir():
     raise cli.UsageError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
   check_same_run(checkpoints.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
-  data = sources.load(config.data, train=False)
+  data_config = recipe.data_config(config)
+  data = sources.load(data_config, train=False, progress=print)
   mesh = meshes.make_mesh()
+  batches = loader.EvalBatches(data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh),
+                               process=(jax.process_index(), jax.process_count()))
   graph, params, stats = states.split(nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes)))
   weights = checkpoints.restore_model(step, params, stats, meshes.replicated(mesh))
   eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
-  results = {name: evaluate.evaluate(eval_step, mesh, *each, data, batch=config.eval_batch) for name, each in weights.items()}
-  checkpoints.close()
+  results = {name: evaluate.evaluate(eval_step, mesh, *each, batches) for name, each in weights.items()}
+  for each in (batches, data, checkpoints):
+    each.close()
   title = (f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
            f"{mesh.size} × {jax.devices()[0].device_kind}")
   rich.console.Console().print(logbook.results_table(title, results))

@@ -1,105 +1,273 @@
-"""Batches as a pure function of (seed, step), so that a resumed run sees what an uninterrupted one would have seen."""
-import queue
+"""Batches as a pure function of (seed, step): the same images, crops and mixtures for every number of processes and threads."""
+import concurrent.futures
 import threading
 from collections.abc import Callable, Iterator
 
+import cv2
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data.sources import Images
+from nfnets.data import augment, decode, mix
+from nfnets.data.errors import CorruptRecord, DataError
+from nfnets.data.order import GROUP, PARTNER, Order, Streams
+from nfnets.data.pool import Pending, Timer, cores, prefetch
+from nfnets.data.sources import Source
 
 Batch = dict[str, np.ndarray]
+Process = tuple[int, int]  # index, count
+CHUNK = 8  # rows that one task of a thread fills
+REMOTE_BLOCK = 32
 
 
-class TrainBatches:
-  """`batches[step]` → {"image": uint8 [batch, H, W, 3], "label": int32 [batch]}; any step, in any order.
+class _Decoder:
+  """A source's images as squares, decoded by a pool of threads; corrupt records are counted, and too many of them end it."""
 
-  The images of all epochs follow each other without a gap: a batch may span two epochs, and none is dropped. An image's
-  augmentation depends on (seed, epoch, index) alone.
+  def __init__(self, source: Source, config: DataConfig, size: int | None, process: Process, say: Callable[[str], None]):
+    self.source, self.config, self._say = source, config, say
+    self._process, self._local = process, threading.local()
+    self.corrupt: dict[int, str] = {}
+    # CPU seconds of all threads by what they were spent on
+    self.times = {"read": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
+    self._lock = threading.Lock()
+    cv2.setNumThreads(1)  # the threads are ours
+    threads = config.threads or cores()
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    self.size = size or self._stored_size()
+
+  def close(self) -> None:
+    """Ends the threads, waiting for what they are doing."""
+    self._pool.shutdown(wait=True, cancel_futures=True)
+
+  def _stored_size(self) -> int:
+    for index in range(len(self.source)):
+      try:
+        height, width = self._pixels(index)[0].shape[:2]
+      except CorruptRecord:
+        continue
+      if height != width:
+        raise DataError(f"the images of {self.source.name} are not square (record 0 is {height}×{width}); set "
+                        "config.data.train_crop and test_crop to what makes them so")
+      return height
+    raise DataError(f"no image of {self.source.name} can be decoded")
+
+  def _pixels(self, index: int) -> tuple[np.ndarray, int]:
+    """(uint8 [H, W, 3], label). Raises CorruptRecord."""
+    with self._timed("read"):
+      record = self.source[index]
+    if isinstance(record.image, np.ndarray):
+      return record.image, record.label
+    try:
+      with self._timed("decode"):
+        return decode.pixels(record.image), record.label
+    except decode.UnreadableImage as error:
+      raise CorruptRecord(self.source.address(index), str(error)) from error
+
+  def _note_corrupt(self, index: int, error: CorruptRecord, then: str) -> None:
+    with self._lock:
+      if index in self.corrupt:
+        return
+      self.corrupt[index] = str(error)
+      found = len(self.corrupt)
+    if found > self.config.max_corrupt * len(self.source):
+      raise DataError(f"{found} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
+                      f"max_corrupt={self.config.max_corrupt:g} allows; the last: {error}")
+    self._say(f"corrupt record, {then}: {error}")
+
+  def _timed(self, name: str) -> Timer:
+    return Timer(self.times, name)
+
+  def _as_stored(self, image: np.ndarray, index: int, field: str) -> np.ndarray:
+    if image.shape[:2] != (self.size, self.size):
+      raise DataError(f"{self.source.address(index)} is {image.shape[0]}×{image.shape[1]}, not {self.size}×{self.size}; set "
+                      f"config.data.{field} to what resizes images, or the image size to theirs")
+    return image
+
+  def _run(self, work: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> "Pending":
+    return Pending([self._pool.submit(work, at, min(at + CHUNK, rows)) for at in range(0, rows, CHUNK)], finish)
+
+
+class TrainBatches(_Decoder):
+  """`batches[step]` → {"image": uint8 [rows, S, S, 3], "label": int32 [rows]}; any step, in any order.
+
+  Where images are mixed also "mix_label" int32 [rows] and "ratio" float32 [rows], the share of "label". `rows` are this
+  process's of the global batch. An image's crop, mixture and augmentation depend on (seed, epoch, record) alone.
+  Raises DataError where there is nothing to be replaced with.
   """
 
-  def __init__(self, data: Images, config: DataConfig, *, batch: int, seed: int):
-    self._data, self._config, self._batch, self._seed = data, config, batch, seed
-    self._epochs: dict[int, dict[str, np.ndarray]] = {}
+  def __init__(self, source: Source, config: DataConfig, *, batch: int, seed: int, process: Process = (0, 1),
+               say: Callable[[str], None] = print):
+    if config.mix != "none" and batch % 2:
+      raise DataError(f"config.batch={batch} is odd, but images are mixed with their neighbours (config.data.mix={config.mix})")
+    if batch % config.repeats or config.repeats > 1 and batch // config.repeats < 2:
+      raise DataError(f"config.batch={batch} does not hold images config.data.repeats={config.repeats} times each")
+    if batch % process[1]:
+      raise DataError(f"config.batch={batch} is not divisible by the {process[1]} processes")
+    if config.augment == "randaugment" and None in (config.randaugment_layers, config.randaugment_magnitude):
+      raise DataError("config.data.randaugment_layers and randaugment_magnitude are unset, and the model has none of its own")
+    super().__init__(source, config, config.image_size, process, say)
+    self._batch, self._seed = batch, seed
+    block = config.shuffle_block or (REMOTE_BLOCK if source.remote else 1)
+    self._order = Order(len(source), seed, block=block)
+    self._partners = Order(len(source), seed, purpose=PARTNER, block=block)
+    self._window, self._hinted = GROUP * block, 0
 
   def __getitem__(self, step: int) -> Batch:
-    position = np.arange(step * self._batch, (step + 1) * self._batch)
-    epoch, offset = np.divmod(position, len(self._data))
-    parts = [self._part(e, offset[epoch == e]) for e in np.unique(epoch)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return self.start(step).result()
 
-  def _part(self, epoch: int, offset: np.ndarray) -> Batch:
-    draws = self._draws(int(epoch))
-    index = draws["order"][offset]
-    images = self._data.images[index]
-    if self._config.shift:
-      images = shift_images(images, draws["shift"][index])
-    if self._config.flip:
-      images = np.where(draws["flip"][index][:, None, None, None], images[:, :, ::-1], images)
-    return {"image": images, "label": self._data.labels[index]}
+  def start(self, step: int) -> Pending:
+    """Lets the threads begin with a batch; `result()` waits for it."""
+    per_process = self._batch // self._process[1]
+    first = self._process[0] * per_process
+    skipped, missing = (first % 2, (first + per_process) % 2) if self.config.mix != "none" else (0, 0)
+    rows = np.arange(first - skipped, first + per_process + missing)  # whole pairs
+    epochs, records = self._order.at(self._positions(step, rows))
+    copies = rows // (self._batch // self.config.repeats)
+    others = self._partners.at(self._positions(step, rows)) if self._second else None
+    if self.source.remote:
+      self._hint(step, rows)
+    made = {"image": np.empty((len(rows), self.size, self.size, 3), np.uint8), "label": np.empty(len(rows), np.int32)}
+    if self.config.mix != "none":
+      made |= {"mix_label": np.empty(len(rows), np.int32), "ratio": np.ones(len(rows), np.float32)}
 
-  def _draws(self, epoch: int) -> dict[str, np.ndarray]:
-    drawn = self._epochs.get(epoch)
-    if drawn is None:
-      rng = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-      n, shift = len(self._data), self._config.shift
-      drawn = {"order": rng.permutation(n), "shift": rng.integers(-shift, shift + 1, (n, 2)), "flip": rng.random(n) < 0.5}
-      self._epochs = {e: d for e, d in self._epochs.items() if e == epoch - 1} | {epoch: drawn}
-    return drawn
+    def work(start: int, stop: int) -> None:
+      streams = self._streams()
+      pairs = range(start, stop, 2) if self.config.mix != "none" else ()
+      keys = [(self._seed, int(epochs[i]), int(records[i]), int(copies[i])) for i in range(start, stop)]
+      if not pairs:
+        for i in range(start, stop):
+          image, made["label"][i] = self._load(int(records[i]), keys[i - start], streams, made["image"][i])
+          self._augment(image, streams.of(*keys[i - start][:3], keys[i - start][3] + AUGMENT), made["image"][i])
+      for i in pairs:
+        seconds = None if others is None else [(self._seed, int(others[0][j]), int(others[1][j]), PARTNERS + int(copies[j]))
+                                                for j in (i, i + 1)]
+        self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start:i - start + 2], seconds, streams)
+    finish = lambda: {name: value[skipped:skipped + per_process] for name, value in made.items()}
+    return self._run(work, len(rows), finish)
+
+  @property
+  def _second(self) -> bool:
+    return self.config.mix != "none" and self.config.mix_with == "second"
+
+  def _positions(self, step: int, rows: np.ndarray) -> np.ndarray:
+    distinct = self._batch // self.config.repeats
+    return step * distinct + rows % distinct
+
+  def _hint(self, step: int, rows: np.ndarray) -> None:
+    """Tells the source of a bucket what comes next, at least a window of the shuffle at a time."""
+    ahead = 1 + -(-self._window // self._batch)
+    begin = max(step, self._hinted) if self._hinted <= step + 2 * ahead else step
+    if begin <= step + ahead:
+      steps = range(begin, step + 2 * ahead)
+      order = [self._order] + [self._partners] * self._second
+      self.source.prefetch(np.concatenate([each.at(self._positions(at, rows))[1] for at in steps for each in order]))
+      self._hinted = step + 2 * ahead
+
+  def _streams(self) -> Streams:
+    if not hasattr(self._local, "streams"):
+      self._local.streams = Streams()
+    return self._local.streams
+
+  def _load(self, index: int, key: tuple[int, int, int, int], streams: Streams, out: np.ndarray) -> tuple[np.ndarray, int]:
+    """Writes the cropped, shifted and mirrored image of a record into `out`; (out, label).
+
+    A corrupt record's place is taken by the next one that can be read, cropped as the corrupt one would have been.
+    """
+    for at in range(index, index + len(self.source)):
+      try:
+        image, label = self._pixels(at % len(self.source))
+        break
+      except CorruptRecord as error:
+        self._note_corrupt(at % len(self.source), error, "replaced by the next")
+    else:
+      raise DataError(f"no image of {self.source.name} can be decoded")
+    rng, config = streams.of(*key), self.config
+    with self._timed("decode"):
+      if config.train_crop == "inception":
+        box = decode.inception_box(*image.shape[:2], self.size, rng, config.crop_area, config.crop_aspect)
+        decode.crop_and_resize(image, box, out)
+      else:
+        image = self._as_stored(image, at % len(self.source), "train_crop")
+        out[:] = decode.shift(image, *rng.integers(-config.shift, config.shift + 1, 2)) if config.shift else image
+      if config.flip and rng.random() < 0.5:
+        cv2.flip(out, 1, dst=out)
+    return out, label
+
+  def _augment(self, image: np.ndarray, rng: np.random.Generator, out: np.ndarray) -> None:
+    config = self.config
+    if config.augment == "none":
+      return
+    with self._timed("augment"):
+      if config.augment == "randaugment":
+        out[:] = augment.randaugment(image, rng, layers=config.randaugment_layers, magnitude=config.randaugment_magnitude)
+      else:
+        out[:] = augment.autoaugment(image, rng)
+
+  def _mix_pair(self, made: Batch, i: int, pair: int, keys: list[tuple], seconds: list[tuple] | None, streams: Streams) -> None:
+    """Rows i and i + 1: each mixed with the other one or with an image of the second stream."""
+    shape = (self.size, self.size, 3)
+    images, labels = zip(*(self._load(key[2], key, streams, np.empty(shape, np.uint8)) for key in keys), strict=True)
+    if seconds is None:
+      partners, mix_labels, partner_keys = images[::-1], labels[::-1], keys[::-1]
+    else:
+      partners, mix_labels = zip(*(self._load(key[2], key, streams, np.empty(shape, np.uint8)) for key in seconds), strict=True)
+      partner_keys = seconds
+    if self.config.augment_before_mix:
+      for image, key in [*zip(images, keys, strict=True), *([] if seconds is None else zip(partners, partner_keys, strict=True))]:
+        self._augment(image, streams.of(*key[:3], key[3] + AUGMENT), image)
+    kind = self.config.mix if self.config.mix != "mixup_cutmix" else ("mixup", "cutmix")[pair % 2]
+    for n, (image, partner, key) in enumerate(zip(images, partners, keys, strict=True)):
+      rng = streams.of(*key[:3], key[3] + MIX)
+      with self._timed("mix"):
+        if kind == "mixup":
+          ratio = mix.mixup_ratio(rng, self.config.mixup_alpha)
+          mixed = mix.mixup(image, partner, ratio)
+        else:
+          mixed, ratio = mix.cutmix(image, partner, mix.cutmix_box(self.size, self.size, rng))
+        made["image"][i + n] = mixed
+      made["label"][i + n], made["mix_label"][i + n], made["ratio"][i + n] = labels[n], mix_labels[n], ratio
+      if not self.config.augment_before_mix:
+        self._augment(made["image"][i + n], streams.of(*key[:3], key[3] + AUGMENT), made["image"][i + n])
 
 
-def shift_images(images: np.ndarray, by: np.ndarray) -> np.ndarray:
-  """Moves images [n, H, W, 3] by (dy, dx) pixels, `by` int [n, 2]; what comes in from outside repeats the edge."""
-  n, height, width = images.shape[:3]
-  rows = np.clip(np.arange(height) - by[:, :1], 0, height - 1)
-  columns = np.clip(np.arange(width) - by[:, 1:], 0, width - 1)
-  return images[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+# Added to a copy's number, which is below 2**20: a stream of its own for what is done after the crop, and for partners.
+AUGMENT, MIX, PARTNERS = 1 << 20, 1 << 21, 1 << 22
 
 
-def eval_batches(data: Images, batch: int) -> Iterator[Batch]:
-  """All images once, in order; the last batch is padded with zeros, "mask" bool [batch] says which images count."""
-  for start in range(0, len(data), batch):
-    images, labels = data.images[start:start + batch], data.labels[start:start + batch]
-    missing = batch - len(labels)
-    pad = lambda x, missing=missing: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-    yield {"image": pad(images), "label": pad(labels), "mask": np.arange(batch) < len(labels)}
+class EvalBatches(_Decoder):
+  """Iterates once, in order, over all images: TrainBatches' dicts with "mask" bool [rows], which says what counts.
 
-
-def prefetch(make: Callable[[int], object], start: int, stop: int, *, depth: int = 2) -> Iterator[object]:
-  """Yields make(start) … make(stop - 1), computed up to `depth` ahead in a thread that ends with the iteration.
-
-  An exception in `make` is raised here, at the step that it belongs to.
+  The last batch is padded with zeros. A corrupt record is left out by the mask, and said.
   """
-  ready: queue.Queue = queue.Queue(maxsize=depth)
-  closed = threading.Event()
 
-  def put(item: tuple[object, BaseException | None]) -> bool:
-    while not closed.is_set():
-      try:
-        ready.put(item, timeout=0.1)
-        return True
-      except queue.Full:
-        continue
-    return False
+  def __init__(self, source: Source, config: DataConfig, *, batch: int, process: Process = (0, 1),
+               say: Callable[[str], None] = print):
+    super().__init__(source, config, config.test_image_size, process, say)
+    self._rows = -(-batch // process[1])
+    self.batch = self._rows * process[1]
 
-  def work() -> None:
-    for step in range(start, stop):
-      try:
-        item = (make(step), None)
-      except BaseException as error:  # handed over, whatever it is: the consumer must not wait for ever
-        put((None, error))
-        return
-      if not put(item):
-        return
+  def __len__(self) -> int:
+    return -(-len(self.source) // self.batch)
 
-  thread = threading.Thread(target=work, name="prefetch", daemon=True)
-  thread.start()
-  try:
-    for _ in range(start, stop):
-      value, error = ready.get()
-      if error is not None:
-        raise error
-      yield value
-  finally:
-    closed.set()
-    thread.join()
+  def __iter__(self) -> Iterator[Batch]:
+    yield from prefetch(self.start, 0, len(self))
+
+  def start(self, step: int) -> Pending:
+    first = step * self.batch + self._process[0] * self._rows
+    stop = min(first + self._rows, len(self.source))
+    made = {"image": np.zeros((self._rows, self.size, self.size, 3), np.uint8), "label": np.zeros(self._rows, np.int32),
+            "mask": np.arange(first, first + self._rows) < stop}
+    if self.source.remote and first < stop:
+      self.source.prefetch(np.arange(first, stop))
+
+    def work(begin: int, end: int) -> None:
+      for i in range(begin, end):
+        try:
+          image, made["label"][i] = self._pixels(first + i)
+        except CorruptRecord as error:
+          self._note_corrupt(first + i, error, "left out of the evaluation")
+          made["mask"][i] = False
+          continue
+        with self._timed("decode"):
+          crop = decode.TEST_CROPS.get(self.config.test_crop)
+          made["image"][i] = crop(image, self.size) if crop else self._as_stored(image, first + i, "test_crop")
+    return self._run(work, max(0, stop - first), lambda: made)

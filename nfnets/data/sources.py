@@ -1,42 +1,191 @@
-"""Where images come from: scikit-learn's digits, any prepared TFDS dataset of equally large images, synthetic ones.
+"""Where images come from: scikit-learn's digits, noise, a folder of images, any prepared TFDS dataset, on disks or in buckets.
 
-All of them are held in memory, as uint8; none needs TensorFlow.
+A source gives any record at once, encoded as it is stored; none needs TensorFlow, and nothing is ever downloaded.
 """
 import dataclasses
-import difflib
-import logging
-import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from nfnets.config import DataConfig
+from nfnets.data import records
+from nfnets.data.errors import CorruptRecord, DataError
+from nfnets.data.example import parse_example
 
 
-class DataError(ValueError):
-  """The data is not there, or not what the configuration says."""
+def first_line(error: BaseException) -> str:
+  """What an error says, in one line."""
+  return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Images:
-  """images: uint8 [n, height, width, 3]; labels: int32 [n], in [0, num_classes)."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+  """image: the bytes of a JPEG, PNG …, or uint8 [height, width, 3]; label: in [0, num_classes)."""
 
-  images: np.ndarray
-  labels: np.ndarray
-  class_names: tuple[str, ...]
+  image: bytes | np.ndarray
+  label: int
+
+
+class Source:
+  """len(source) records by number. Any thread may read; `close` when none does any more.
+
+  remote: whether reading waits for a network, so that `prefetch` pays.
+  """
+
+  remote: bool = False
+
+  def __init__(self, name: str, split: str, class_names: Sequence[str]):
+    self.name, self.split, self.class_names = name, split, tuple(class_names)
 
   @property
   def num_classes(self) -> int:
     return len(self.class_names)
 
   def __len__(self) -> int:
-    return len(self.labels)
+    raise NotImplementedError
+
+  def __getitem__(self, index: int) -> Record:
+    """Raises CorruptRecord when this record cannot be read, DataError when its label is not one of the classes."""
+    raise NotImplementedError
+
+  def address(self, index: int) -> str:
+    """Where a record lies, for messages: "PATH at byte N (record I of M)", I from 1."""
+    raise NotImplementedError
+
+  def prefetch(self, indices: np.ndarray) -> None:
+    """The records needed next, in this order; fetched ahead where reading waits for a network."""
+
+  def verify(self, index: int) -> None:
+    """Reads a record and checks its checksums where it has any. Raises CorruptRecord."""
+    self[index]
+
+  def close(self) -> None:
+    """Closes files and connections; may be called twice."""
 
 
-def load(config: DataConfig, *, train: bool) -> Images:
-  """The training or the test images.
+class ArraySource(Source):
+  """images: uint8 [n, height, width, 3]; labels: int [n]."""
 
-  Raises DataError when the dataset is unknown or not prepared, the split is missing or empty, images differ in size, or
-  `config.num_classes` or `config.image_size` disagree with the data.
+  def __init__(self, name: str, split: str, class_names: Sequence[str], images: np.ndarray, labels: np.ndarray):
+    super().__init__(name, split, class_names)
+    self._images, self._labels = images, labels
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def __getitem__(self, index: int) -> Record:
+    return Record(self._images[index], int(self._labels[index]))
+
+  def address(self, index: int) -> str:
+    return f"{self.name} {self.split} (record {index + 1} of {len(self)})"
+
+
+class _ExampleSource(Source):
+  """Records that are serialized tf.Examples; the features `keys` are the image and the label."""
+
+  def __init__(self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str]):
+    super().__init__(name, split, class_names)
+    self._keys = keys
+
+  def _payload(self, index: int) -> bytes:
+    raise NotImplementedError
+
+  def __getitem__(self, index: int) -> Record:
+    payload = self._payload(index)
+    try:
+      found = parse_example(payload, self._keys)
+    except ValueError as error:
+      raise CorruptRecord(self.address(index), str(error)) from error
+    image, label = found[self._keys[0]], found[self._keys[1]]
+    if not isinstance(image, bytes) or not isinstance(label, int):
+      raise CorruptRecord(self.address(index), f"its feature {self._keys[isinstance(image, bytes)]!r} has the wrong type")
+    if not 0 <= label < len(self.class_names):
+      raise DataError(f"{self.address(index)}: its label is {label}, not in [0, {self.num_classes}), the classes of {self.name} "
+                      f"(a split without labels? config.data.*_split is {self.split!r})")
+    return Record(image, label)
+
+
+class TFRecordSource(_ExampleSource):
+  """Records of TFRecord shards in place. rows: which of the index, int [n]; reader: a FileReader or BucketReader of its files."""
+
+  def __init__(self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str], *, index: records.RecordIndex,
+               rows: np.ndarray, reader: Any, remote: bool = False):
+    super().__init__(name, split, class_names, keys)
+    self.remote = remote
+    self._files, self._reader = index.files, reader
+    self._file, self._offset, self._length = index.file[rows], index.offset[rows], index.length[rows]
+    self._counts = index.counts()
+    self._number = rows - (np.cumsum(self._counts) - self._counts)[self._file]  # within its file
+
+  def __len__(self) -> int:
+    return len(self._file)
+
+  def address(self, index: int) -> str:
+    file = self._file[index]
+    return (f"{self._files[file]} at byte {self._offset[index] - records.HEADER} "
+            f"(record {self._number[index] + 1} of {self._counts[file]})")
+
+  def prefetch(self, indices: np.ndarray) -> None:
+    arrays = self._file[indices], self._offset[indices], self._length[indices]
+    self._reader.prefetch([*zip(*(array.tolist() for array in arrays), strict=True)])
+
+  def verify(self, index: int) -> None:
+    try:
+      records.check_crc(self._read(index, records.HEADER, records.FOOTER))
+    except ValueError as error:
+      if isinstance(error, DataError):
+        raise
+      raise CorruptRecord(self.address(index), str(error)) from error
+
+  def close(self) -> None:
+    self._reader.close()
+
+  def _payload(self, index: int) -> bytes:
+    return self._read(index, 0, 0)
+
+  def _read(self, index: int, before: int, after: int) -> bytes:
+    file, offset, length = int(self._file[index]), int(self._offset[index]), int(self._length[index])
+    try:
+      return self._reader.read(file, offset - before, before + length + after)
+    except OSError as error:
+      raise CorruptRecord(self.address(index), f"cannot be read: {error.strerror or error}") from error
+
+
+class DataSource(_ExampleSource):
+  """Records of array_record shards. pieces: (file, first record, records taken, records in the file) of each in turn."""
+
+  def __init__(self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str], *, source: Any,
+               pieces: Sequence[tuple[str, int, int, int]]):
+    super().__init__(name, split, class_names, keys)
+    self._source, self._pieces = source, pieces
+    self._ends = np.cumsum([piece[2] for piece in pieces])
+
+  def __len__(self) -> int:
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  def address(self, index: int) -> str:
+    piece = int(np.searchsorted(self._ends, index, side="right"))
+    file, first, taken, count = self._pieces[piece]
+    return f"{file} (record {first + index - (self._ends[piece] - taken) + 1} of {count})"
+
+  def close(self) -> None:
+    self._source.__exit__(None, None, None)
+
+  def _payload(self, index: int) -> bytes:
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    try:
+      return self._source[int(index)]
+    except Exception as error:  # array_record documents no error of its own
+      raise CorruptRecord(self.address(index), f"cannot be read: {first_line(error)}") from error
+
+
+def load(config: DataConfig, *, train: bool, progress: Callable[[str], None] = lambda line: None) -> Source:
+  """The training or the test images. `progress` is told, in one line each, of what takes long.
+
+  Raises DataError when the dataset is unknown or not prepared, cannot be read, is cut short, has no such split or feature,
+  the split is empty, or `config.num_classes` disagrees with the data.
   """
   config.validate()
   split = config.train_split if train else config.test_split
@@ -44,21 +193,21 @@ def load(config: DataConfig, *, train: bool) -> Images:
     found = _digits(split)
   elif config.name == "synthetic":
     found = _synthetic(config, split)
+  elif config.name == "folder":
+    from nfnets.data import folder
+    found = folder.load(config.dir, split, progress)
   else:
-    found = _tfds(config, split)
+    from nfnets.data import prepared
+    found = prepared.load(config, split, progress)
   if not len(found):
     raise DataError(f"split {split!r} of {config.name} is empty (config.data.{'train' if train else 'test'}_split)")
   if config.num_classes not in (None, found.num_classes):
     raise DataError(f"config.data.num_classes={config.num_classes}, but {config.name} has {found.num_classes} classes "
                     f"(set it to {found.num_classes}, or leave it unset)")
-  size = found.images.shape[1:3]
-  if config.image_size and size != (config.image_size,) * 2:
-    raise DataError(f"config.data.image_size={config.image_size}, but the images of {config.name} are {size[0]}×{size[1]} "
-                    "(leave it unset to take them as they are)")
   return found
 
 
-def _digits(split: str) -> Images:
+def _digits(split: str) -> Source:
   """1,797 scans of handwritten digits, 8×8 pixels, 17 grey levels: a fixed stratified 80 % to train on, 20 % to test."""
   from sklearn import datasets, model_selection
   if split not in ("train", "test"):
@@ -68,61 +217,12 @@ def _digits(split: str) -> Images:
   index = model_selection.train_test_split(np.arange(len(pixels)), test_size=0.2, random_state=0, stratify=scans.target)
   index = index[0] if split == "train" else index[1]
   images = np.repeat(pixels[index][..., None], 3, axis=-1)
-  return Images(images=images, labels=scans.target[index].astype(np.int32), class_names=tuple("0123456789"))
+  return ArraySource("digits", split, "0123456789", images, scans.target[index].astype(np.int32))
 
 
-def _synthetic(config: DataConfig, split: str) -> Images:
+def _synthetic(config: DataConfig, split: str) -> Source:
   """256 images of noise, image_size pixels a side (32 if unset), num_classes classes (1000); the split seeds them."""
   size, classes = config.image_size or 32, config.num_classes or 1000
   rng = np.random.default_rng([*split.encode()])
   images, labels = rng.integers(0, 256, (256, size, size, 3), np.uint8), rng.integers(0, classes, 256).astype(np.int32)
-  return Images(images=images, labels=labels, class_names=tuple(map(str, range(classes))))
-
-
-def _tfds(config: DataConfig, split: str) -> Images:
-  """A dataset as TFDS has prepared it, in memory. Nothing is downloaded: without a network TFDS would retry for minutes."""
-  os.environ.setdefault("NO_GCE_CHECK", "true")
-  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at every start
-  import tensorflow_datasets as tfds
-  from etils import epath
-  directory = config.dir or None
-  if directory and not os.path.isdir(directory):
-    raise DataError(f"config.data.dir={directory!r} is not a directory; {_how_to_prepare(config)}")
-  where = directory or os.path.join("~", "tensorflow_datasets")
-  try:
-    builder = tfds.builder(config.name, data_dir=directory, try_gcs=False)
-  except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError) as error:
-    known = tfds.list_builders(with_community_datasets=False) + ["digits", "synthetic"]
-    near = ", ".join(difflib.get_close_matches(config.name, known, n=4, cutoff=0.5)) or "none"
-    raise DataError(f"unknown dataset config.data.name={config.name!r}; near: {near}") from error
-  if not epath.Path(builder.data_path).exists():
-    raise DataError(f"{config.name} is not prepared under {where}; set config.data.dir to where it is, or "
-                    f"{_how_to_prepare(config)}")
-  if "image" not in builder.info.features or "label" not in builder.info.features:
-    raise DataError(f"{config.name} has the features {', '.join(builder.info.features)}; 'image' and 'label' are needed")
-  if not hasattr(builder.info.features["label"], "names"):
-    raise DataError(f"the labels of {config.name} are {builder.info.features['label']}, not classes")
-  try:
-    source = builder.as_data_source(split=split)
-  except (ValueError, KeyError) as error:
-    raise DataError(f"{config.name} has no split {split!r}; it has: {', '.join(builder.info.splits)}") from error
-  except NotImplementedError as error:
-    raise DataError(f"{config.name} under {where} is not stored as array_record; {_how_to_prepare(config)}") from error
-  images, labels = [], []
-  for example in source:
-    image = example["image"]
-    image = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
-    if image.dtype != np.uint8 or image.shape[-1] != 3:
-      raise DataError(f"the images of {config.name} are {image.dtype} with {image.shape[-1]} channels, not uint8 with 1 or 3")
-    if images and image.shape != images[0].shape:
-      raise DataError(f"the images of {config.name} differ in size ({images[0].shape[:2]}, {image.shape[:2]}); only datasets of "
-                      "equally large images can be read into memory")
-    images.append(image)
-    labels.append(example["label"])
-  return Images(images=np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8), labels=np.asarray(labels, np.int32),
-                class_names=tuple(builder.info.features["label"].names))
-
-
-def _how_to_prepare(config: DataConfig) -> str:
-  directory = f" --data_dir={config.dir}" if config.dir else ""
-  return f"prepare it once, where tensorflow is installed: tfds build {config.name} --file_format=array_record{directory}"
+  return ArraySource("synthetic", split, [*map(str, range(classes))], images, labels)

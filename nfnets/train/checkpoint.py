@@ -15,7 +15,8 @@ from nfnets.config import Config
 from nfnets.train.state import TrainState
 
 # Fields that may change between a run and its continuation: they alter neither the parameters nor the images.
-MAY_DIFFER = ("data.dir", "eval_batch", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "data.test_split")
+MAY_DIFFER = ("data.dir", "data.index_dir", "data.threads", "data.max_corrupt", "data.test_split", "data.test_crop",
+              "data.test_image_size", "eval_batch", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
 
 
 class CheckpointError(ValueError):
@@ -103,9 +104,11 @@ class Checkpoints:
 def check_same_run(saved: dict[str, Any], config: Config, where: str, *, only: tuple[str, ...] = ("",)) -> None:
   """Raises CheckpointError where a checkpoint's configuration is not this one's, naming the fields.
 
-  `only`: prefixes of the fields to compare, all by default.
+  `only`: prefixes of the fields to compare, all by default. A field that is newer than the checkpoint had its default.
   """
-  before, now = _flat(saved), _flat(to_json(config))
+  defaults = to_json(Config())
+  saved = {key: {**defaults[key], **value} if isinstance(defaults.get(key), dict) else value for key, value in saved.items()}
+  before, now = _flat({**defaults, **saved}), _flat(to_json(config))
   odd = sorted(key for key in before | now if before.get(key) != now.get(key) and key not in MAY_DIFFER
                and key.startswith(only))
   if odd:

@@ -24,7 +24,7 @@ class Logbook:
                console: rich.console.Console | None = None):
     self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
     self._dir = pathlib.Path(workdir)
-    self._total, self._train_label = total_steps, train_label
+    self._total, self._train_label, self._hinted = total_steps, train_label, False
     self._records = [record for record in read_jsonl(self._dir / "metrics.jsonl") if record["step"] <= start_step]
     self._file = open(self._dir / "metrics.jsonl", "w", encoding="utf-8")
     for record in self._records:
@@ -48,7 +48,13 @@ class Logbook:
     """scalars: means since the last call: "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction", …"""
     self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
     text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}  {scalars['images_per_second']:,.0f} images/s" +
-            (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else ""))
+            (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else "") +
+            (f"  data_wait {scalars['data_wait']:.0%}" if "data_wait" in scalars else ""))
+    if scalars.get("data_wait", 0) > 0.05 and not self._hinted:
+      self._hinted = True
+      self.say(f"the devices waited for data {scalars['data_wait']:.0%} of the time: give this host more cores or "
+               "config.data.threads, or smaller images (python -m launch.data prepare); what takes the time: "
+               "python -m launch.bench data")
     self._bar.update(self._task, completed=step, text=text)
     if not self.console.is_terminal:
       left = (self._total - step) * seconds_per_step

@@ -8,7 +8,7 @@ import platform
 import pprint
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from nfnets import optim
 from nfnets.agc import agc_metrics
 from nfnets.config import Config
 from nfnets.data import loader, sources
-from nfnets.train import diagnose, evaluate, losses, mesh as meshes, state as states, step as steps
+from nfnets.data.pool import prefetch
+from nfnets.train import diagnose, evaluate, losses, mesh as meshes, recipe, state as states, step as steps
 from nfnets.train.checkpoint import Checkpoints, check_same_run, to_json
 from nfnets.train.logbook import Logbook, results_table
 
@@ -48,7 +49,9 @@ def train(config: Config, workdir: str) -> Result:
   config.validate()
   mesh = meshes.make_mesh()
   meshes.check_batch(config.batch, mesh)
-  data, test_data = sources.load(config.data, train=True), sources.load(config.data, train=False)
+  data_config = recipe.data_config(config)
+  progress = lambda line: print(line, flush=True)
+  data, test_data = (sources.load(data_config, train=train, progress=progress) for train in (True, False))
   abstract = nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes))
   steps_per_epoch = len(data) / config.batch
   total_steps = max(1, round(config.epochs * steps_per_epoch))
@@ -71,7 +74,6 @@ def train(config: Config, workdir: str) -> Result:
     like = jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats)
     state = checkpoints.restore(found, like, whole)
   step = int(state.step)
-  batches = loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed)
   train_step = steps.compile_over(mesh, steps.make_train_step(config, graph, optimizer), donate_state=True)
   eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
 
@@ -79,10 +81,14 @@ def train(config: Config, workdir: str) -> Result:
   pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
   log = Logbook(workdir, start_step=step, total_steps=total_steps,
                 train_label=f"train, labels smoothed {config.label_smoothing:g}" if config.label_smoothing else "train")
+  process = jax.process_index(), jax.process_count()
+  batches = loader.TrainBatches(data, data_config, batch=config.batch, seed=config.seed, process=process, say=log.say)
+  test_batches = loader.EvalBatches(test_data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh), process=process,
+                                    say=log.say)
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
   log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
-          f"{len(test_data):,} test images of {data.images.shape[1]}×{data.images.shape[2]}, {data.num_classes} classes; "
+          f"{len(test_data):,} test images, {batches.size} and {test_batches.size} pixels a side, {data.num_classes} classes; "
           f"{total_steps:,} steps of {config.batch} images; {mesh.size} × {jax.devices()[0].device_kind} "
           f"({jax.process_count()} process), jax {jax.__version__}, {platform.node()}")
   if found is not None:
@@ -90,7 +96,7 @@ def train(config: Config, workdir: str) -> Result:
 
   def test(step: int, state: states.TrainState) -> dict[str, dict[str, float]]:
     weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
-    results = {name: evaluate.evaluate(eval_step, mesh, *each, test_data, batch=config.eval_batch)
+    results = {name: evaluate.evaluate(eval_step, mesh, *each, test_batches)
                for name, each in weights.items()}
     log.test(step, step / steps_per_epoch, results)
     return results
@@ -101,10 +107,11 @@ def train(config: Config, workdir: str) -> Result:
   # ---- the loop
   results, pending, since = {}, [], time.perf_counter()
   untimed = 1  # steps in this window that the clock leaves out: the first, which compiles
-  ahead = loader.prefetch(lambda at: meshes.put_batch(mesh, batches[at]), step, total_steps)
+  ahead = prefetch(batches.start, step, total_steps, then=lambda batch: meshes.put_batch(mesh, batch))
+  waits = Waits(ahead, lambda: not pending or pending[-1]["count"].is_ready())
   try:
     with stop_on_signals() as stop, contextlib.closing(ahead):
-      for batch in ahead:
+      for batch in waits:
         jax.block_until_ready(pending[-3:-2])  # the device keeps two steps of work; more would only hold their batches
         with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the device
           state, metrics = train_step(state, batch)
@@ -113,14 +120,18 @@ def train(config: Config, workdir: str) -> Result:
         if untimed and len(pending) == 1:
           jax.block_until_ready(metrics)
           log.say(f"compiled in {time.perf_counter() - since:.0f} s")
-          since = time.perf_counter()
+          since = waits.restart()
         log.advance(step)
         test_due, save_due = due(config.eval_every, step), due(config.checkpoint_every, step)
         if step % config.log_every == 0 or test_due or save_due or stop or step == total_steps:
           _check_finite(config, graph, state, batches, mesh, checkpoints)
           seconds = (time.perf_counter() - since) / max(1, len(pending) - untimed)
-          log.train(step, *_summary(config, state, pending, schedule, step, steps_per_epoch, seconds), seconds)
-          pending, untimed, since = [], 0, time.perf_counter()
+          scalars, clip = _summary(config, state, pending, schedule, step, steps_per_epoch, seconds)
+          scalars["data_wait"] = waits.share()
+          if batches.corrupt:
+            scalars["corrupt_records"] = len(batches.corrupt)
+          log.train(step, scalars, clip, seconds)
+          pending, untimed, since = [], 0, waits.restart()
         if save_due:
           checkpoints.save(state, config, num_classes=data.num_classes)
         if test_due and not stop:
@@ -129,11 +140,13 @@ def train(config: Config, workdir: str) -> Result:
           checkpoints.save(state, config, num_classes=data.num_classes)
           break
         if test_due or save_due:
-          since = time.perf_counter()
+          since = waits.restart()
       if step >= total_steps and not results and not stop:  # resumed at the end
         results = test(step, state)
       checkpoints.wait()  # while signals are still ours: the last write must not be lost to one
   finally:
+    for each in (batches, test_batches, data, test_data):
+      each.close()
     try:
       checkpoints.close()
     finally:
@@ -147,6 +160,34 @@ def train(config: Config, workdir: str) -> Result:
             "the same command goes on from there")
   log.say(f"in {workdir}: metrics.jsonl, tensorboard/, checkpoints/{', ' + picture.name if picture else ''}")
   return Result(step=step, finished=finished, results=results)
+
+
+class Waits:
+  """Iterates over batches and measures how long the devices had nothing to do but wait for the next one."""
+
+  def __init__(self, batches: Iterator[Any], idle: Callable[[], bool]):
+    self._batches, self._idle = batches, idle
+    self.restart()
+
+  def __iter__(self) -> Iterator[Any]:
+    while True:
+      asked = time.perf_counter()
+      try:
+        batch = next(self._batches)
+      except StopIteration:
+        return
+      if self._idle():  # devices that still have a step to compute did not wait
+        self._waited += time.perf_counter() - asked
+      yield batch
+
+  def restart(self) -> float:
+    """Starts a new window of time; the moment, by time.perf_counter."""
+    self._waited, self._since = 0.0, time.perf_counter()
+    return self._since
+
+  def share(self) -> float:
+    """Waiting's share of the time since the restart, in [0, 1]."""
+    return min(1.0, self._waited / max(time.perf_counter() - self._since, 1e-9))
 
 
 def _summary(config: Config, state: states.TrainState, pending: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,

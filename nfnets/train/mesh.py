@@ -19,8 +19,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """Sends a batch to the devices, split along its first axis; returns at once."""
-  return jax.device_put(batch, batch_sharding(mesh))
+  """Sends this process's rows of a batch to its devices, split along the first axis; returns at once."""
+  sharding = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def whole_batch(batch: int, mesh: Mesh) -> int:
+  """The least multiple of the devices that is not below `batch`."""
+  return -(-batch // mesh.size) * mesh.size
 
 
 def check_batch(batch: int, mesh: Mesh) -> None:

@@ -65,18 +65,19 @@ def test_a_run_learns_and_leaves_its_records(uninterrupted):
 @pytest.mark.parametrize("at", [7, 13])
 def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, at):
   """SIGTERM in the middle of an epoch; the second half must see the same images, keys and state, to the bit."""
-  original = loader.TrainBatches.__getitem__
-  monkeypatch.setattr(loader, "prefetch", lambda make, start, stop, depth=2: (make(step) for step in range(start, stop)))
+  original = loader.TrainBatches.start
+  one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
+  monkeypatch.setattr(loop, "prefetch", one_by_one)
 
   def interrupting(self, step):
     if step == at:
       os.kill(os.getpid(), signal.SIGTERM)
     return original(self, step)
-  monkeypatch.setattr(loader.TrainBatches, "__getitem__", interrupting)
+  monkeypatch.setattr(loader.TrainBatches, "start", interrupting)
   assert threading.current_thread() is threading.main_thread()
   first = loop.train(tiny_config(), str(tmp_path))
   assert not first.finished and first.step == at + 1
-  monkeypatch.setattr(loader.TrainBatches, "__getitem__", original)
+  monkeypatch.setattr(loader.TrainBatches, "start", original)
   second = loop.train(tiny_config(), str(tmp_path))
   assert second.finished and second.results == uninterrupted[1].results
   for a, b in zip(final_arrays(tmp_path), final_arrays(uninterrupted[0]), strict=True):

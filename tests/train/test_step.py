@@ -79,15 +79,18 @@ def test_evaluation_is_exact_on_any_devices_and_batch():
   for devices, batch in ((1, 360), (8, 50), (3, 7)):
     mesh, _, eval_step, state, _ = prepare(config, devices)
     heard = []
-    found.append(evaluate.evaluate(eval_step, mesh, state.params, state.stats, data, batch=batch, progress=heard.append))
+    batches = loader.EvalBatches(data, config.data, batch=meshes.whole_batch(batch, mesh))
+    found.append(evaluate.evaluate(eval_step, mesh, state.params, state.stats, batches, progress=heard.append))
+    batches.close()
     assert heard[-1] == found[-1]["count"] == 360
   assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"] and found[0]["top5"] == found[1]["top5"]
   assert [each["loss"] for each in found] == pytest.approx([found[0]["loss"]] * 3, rel=1e-5)
   network = states.build_network(config.model, 10)
-  logits = np.asarray(network(steps.normalise(jnp.asarray(data.images), config.data)), np.float64)
-  assert found[0]["top1"] == (logits.argmax(-1) == data.labels).mean()
+  images, labels = (np.stack(part) for part in zip(*((data[i].image, data[i].label) for i in range(360)), strict=True))
+  logits = np.asarray(network(steps.normalise(jnp.asarray(images), config.data)), np.float64)
+  assert found[0]["top1"] == (logits.argmax(-1) == labels).mean()
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  assert found[0]["loss"] == pytest.approx(-logp[np.arange(360), data.labels].mean(), rel=1e-5)
+  assert found[0]["loss"] == pytest.approx(-logp[np.arange(360), labels].mean(), rel=1e-5)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():
@@ -100,8 +103,8 @@ def test_mixed_labels_reach_the_loss():
   config.model.drop_rate = 0.0
   graph, params, stats = states.split(states.build_network(config.model, 10))
   data = sources.load(config.data, train=False)
-  batch = {"image": jnp.asarray(data.images[:8]), "label": jnp.asarray(data.labels[:8])}
-  other = jnp.asarray(data.labels[8:16])
+  labels = jnp.asarray([data[i].label for i in range(16)])
+  batch, other = {"image": jnp.asarray(np.stack([data[i].image for i in range(8)])), "label": labels[:8]}, labels[8:]
   loss = lambda **extra: float(steps.batch_loss(config, graph, params, stats, batch | extra, jax.random.key(0))[0])
   mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
   assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)

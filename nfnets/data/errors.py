@@ -1,0 +1,13 @@
+"""What can be wrong with data: one error for what a person must mend, one for a single record that can be replaced."""
+
+
+class DataError(ValueError):
+  """The data is not there, cannot be read, or is not what the configuration says."""
+
+
+class CorruptRecord(DataError):
+  """One record cannot be read or decoded. address: where it lies, e.g. "…/x.tfrecord-00003-of-00008 at byte 1234"."""
+
+  def __init__(self, address: str, why: str):
+    super().__init__(f"{address}: {why}")
+    self.address, self.why = address, why
