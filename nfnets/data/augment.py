@@ -1,11 +1,11 @@
 """RandAugment and AutoAugment on the host: uint8 images [height, width, 3], RGB, by OpenCV and lookup tables.
 
 The 16 operations, their levels and the grey that fills what they uncover are those of the NFNet release
-(google-deepmind/deepmind-research, nfnets/autoaugment.py), its accidents included, each named where it is mirrored: they are
-what the published accuracies were trained with. Every operation gives the release's pixels (see tests/golden/README.md).
+(google-deepmind/deepmind-research, nfnets/autoaugment.py), its accidents included, each named where it is mirrored. On
+TensorFlow 2.15 the release gives these pixels; a rotation may take the other of two equally near ones, a few in a million.
 
 No function here modifies its input; one that changes nothing may return the image it was given. All are thread-safe, and
-OpenCV releases the GIL. The 16-bit tables of `_blend` need OpenCV >= 5.
+OpenCV releases the GIL. The 16-bit tables of `_blend` were tried on OpenCV 5.0.
 """
 
 import functools
@@ -299,7 +299,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 _NAMES = tuple(OPERATIONS)
 
-# AutoAugment's ImageNet policy (1805.09501, table 9): pairs of operation, probability in tenths, level.
+# AutoAugment's ImageNet policy (1805.09501), as in the release's policy_v0: pairs of operation, probability in tenths, level.
 _POLICY_V0 = """
 Equalize 8 1, ShearY 8 4 | Color 4 9, Equalize 6 3 | Color 4 1, Rotate 6 8 |
 Solarize 8 3, Equalize 4 7 | Solarize 4 2, Solarize 6 2 | Color 2 0, Equalize 8 8 |

@@ -183,17 +183,20 @@ def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]
   Raises DataError when the file cannot be written.
   """
   from matplotlib.figure import Figure
-  rows = [max(1, -(-len(pictures) // COLUMNS)) for _, pictures in grids]
-  figure = Figure(figsize=(1.7 * COLUMNS, sum(2.05 * count + 0.5 for count in rows)), dpi=100, layout="constrained")
-  parts = figure.subfigures(len(grids), 1, squeeze=False, height_ratios=[2.05 * count + 0.5 for count in rows])[:, 0]
-  for part, count, (title, pictures) in zip(parts, rows, grids, strict=True):
-    part.suptitle(title, fontsize=11, parse_math=False)
-    axes = part.subplots(count, COLUMNS, squeeze=False)
-    for axis in axes.flat:
-      axis.set_axis_off()
-    for axis, (image, text) in zip(axes.flat, pictures, strict=False):
-      axis.imshow(_fitted(image), interpolation="nearest")
-      axis.set_title("\n".join(_short(line, 22) for line in text.split("\n")), fontsize=8, parse_math=False)
+  rows = [-(-len(pictures) // COLUMNS) for _, pictures in grids]
+  wide, tall, head, size = 1.7, 2.05, 0.5, 1.6  # inches: of a cell, of a title above a grid, of a picture
+  width, height = wide * COLUMNS, sum(tall * count + head for count in rows)
+  figure, top = Figure(figsize=(width, height), dpi=100), height
+  for count, (title, pictures) in zip(rows, grids, strict=True):
+    figure.text(0.5, (top - head * 0.6) / height, title, ha="center", fontsize=11, parse_math=False)
+    top -= head
+    for i, (image, text) in enumerate(pictures):
+      left, bottom = wide * (i % COLUMNS) + (wide - size) / 2, top - tall * (i // COLUMNS + 1) + 0.05
+      axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
+      axes.set_axis_off()
+      axes.imshow(_fitted(image), interpolation="nearest")
+      axes.set_title("\n".join(_short(line, 22) for line in text.split("\n")), fontsize=8, parse_math=False)
+    top -= tall * count
   try:
     figure.savefig(path, format="png")
   except OSError as error:

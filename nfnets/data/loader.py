@@ -22,7 +22,8 @@ REMOTE_BLOCK = 32
 class _Decoder:
   """A source's images as squares, decoded by a pool of threads; corrupt records are counted, and too many of them end it."""
 
-  def __init__(self, source: Source, config: DataConfig, size: int | None, process: Process, say: Callable[[str], None]):
+  def __init__(self, source: Source, config: DataConfig, size: int | None, process: Process, say: Callable[[str], None], *,
+               resized: bool, field: str):
     self.source, self.config, self._say = source, config, say
     self._process, self._local = process, threading.local()
     self.corrupt: dict[int, str] = {}
@@ -32,7 +33,12 @@ class _Decoder:
     cv2.setNumThreads(1)  # the threads are ours
     threads = config.threads or cores()
     self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    self.size = size or self._stored_size()
+    stored = None if resized else self._stored_size()
+    if stored and size not in (None, stored):
+      self.close()
+      raise DataError(f"config.data.{field}={size}, but the images of {source.name} are {stored}×{stored} (leave it unset "
+                      "to take them as they are, or let train_crop and test_crop resize them)")
+    self.size = size or stored
 
   def close(self) -> None:
     """Ends the threads, waiting for what they are doing."""
@@ -45,8 +51,9 @@ class _Decoder:
       except CorruptRecord:
         continue
       if height != width:
+        self.close()
         raise DataError(f"the images of {self.source.name} are not square (record 0 is {height}×{width}); set "
-                        "config.data.train_crop and test_crop to what makes them so")
+                        "config.data.train_crop=inception and test_crop=squash, say, which make them so")
       return height
     raise DataError(f"no image of {self.source.name} can be decoded")
 
@@ -104,7 +111,7 @@ class TrainBatches(_Decoder):
       raise DataError(f"config.batch={batch} is not divisible by the {process[1]} processes")
     if config.augment == "randaugment" and None in (config.randaugment_layers, config.randaugment_magnitude):
       raise DataError("config.data.randaugment_layers and randaugment_magnitude are unset, and the model has none of its own")
-    super().__init__(source, config, config.image_size, process, say)
+    super().__init__(source, config, config.image_size, process, say, resized=config.train_crop != "none", field="image_size")
     self._batch, self._seed = batch, seed
     block = config.shuffle_block or (REMOTE_BLOCK if source.remote else 1)
     self._order = Order(len(source), seed, block=block)
@@ -241,7 +248,8 @@ class EvalBatches(_Decoder):
 
   def __init__(self, source: Source, config: DataConfig, *, batch: int, process: Process = (0, 1),
                say: Callable[[str], None] = print):
-    super().__init__(source, config, config.test_image_size, process, say)
+    super().__init__(source, config, config.test_image_size, process, say, resized=config.test_crop != "none",
+                     field="test_image_size")
     self._rows = -(-batch // process[1])
     self.batch = self._rows * process[1]
 

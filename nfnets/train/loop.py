@@ -45,13 +45,19 @@ def train(config: Config, workdir: str) -> Result:
   Raises ValueError (with its subclasses DataError, CheckpointError and the models' own) for what a person can mend, and
   NonFiniteError.
   """
+  with contextlib.ExitStack() as opened:
+    return _train(config, workdir, opened)
+
+
+def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result:
   # ---- what is to be trained, on what
   config.validate()
   mesh = meshes.make_mesh()
   meshes.check_batch(config.batch, mesh)
   data_config = recipe.data_config(config)
   progress = lambda line: print(line, flush=True)
-  data, test_data = (sources.load(data_config, train=train, progress=progress) for train in (True, False))
+  data, test_data = (opened.enter_context(contextlib.closing(sources.load(data_config, train=train, progress=progress)))
+                     for train in (True, False))
   abstract = nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes))
   steps_per_epoch = len(data) / config.batch
   total_steps = max(1, round(config.epochs * steps_per_epoch))
@@ -63,6 +69,11 @@ def train(config: Config, workdir: str) -> Result:
   found = checkpoints.latest()
   if found is not None:
     check_same_run(checkpoints.meta(found)["config"], config, workdir)
+  shared = {"process": (jax.process_index(), jax.process_count()), "say": lambda text: log.say(text)}
+  batches = loader.TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **shared)
+  opened.callback(batches.close)
+  test_batches = loader.EvalBatches(test_data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh), **shared)
+  opened.callback(test_batches.close)
 
   # ---- the state, new or restored
   whole = meshes.replicated(mesh)
@@ -81,10 +92,6 @@ def train(config: Config, workdir: str) -> Result:
   pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
   log = Logbook(workdir, start_step=step, total_steps=total_steps,
                 train_label=f"train, labels smoothed {config.label_smoothing:g}" if config.label_smoothing else "train")
-  process = jax.process_index(), jax.process_count()
-  batches = loader.TrainBatches(data, data_config, batch=config.batch, seed=config.seed, process=process, say=log.say)
-  test_batches = loader.EvalBatches(test_data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh), process=process,
-                                    say=log.say)
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
   log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
@@ -145,8 +152,6 @@ def train(config: Config, workdir: str) -> Result:
         results = test(step, state)
       checkpoints.wait()  # while signals are still ours: the last write must not be lost to one
   finally:
-    for each in (batches, test_batches, data, test_data):
-      each.close()
     try:
       checkpoints.close()
     finally:

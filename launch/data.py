@@ -1,0 +1,142 @@
+"""Looks at a dataset, checks it, makes it smaller:
+  python -m launch.data describe --config=configs/nfnet.py:F0 [--config.data.dir=DIR] [--out=grid.png] [--augmented]
+  python -m launch.data verify --config=configs/nfnet.py:F0 [--split=train]
+  python -m launch.data prepare --config=configs/nfnet.py:F0 --out=DIR [--short_side=256] [--quality=90] [--shards=N]
+
+describe: splits, classes, image sizes, images a class, and a picture of 40 images; with --augmented also as training sees them.
+verify: reads every record of both splits, checks checksums and decodes; exit status 1 if any is corrupt.
+prepare: writes the splits with smaller images as a TFDS dataset under DIR; run again, it goes on where it was interrupted.
+"""
+import contextlib
+import dataclasses
+import difflib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.progress
+import rich.table
+from absl import flags
+
+from launch import cli
+
+_SAY_EVERY = 10.0  # seconds between two progress lines where there is no terminal
+
+
+def define(values: flags.FlagValues) -> None:
+  cli.define_config(values)
+  flags.DEFINE_string("out", None, "describe: the picture, grid.png; prepare: the directory to write to.", flag_values=values)
+  flags.DEFINE_boolean("augmented", False, "describe: also draw what training sees.", flag_values=values)
+  flags.DEFINE_string("split", None, "verify: only this split, e.g. train or validation[:100].", flag_values=values)
+  flags.DEFINE_integer("short_side", 256, "prepare: pixels of the shorter side; smaller images stay as they are.", lower_bound=1,
+                       flag_values=values)
+  flags.DEFINE_integer("quality", 90, "prepare: of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=values)
+  flags.DEFINE_integer("shards", None, "prepare: shards of the training split; one for 2,048 records if not given.",
+                       lower_bound=1, flag_values=values)
+
+
+def run(values: flags.FlagValues, *arguments: str) -> int:
+  what, *rest = arguments or ("nothing",)
+  if what not in SUBCOMMANDS:
+    near = difflib.get_close_matches(what, SUBCOMMANDS, n=1) or list(SUBCOMMANDS)
+    raise cli.UsageError(f"what to do: got {what}, expected: {', '.join(near)}; e.g. python -m launch.data "
+                         f"{near[0]} --config=configs/digits.py")
+  if rest:
+    raise cli.UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+  return SUBCOMMANDS[what](values, rich.console.Console(highlight=False, soft_wrap=True, markup=False))
+
+
+def describe(values: flags.FlagValues, console: rich.console.Console) -> int:
+  config = cli.parse_config(values)
+  from nfnets.data import inspect, sources
+  from nfnets.train import recipe
+  data, out = recipe.data_config(config), values.out or "grid.png"
+  if not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
+    raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
+  train = sources.load(data, train=True, progress=console.print)
+  test = sources.load(data, train=False, progress=console.print)
+  with contextlib.closing(train), contextlib.closing(test):
+    known = inspect.known_splits(data)
+    if known:
+      console.print(f"splits of {data.name}: " + ", ".join(f"{name} ({count:,})" for name, count in known.items()))
+    for source in (train, test):
+      for line in inspect.summarize(source).lines():
+        console.print(line)
+    first = ", ".join(train.class_names[:10])
+    console.print(f"{train.num_classes:,} classes: {first}{', …' if train.num_classes > 10 else ''}")
+    grids = [(f"{data.name} {train.split}, as stored", inspect.stored_pictures(train))]
+    if values.augmented:
+      grids.append((f"{data.name} {train.split}, as training sees it (config.seed={config.seed})",
+                    inspect.training_pictures(train, data, seed=config.seed, say=console.print)))
+  inspect.draw(out, grids)
+  console.print(f"pictures: {out}")
+  return 0
+
+
+def verify(values: flags.FlagValues, console: rich.console.Console) -> int:
+  config = cli.parse_config(values)
+  from nfnets.data import inspect, sources
+  splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
+  checked = []
+  for split in splits:
+    with contextlib.closing(sources.load(dataclasses.replace(config.data, train_split=split), train=True,
+                                         progress=console.print)) as source:
+      with _meter(console, split, len(source), "records") as progress:
+        checked.append(inspect.verify(source, threads=config.data.threads, progress=progress,
+                                      found=lambda line: console.print(f"corrupt: {line}")))
+  table = rich.table.Table("split", *(rich.table.Column(name, justify="right") for name in ("records", "corrupt", "bytes")))
+  for one in checked:
+    table.add_row(one.split, f"{one.records:,}", f"{len(one.corrupt):,}", f"{one.bytes:,}")
+  console.print(table)
+  return 1 if any(one.corrupt for one in checked) else 0
+
+
+def prepare(values: flags.FlagValues, console: rich.console.Console) -> int:
+  config = cli.parse_config(values)
+  if not values.out:
+    raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
+  from nfnets.data import prepare as preparing
+  with contextlib.closing(preparing.Job(config.data, values.out, short_side=values.short_side, quality=values.quality,
+                                        shards=values.shards, say=console.print)) as job:
+    if job.done:
+      console.print(f"{job.done:,} of {job.total:,} records are there already")
+    with _meter(console, job.name, job.total, "images", job.done) as progress:
+      made = job.run(progress)
+  counts = ", ".join(f"{split} {count:,}" for split, count in made.records.items())
+  console.print(f"{made.path}: {counts} images, {made.shards} shards ({made.kept} kept), {made.bytes:,} bytes"
+                + (f"; {made.lost:,} corrupt records left out" if made.lost else ""))
+  name = f"--config.data.name={made.name} " if made.name != config.data.name else ""
+  console.print(f"use it with: {name}--config.data.dir={values.out}")
+  return 0
+
+
+@contextlib.contextmanager
+def _meter(console: rich.console.Console, title: str, total: int, unit: str, start: int = 0) -> Iterator[Callable[[int], None]]:
+  """Shows how far something is: a bar on a terminal, else a line now and then and one at the end."""
+  began = said = time.monotonic()
+  rate = lambda done: (done - start) / max(time.monotonic() - began, 1e-9)
+  if console.is_terminal:
+    columns = [rich.progress.TextColumn("{task.description}", markup=False), rich.progress.BarColumn(20),
+               rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
+               rich.progress.TimeRemainingColumn()]
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+      task = bar.add_task(title, total=total, completed=start, rate="")
+      yield lambda done: bar.update(task, completed=done, rate=f"{rate(done):,.0f} {unit}/s")
+    return
+
+  def show(done: int) -> None:
+    nonlocal said
+    if done == total or time.monotonic() - said >= _SAY_EVERY:
+      said = time.monotonic()
+      left = (total - done) / max(rate(done), 1e-9)
+      console.print(f"{title}: {done:,} of {total:,} {unit}, {rate(done):,.0f} {unit}/s"
+                    + (f", {left:,.0f} s left" if done < total else ""))
+  yield show
+
+
+SUBCOMMANDS = {"describe": describe, "verify": verify, "prepare": prepare}
+
+
+if __name__ == "__main__":
+  cli.main(run, define, __doc__, arguments=True)
