@@ -88,10 +88,15 @@ def official(config: DataConfig, *, batch: int, steps: int, threads: int):
 
 
 def randaugment(tf: Any, image, *, layers: int, magnitude: float):
-  """`layers` of the 16 operations, drawn with replacement, on uint8 [S, S, 3]; levels as in the published code."""
+  """`layers` of the 16 operations, drawn with replacement, on uint8 [S, S, 3]; levels as in the published code.
+
+  One conditional for each operation, as published: a switch would be quicker, but it is not what people ran.
+  """
   for _ in range(layers):
-    branches = [functools.partial(operation, tf, image, magnitude / 10) for operation in OPERATIONS.values()]
-    image = tf.ensure_shape(tf.switch_case(tf.random.uniform([], maxval=len(branches), dtype=tf.int32), branches), image.shape)
+    chosen = tf.random.uniform([], maxval=len(OPERATIONS), dtype=tf.int32)
+    for place, operation in enumerate(OPERATIONS.values()):
+      apply, keep = functools.partial(operation, tf, image, magnitude / 10), functools.partial(tf.identity, image)
+      image = tf.ensure_shape(tf.cond(tf.equal(place, chosen), apply, keep), image.shape)
   return image
 
 
