@@ -157,10 +157,13 @@ def _blend(tf, base, image, factor):
 
 
 def _transform(tf, image, matrix):
+  """Nearest pixels; a fourth channel of ones says which come from inside, as published, and the rest becomes grey."""
   side = image.shape[0]
-  return tf.raw_ops.ImageProjectiveTransformV3(
-      images=image[None], transforms=tf.reshape(tf.stack([tf.cast(value, tf.float32) for value in (*matrix, 0, 0)]), [1, 8]),
-      output_shape=[side, side], fill_value=float(GREY), interpolation="NEAREST", fill_mode="CONSTANT")[0]
+  marked = tf.concat([image, tf.ones([side, side, 1], image.dtype)], axis=-1)
+  moved = tf.raw_ops.ImageProjectiveTransformV3(
+      images=marked[None], transforms=tf.reshape(tf.stack([tf.cast(value, tf.float32) for value in (*matrix, 0, 0)]), [1, 8]),
+      output_shape=[side, side], fill_value=0.0, interpolation="NEAREST", fill_mode="CONSTANT")[0]
+  return tf.where(moved[..., 3:] > 0, moved[..., :3], tf.cast(GREY, image.dtype))
 
 
 def _either_way(tf, value):

@@ -57,8 +57,9 @@ def open_filesystem(url: str):
   library = _LIBRARIES.get(protocol, "")
   try:
     from fsspec.core import url_to_fs
-    # botocore keeps 10 connections by default, fewer than we have threads.
-    options = {"config_kwargs": {"max_pool_connections": 2 * THREADS}} if library == "s3fs" else {}
+    # botocore keeps 10 connections by default, fewer than we have threads, and sums up every byte; records have checksums.
+    s3 = {"max_pool_connections": 2 * THREADS, "response_checksum_validation": "when_required"}
+    options = {"config_kwargs": s3} if library == "s3fs" else {}
     if library == "gcsfs" and not logging.getLogger("gcsfs").level:
       logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what we report in one line
     return url_to_fs(url, **options)

@@ -202,7 +202,6 @@ def test_a_bucket_is_told_what_comes_next_in_order(batches):
 @pytest.mark.parametrize("changes, options, message", [
     ({}, {"batch": 7}, "config.batch=7 is odd"), ({"repeats": 3}, {}, "repeats=3 times"),
     ({"mix": "none"}, {"process": (0, 3)}, "3 processes"), ({"randaugment_layers": None}, {}, "randaugment_layers"),
-    ({"train_crop": "none"}, {"batch": 4}, "not 24×24; set config.data.train_crop"),
     ({"train_crop": "none", "image_size": None}, {}, "are not square")])
 def test_what_cannot_be_is_refused_in_words(photos, batches, changes, options, message):
   with pytest.raises(DataError, match=message):
