@@ -9,7 +9,6 @@ CPU-second, time to the first batch, memory, and what the time goes to. --agains
 it, one tuned for decoding alone and one with the structure of the official recipe. The last line is JSON.
 """
 import dataclasses
-import difflib
 import json
 import pathlib
 
@@ -38,14 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, *arguments: str) -> int:
-  what, *rest = arguments or ("nothing",)
-  if what not in SUBCOMMANDS:
-    near = difflib.get_close_matches(what, SUBCOMMANDS, n=1) or list(SUBCOMMANDS)
-    raise cli.UsageError(f"what to measure: got {what}, expected: {', '.join(near)}; e.g. python -m launch.bench "
-                         f"{near[0]} --config=configs/synthetic.py:nfnet_f0")
-  if rest:
-    raise cli.UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
-  return SUBCOMMANDS[what](values)
+  return cli.run_subcommand(SUBCOMMANDS, values, arguments, "python -m launch.bench NAME --config=configs/synthetic.py:nfnet_f0")
 
 
 def step(values: flags.FlagValues) -> int:

@@ -82,6 +82,18 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
   sys.exit(status or 0)
 
 
+def run_subcommand(table: dict[str, Callable[[flags.FlagValues], int]], values: flags.FlagValues, arguments: tuple[str, ...],
+                   example: str) -> int:
+  """Runs the one of `table` that the first argument names. `example`: a command line with NAME for it."""
+  what, *rest = arguments or ("nothing",)
+  if what not in table:
+    near = difflib.get_close_matches(what, table, n=1) or list(table)
+    raise UsageError(f"what to do: got {what}, expected: {', '.join(near)}; e.g. {example.replace('NAME', near[0])}")
+  if rest:
+    raise UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+  return table[what](values)
+
+
 def fail(error: object, status: int) -> None:
   """One line on stderr, then exit."""
   print(f"error: {error}", file=sys.stderr)

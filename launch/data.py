@@ -9,7 +9,6 @@ prepare: writes the splits with smaller images as a TFDS dataset under DIR; run 
 """
 import contextlib
 import dataclasses
-import difflib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,18 +36,11 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues, *arguments: str) -> int:
-  what, *rest = arguments or ("nothing",)
-  if what not in SUBCOMMANDS:
-    near = difflib.get_close_matches(what, SUBCOMMANDS, n=1) or list(SUBCOMMANDS)
-    raise cli.UsageError(f"what to do: got {what}, expected: {', '.join(near)}; e.g. python -m launch.data "
-                         f"{near[0]} --config=configs/digits.py")
-  if rest:
-    raise cli.UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
-  return SUBCOMMANDS[what](values, rich.console.Console(highlight=False, soft_wrap=True, markup=False))
+  return cli.run_subcommand(SUBCOMMANDS, values, arguments, "python -m launch.data NAME --config=configs/digits.py")
 
 
-def describe(values: flags.FlagValues, console: rich.console.Console) -> int:
-  config = cli.parse_config(values)
+def describe(values: flags.FlagValues) -> int:
+  config, console = cli.parse_config(values), _console()
   from nfnets.data import inspect, sources
   from nfnets.train import recipe
   data, out = recipe.data_config(config), values.out or "grid.png"
@@ -74,8 +66,8 @@ def describe(values: flags.FlagValues, console: rich.console.Console) -> int:
   return 0
 
 
-def verify(values: flags.FlagValues, console: rich.console.Console) -> int:
-  config = cli.parse_config(values)
+def verify(values: flags.FlagValues) -> int:
+  config, console = cli.parse_config(values), _console()
   from nfnets.data import inspect, sources
   splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
   checked = []
@@ -92,8 +84,8 @@ def verify(values: flags.FlagValues, console: rich.console.Console) -> int:
   return 1 if any(one.corrupt for one in checked) else 0
 
 
-def prepare(values: flags.FlagValues, console: rich.console.Console) -> int:
-  config = cli.parse_config(values)
+def prepare(values: flags.FlagValues) -> int:
+  config, console = cli.parse_config(values), _console()
   if not values.out:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data import prepare as preparing
@@ -109,6 +101,10 @@ def prepare(values: flags.FlagValues, console: rich.console.Console) -> int:
   name = f"--config.data.name={made.name} " if made.name != config.data.name else ""
   console.print(f"use it with: {name}--config.data.dir={values.out}")
   return 0
+
+
+def _console() -> rich.console.Console:
+  return rich.console.Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager

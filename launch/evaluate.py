@@ -43,7 +43,7 @@ def run(values: flags.FlagValues) -> int:
   graph, params, stats = states.split(nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes)))
   weights = checkpoints.restore_model(step, params, stats, meshes.replicated(mesh))
   eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
-  results = {name: evaluate.evaluate(eval_step, mesh, *each, batches) for name, each in weights.items()}
+  results = evaluate.evaluate(eval_step, mesh, weights, batches)
   for each in (batches, data, checkpoints):
     each.close()
   title = (f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "

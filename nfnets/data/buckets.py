@@ -8,25 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from nfnets.data.errors import DataError
-from nfnets.data.remote import (
-  BLOCK,
-  THREADS,
-  Calls,
-  Closed,
-  copy_metadata,
-  find_version,
-  is_url,
-  list_directories,
-  list_files,
-  open_filesystem,
-  read_file,
-  stat_files,
-  stream,
-  write_file,
-)
-
-__all__ = ["BucketReader", "copy_metadata", "find_version", "is_url", "list_directories", "list_files", "read_file", "stat_files",
-           "stream", "write_file"]
+from nfnets.data.remote import BLOCK, THREADS, Calls, Closed, open_filesystem
 
 GAP = 256 << 10  # bytes; records closer than this are fetched together: as many bytes pass within one round trip
 BUFFER = 128 << 20  # bytes fetched or in flight that nobody has read yet

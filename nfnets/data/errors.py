@@ -5,6 +5,11 @@ class DataError(ValueError):
   """The data is not there, cannot be read, or is not what the configuration says."""
 
 
+def reason(error: BaseException) -> str:
+  """What an error of somebody else's says, in one line."""
+  return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class CorruptRecord(DataError):
   """One record cannot be read or decoded. address: where it lies, e.g. "…/x.tfrecord-00003-of-00008 at byte 1234"."""
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nfnets.data import records
-from nfnets.data.errors import CorruptRecord, DataError
-from nfnets.data.sources import Record, Source, first_line
+from nfnets.data.errors import CorruptRecord, DataError, reason
+from nfnets.data.sources import Record, Source
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 SOLUTION = "LOC_val_solution.csv"  # ImageId,PredictionString; the latter "CLASS x y x y", more boxes following
@@ -31,7 +31,7 @@ class FolderSource(Source):
       with open(os.path.join(self._root, self._files[index]), "rb") as stream:
         return Record(stream.read(), int(self._labels[index]))
     except OSError as error:
-      raise CorruptRecord(self.address(index), f"cannot be read: {error.strerror or error}") from error
+      raise CorruptRecord(self.address(index), f"cannot be read: {reason(error)}") from error
 
   def address(self, index: int) -> str:
     return os.path.join(self._root, self._files[index])
@@ -89,7 +89,7 @@ def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[
   try:
     parts = splits.AbstractSplit.from_spec(split).to_absolute(infos)
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise DataError(f"{root} has no split {split!r} ({first_line(error)}); it has: {', '.join(sizes)}") from error
+    raise DataError(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
   return [(part.splitname, part.from_ or 0, infos[part.splitname].num_examples if part.to is None else part.to) for part in parts]
 
 

@@ -2,15 +2,12 @@
 import concurrent.futures
 import dataclasses
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data import decode, records
 from nfnets.data.errors import CorruptRecord, DataError
 from nfnets.data.loader import TrainBatches
 from nfnets.data.pool import cores
@@ -66,21 +63,11 @@ class Checked:
 
 
 def known_splits(config: DataConfig) -> dict[str, int]:
-  """Records of every split that the dataset's metadata list; of what TFDS has not prepared, none. After `sources.load`."""
+  """Records of every split that the dataset's metadata list; of what TFDS has not prepared, none."""
   if config.name in ("digits", "synthetic", "folder"):
     return {}
-  import tensorflow_datasets as tfds
-  if records.is_url(config.dir):
-    from nfnets.data import buckets
-    metadata = buckets.copy_metadata(buckets.find_version(config.dir, config.name))
-    try:
-      splits = tfds.builder_from_directory(metadata).info.splits
-    finally:
-      shutil.rmtree(metadata)
-  else:
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
-    directory = os.path.abspath(os.path.expanduser(config.dir)) if config.dir else None
-    splits = builder_from_files(config.name, data_dir=directory).info.splits
+  from nfnets.data import prepared
+  splits = prepared.open_builder(config)[0].info.splits
   return {name: info.num_examples for name, info in splits.items()}
 
 
@@ -115,10 +102,9 @@ def verify(source: Source, *, threads: int | None = None, progress: Progress = l
     for index in range(start, min(start + _CHUNK, len(source))):
       try:
         source.verify(index)
-        image = source[index].image
-        if isinstance(image, bytes):
-          _decoded(source, index, image)
-        size += _size(image)
+        record = source[index]
+        source.pixels(index, record)
+        size += _size(record.image)
       except DataError as error:
         bad.append(str(error))
     return bad, size
@@ -148,7 +134,7 @@ def stored_pictures(source: Source) -> list[tuple[np.ndarray, str]]:
   for index in _evenly(len(source), ROWS * COLUMNS):
     try:
       record = source[index]
-      image = record.image if isinstance(record.image, np.ndarray) else _decoded(source, index, record.image)
+      image = source.pixels(index, record)
     except CorruptRecord:
       continue
     found.append((image, source.class_names[record.label]))
@@ -226,7 +212,7 @@ def _look(source: Source, index: int) -> tuple[int, int, int, int] | str:
   """(height, width, bytes, label) of a record, or what is wrong with it."""
   try:
     record = source[index]
-    image = _decoded(source, index, record.image) if isinstance(record.image, bytes) else record.image
+    image = source.pixels(index, record)
   except DataError as error:
     return str(error)
   return *image.shape[:2], _size(record.image), record.label
@@ -237,13 +223,6 @@ def _label(source: Source, index: int) -> int | None:
     return source[index].label
   except DataError:
     return None
-
-
-def _decoded(source: Source, index: int, data: bytes) -> np.ndarray:
-  try:
-    return decode.pixels(data)
-  except decode.UnreadableImage as error:
-    raise CorruptRecord(source.address(index), str(error)) from error
 
 
 def _size(image: bytes | np.ndarray) -> int:

@@ -61,13 +61,8 @@ class _Decoder:
     """(uint8 [H, W, 3], label). Raises CorruptRecord."""
     with self._timed("read"):
       record = self.source[index]
-    if isinstance(record.image, np.ndarray):
-      return record.image, record.label
-    try:
-      with self._timed("decode"):
-        return decode.pixels(record.image), record.label
-    except decode.UnreadableImage as error:
-      raise CorruptRecord(self.source.address(index), str(error)) from error
+    with self._timed("decode"):
+      return self.source.pixels(index, record), record.label
 
   def _note_corrupt(self, index: int, error: CorruptRecord, then: str) -> None:
     with self._lock:
@@ -160,14 +155,18 @@ class TrainBatches(_Decoder):
     return step * distinct + rows % distinct
 
   def _hint(self, step: int, rows: np.ndarray) -> None:
-    """Tells the source of a bucket what comes next, at least a window of the shuffle at a time."""
-    ahead = 1 + -(-self._window // self._batch)
-    begin = max(step, self._hinted) if self._hinted <= step + 2 * ahead else step
-    if begin <= step + ahead:
-      steps = range(begin, step + 2 * ahead)
+    """Tells the source of a bucket what comes next, whole windows of the shuffle at a time: their blocks lie together."""
+    distinct, n = self._batch // self.config.repeats, len(self.source)
+    ahead = 1 + -(-self._window // distinct)  # steps
+    now, until = step * distinct, (step + 3 * ahead) * distinct
+    until -= until % n % self._window
+    begin = self._hinted if now < self._hinted <= until else now
+    if begin < now + ahead * distinct:
       order = [self._order] + [self._partners] * self._second
-      self.source.prefetch(np.concatenate([each.at(self._positions(at, rows))[1] for at in steps for each in order]))
-      self._hinted = step + 2 * ahead
+      steps = [self._positions(at, rows) for at in range(begin // distinct, -(-until // distinct))]
+      positions = [at[(at >= begin) & (at < until)] for at in steps]
+      self.source.prefetch(np.concatenate([each.at(at)[1] for at in positions for each in order]))
+      self._hinted = until
 
   def _streams(self) -> Streams:
     if not hasattr(self._local, "streams"):

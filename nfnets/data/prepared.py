@@ -11,32 +11,19 @@ import numpy as np
 
 from nfnets.config import DataConfig
 from nfnets.data import records
-from nfnets.data.errors import DataError
-from nfnets.data.sources import ArraySource, DataSource, Source, TFRecordSource, first_line
+from nfnets.data.errors import DataError, reason
+from nfnets.data.sources import ArraySource, DataSource, Source, TFRecordSource
 
 
 def load(config: DataConfig, split: str, progress: Callable[[str], None]) -> Source:
   """A dataset as TFDS has prepared it. Nothing is downloaded: without a network TFDS would retry for minutes."""
-  os.environ.setdefault("NO_GCE_CHECK", "true")
-  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at every start
-  import tensorflow_datasets as tfds
   remote = records.is_url(config.dir)
-  if remote:
-    from nfnets.data import buckets
-    where = buckets.find_version(config.dir, config.name)
-    metadata = buckets.copy_metadata(where)
-    try:
-      builder = _opened(config, where, lambda: tfds.builder_from_directory(metadata))
-    finally:
-      shutil.rmtree(metadata)
-  else:
-    builder = _local_builder(config)
-    where = str(builder.data_path)
+  builder, where = open_builder(config)
   class_names = _class_names(config, builder.info.features)
   try:
     instructions = [one for one in builder.info.splits[split].file_instructions if one.take > 0]
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise DataError(f"{config.name} has no split {split!r} ({first_line(error)}); it has: "
+    raise DataError(f"{config.name} has no split {split!r} ({reason(error)}); it has: "
                     f"{', '.join(f'{name} ({info.num_examples:,})' for name, info in builder.info.splits.items())}") from error
   here = str(builder.data_path)
   pieces = [(where + str(one.filename).removeprefix(here), one.skip, one.take, one.examples_in_shard) for one in instructions]
@@ -51,6 +38,23 @@ def load(config: DataConfig, split: str, progress: Callable[[str], None]) -> Sou
   if remote:
     raise DataError(f"{where} is stored as array_record, which is read from disks only; in buckets use tfrecord, or copy it")
   return _array_record(config, common, pieces, instructions)
+
+
+def open_builder(config: DataConfig) -> tuple[Any, str]:
+  """(TFDS's builder, with its splits and features, and the directory or URL of the version). Raises DataError."""
+  os.environ.setdefault("NO_GCE_CHECK", "true")
+  logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at every start
+  import tensorflow_datasets as tfds
+  if not records.is_url(config.dir):
+    builder = _local_builder(config)
+    return builder, str(builder.data_path)
+  from nfnets.data import remote
+  where = remote.find_version(config.dir, config.name)
+  metadata = remote.copy_metadata(where)
+  try:
+    return _opened(config, where, lambda: tfds.builder_from_directory(metadata)), where
+  finally:
+    shutil.rmtree(metadata)
 
 
 def _tfrecord(config: DataConfig, common: tuple, pieces: list[tuple], remote: bool, progress: Callable[[str], None]) -> Source:
@@ -80,7 +84,7 @@ def _array_record(config: DataConfig, common: tuple, pieces: list[tuple], instru
       count = reader.num_records()
       reader.close()
     except Exception as error:  # array_record documents no error of its own
-      raise DataError(f"shard {file} is truncated, or no array_record file: {first_line(error)}") from error
+      raise DataError(f"shard {file} is truncated, or no array_record file: {reason(error)}") from error
     _check_count(file, count, expected)
   files = {file: count for file, _, _, count in pieces}
   with concurrent.futures.ThreadPoolExecutor(min(16, len(files))) as pool:
@@ -123,7 +127,7 @@ def _opened(config: DataConfig, where: str, make: Callable[[], Any]) -> Any:
     raise
   except Exception as error:  # files that TFDS cannot make sense of raise whatever its parsers do
     raise DataError(f"the metadata of {config.name} under {where} cannot be read ({type(error).__name__}: "
-                    f"{first_line(error) if str(error) else ''}); {_how_to_prepare(config)}") from error
+                    f"{reason(error) if str(error) else ''}); {_how_to_prepare(config)}") from error
 
 
 def _class_names(config: DataConfig, features: Any) -> Sequence[str]:
@@ -143,4 +147,4 @@ def _how_to_prepare(config: DataConfig) -> str:
   name = config.name.partition(":")[0]
   directory = f" --data_dir={config.dir}" if config.dir else ""
   manual = " (its archives must be downloaded by hand first: see its page in the TFDS catalog)" if "imagenet2012" in name else ""
-  return f"prepare it once, where tensorflow is installed: tfds build {name} --file_format=array_record{directory}{manual}"
+  return f"prepare it once, where tensorflow is installed: tfds build {name}{directory}{manual}"

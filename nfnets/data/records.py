@@ -22,7 +22,7 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 
-from nfnets.data.errors import DataError
+from nfnets.data.errors import DataError, reason
 
 HEADER, FOOTER = 12, 4  # bytes before and after a payload
 _SAY_EVERY = 10.0  # seconds between two progress lines
@@ -72,7 +72,7 @@ def load_index(files: Sequence[str], *, cache_dir: str, progress: Callable[[str]
   try:
     _write_cache(path, index, stamps)
   except Exception as error:  # the bucket libraries raise errors of their own; the run needs no cache
-    progress(f"cannot keep the index in {cache_dir} ({_reason(error)}): it will be built again next time (config.data.index_dir)")
+    progress(f"cannot keep the index in {cache_dir} ({reason(error)}): it will be built again next time (config.data.index_dir)")
   return index
 
 
@@ -196,8 +196,8 @@ def check_readable(file: str) -> os.stat_result:
 def _stamps(files: list[str]) -> list[tuple[int, str]]:
   """(size in bytes, time of change or tag) of every file."""
   if any(map(is_url, files)):
-    from nfnets.data import buckets
-    return buckets.stat_files(files)
+    from nfnets.data import remote
+    return remote.stat_files(files)
   stats = [check_readable(file) for file in files]
   return [(stat.st_size, str(stat.st_mtime_ns)) for stat in stats]
 
@@ -221,8 +221,8 @@ def _scan_all(files: list[str], sizes: list[int], progress: Callable[[str], None
 
 def _scan_file(file: str, size: int) -> np.ndarray:
   if is_url(file):
-    from nfnets.data import buckets
-    return scan(file, size, _forwards(buckets.stream(file)))
+    from nfnets.data import remote
+    return scan(file, size, _forwards(remote.stream(file)))
   try:
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -252,11 +252,7 @@ def _forwards(blocks: Iterator[bytes]) -> Callable[[int, int], bytes]:
 
 
 def _unreadable(file: str, error: OSError) -> DataError:
-  return DataError(f"shard {file} cannot be read: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-  return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+  return DataError(f"shard {file} cannot be read: {reason(error)}")
 
 
 def _stem(file: str) -> str:
@@ -270,8 +266,8 @@ def _cache_path(files: list[str], cache_dir: str) -> str:
 
 def _open(path: str) -> BinaryIO:
   if is_url(path):
-    from nfnets.data import buckets
-    return io.BytesIO(buckets.read_file(path))
+    from nfnets.data import remote
+    return io.BytesIO(remote.read_file(path))
   return open(path, "rb")
 
 
@@ -284,17 +280,17 @@ def _read_cache(path: str, files: list[str], stamps: list[tuple[int, str]]) -> t
   except Exception as error:  # whatever is wrong with a cache, building it anew mends it
     if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
       return None, "once"
-    return None, f"the index in {path} cannot be read: {_reason(error)}"
+    return None, f"the index in {path} cannot be read: {reason(error)}"
 
 
 def _write_cache(path: str, index: RecordIndex, stamps: list[tuple[int, str]]) -> None:
   arrays = {"files": np.asarray(index.files), "sizes": np.asarray([size for size, _ in stamps], np.int64),
             "stamps": np.asarray([stamp for _, stamp in stamps]), "counts": index.counts(), "lengths": index.length}
   if is_url(path):  # an object appears in a bucket whole, or not at all
-    from nfnets.data import buckets
+    from nfnets.data import remote
     stream = io.BytesIO()
     np.savez(stream, **arrays)
-    buckets.write_file(path, stream.getvalue())
+    remote.write_file(path, stream.getvalue())
     return
   os.makedirs(os.path.dirname(path), exist_ok=True)
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"

@@ -43,10 +43,6 @@ class Closed(Exception):
   """The reader was closed while a request was under way."""
 
 
-def is_url(path: str) -> bool:
-  return "://" in path
-
-
 def _protocol(url: str) -> str:
   return url.partition("://")[0]
 

@@ -2,6 +2,7 @@
 
 A source gives any record at once, encoded as it is stored; none needs TensorFlow, and nothing is ever downloaded.
 """
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,14 +10,9 @@ from typing import Any
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data import records
-from nfnets.data.errors import CorruptRecord, DataError
+from nfnets.data import decode, records
+from nfnets.data.errors import CorruptRecord, DataError, reason
 from nfnets.data.example import parse_example
-
-
-def first_line(error: BaseException) -> str:
-  """What an error says, in one line."""
-  return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +23,7 @@ class Record:
   label: int
 
 
-class Source:
+class Source(abc.ABC):
   """len(source) records by number. Any thread may read; `close` when none does any more.
 
   remote: whether reading waits for a network, so that `prefetch` pays.
@@ -42,19 +38,32 @@ class Source:
   def num_classes(self) -> int:
     return len(self.class_names)
 
+  @abc.abstractmethod
   def __len__(self) -> int:
-    raise NotImplementedError
+    ...
 
+  @abc.abstractmethod
   def __getitem__(self, index: int) -> Record:
     """Raises CorruptRecord when this record cannot be read, DataError when its label is not one of the classes."""
-    raise NotImplementedError
+    ...
 
+  @abc.abstractmethod
   def address(self, index: int) -> str:
     """Where a record lies, for messages: "PATH at byte N (record I of M)", I from 1."""
-    raise NotImplementedError
+    ...
+
+  def pixels(self, index: int, record: Record) -> np.ndarray:
+    """The record's image, uint8 [height, width, 3]. Raises CorruptRecord."""
+    if isinstance(record.image, np.ndarray):
+      return record.image
+    try:
+      return decode.pixels(record.image)
+    except decode.UnreadableImage as error:
+      raise CorruptRecord(self.address(index), str(error)) from error
 
   def prefetch(self, indices: np.ndarray) -> None:
     """The records needed next, in this order; fetched ahead where reading waits for a network."""
+    return None
 
   def verify(self, index: int) -> None:
     """Reads a record and checks its checksums where it has any. Raises CorruptRecord."""
@@ -62,6 +71,7 @@ class Source:
 
   def close(self) -> None:
     """Closes files and connections; may be called twice."""
+    return None
 
 
 class ArraySource(Source):
@@ -88,8 +98,9 @@ class _ExampleSource(Source):
     super().__init__(name, split, class_names)
     self._keys = keys
 
+  @abc.abstractmethod
   def _payload(self, index: int) -> bytes:
-    raise NotImplementedError
+    ...
 
   def __getitem__(self, index: int) -> Record:
     payload = self._payload(index)
@@ -149,7 +160,7 @@ class TFRecordSource(_ExampleSource):
     try:
       return self._reader.read(file, offset - before, before + length + after)
     except OSError as error:
-      raise CorruptRecord(self.address(index), f"cannot be read: {error.strerror or error}") from error
+      raise CorruptRecord(self.address(index), f"cannot be read: {reason(error)}") from error
 
 
 class DataSource(_ExampleSource):
@@ -178,7 +189,7 @@ class DataSource(_ExampleSource):
     try:
       return self._source[int(index)]
     except Exception as error:  # array_record documents no error of its own
-      raise CorruptRecord(self.address(index), f"cannot be read: {first_line(error)}") from error
+      raise CorruptRecord(self.address(index), f"cannot be read: {reason(error)}") from error
 
 
 def load(config: DataConfig, *, train: bool, progress: Callable[[str], None] = lambda line: None) -> Source:

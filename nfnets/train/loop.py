@@ -103,8 +103,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
 
   def test(step: int, state: states.TrainState) -> dict[str, dict[str, float]]:
     weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
-    results = {name: evaluate.evaluate(eval_step, mesh, *each, test_batches)
-               for name, each in weights.items()}
+    results = evaluate.evaluate(eval_step, mesh, weights, test_batches)
     log.test(step, step / steps_per_epoch, results)
     return results
 

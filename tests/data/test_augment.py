@@ -80,8 +80,9 @@ def test_any_size_and_level(name, shape):
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_read_only_images_are_fine(name):
   image = picture(20, 24)
+  expected = augment.OPERATIONS[name](image.copy(), 10, np.random.default_rng(0))
   image.setflags(write=False)
-  augment.OPERATIONS[name](image, 10, np.random.default_rng(0))
+  np.testing.assert_array_equal(augment.OPERATIONS[name](image, 10, np.random.default_rng(0)), expected)
 
 
 @pytest.mark.parametrize("value", [0, 90, 255])

@@ -229,46 +229,46 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
   monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
   root = f"memory://{uuid.uuid4().hex}"
   for version in ("2.0.0", "10.0.0", "9.1.0"):
-    buckets.write_file(f"{root}/photos/{version}/dataset_info.json", b"{}")
+    remote.write_file(f"{root}/photos/{version}/dataset_info.json", b"{}")
   for config in ("a", "b"):
-    buckets.write_file(f"{root}/sets/{config}/1.0.0/features.json", b"{}")
-  buckets.write_file(f"{root}/photos/10.0.0/label.labels.txt", b"cat\n")
-  buckets.write_file(f"{root}/photos/10.0.0/x-00000", bytes(range(250)))
+    remote.write_file(f"{root}/sets/{config}/1.0.0/features.json", b"{}")
+  remote.write_file(f"{root}/photos/10.0.0/label.labels.txt", b"cat\n")
+  remote.write_file(f"{root}/photos/10.0.0/x-00000", bytes(range(250)))
 
-  newest = buckets.find_version(root + "/", "photos")
-  assert newest == f"{root}/photos/10.0.0" and buckets.find_version(root, "photos:9.*.*") == f"{root}/photos/9.1.0"
-  assert buckets.list_files(newest) == [f"{newest}/{name}" for name in ("dataset_info.json", "label.labels.txt", "x-00000")]
-  local = buckets.copy_metadata(newest)
+  newest = remote.find_version(root + "/", "photos")
+  assert newest == f"{root}/photos/10.0.0" and remote.find_version(root, "photos:9.*.*") == f"{root}/photos/9.1.0"
+  assert remote.list_files(newest) == [f"{newest}/{name}" for name in ("dataset_info.json", "label.labels.txt", "x-00000")]
+  local = remote.copy_metadata(newest)
   assert sorted(os.listdir(local)) == ["dataset_info.json", "label.labels.txt"]
-  assert [len(block) for block in buckets.stream(f"{newest}/x-00000", block=100)] == [100, 100, 50]
-  assert b"".join(buckets.stream(f"{newest}/x-00000", block=7)) == bytes(range(250))
+  assert [len(block) for block in remote.stream(f"{newest}/x-00000", block=100)] == [100, 100, 50]
+  assert b"".join(remote.stream(f"{newest}/x-00000", block=7)) == bytes(range(250))
 
-  (size, stamp), = buckets.stat_files([f"{newest}/x-00000"])
-  buckets.write_file(f"{newest}/x-00000", bytes(250))
-  assert size == 250 and buckets.stat_files([f"{newest}/x-00000"])[0] != (size, stamp)
+  (size, stamp), = remote.stat_files([f"{newest}/x-00000"])
+  remote.write_file(f"{newest}/x-00000", bytes(250))
+  assert size == 250 and remote.stat_files([f"{newest}/x-00000"])[0] != (size, stamp)
 
-  assert buckets.find_version(root, "sets/b") == f"{root}/sets/b/1.0.0"
+  assert remote.find_version(root, "sets/b") == f"{root}/sets/b/1.0.0"
   with pytest.raises(DataError, match="several configurations; name one of them: a, b"):
-    buckets.find_version(root, "sets")
-  buckets.write_file(f"{root}/sets/.config/metadata.json", json.dumps({"default_config_name": "b"}).encode())
-  assert buckets.find_version(root, "sets") == f"{root}/sets/b/1.0.0"
+    remote.find_version(root, "sets")
+  remote.write_file(f"{root}/sets/.config/metadata.json", json.dumps({"default_config_name": "b"}).encode())
+  assert remote.find_version(root, "sets") == f"{root}/sets/b/1.0.0"
   for wrong, message in (("photo", r"no such dataset \(in .*: photos, sets\)"), ("photos:3.0.0", "no version 3.0.0")):
     with pytest.raises(DataError, match=message):
-      buckets.find_version(root, wrong)
+      remote.find_version(root, wrong)
   with pytest.raises(DataError, match="not a prepared TFDS dataset"):
-    buckets.copy_metadata(f"{root}/sets/b/1.0.0")
+    remote.copy_metadata(f"{root}/sets/b/1.0.0")
   with pytest.raises(DataError, match="no such file"):
-    buckets.stat_files([f"{newest}/x-00001"])
+    remote.stat_files([f"{newest}/x-00001"])
 
 
 def test_what_is_missing_is_named(monkeypatch):
   def missing(url, **options):
     raise ImportError("Install s3fs to access S3")
   with pytest.raises(DataError, match="Protocol not known: nothing"):
-    buckets.list_files("nothing://bucket")
+    remote.list_files("nothing://bucket")
   monkeypatch.setattr("fsspec.core.url_to_fs", missing)
   with pytest.raises(DataError, match="pip install s3fs"):
-    buckets.list_files("s3://bucket")
+    remote.list_files("s3://bucket")
 
 
 def test_against_an_s3_server(monkeypatch):
@@ -283,11 +283,11 @@ def test_against_an_s3_server(monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
     data, url = np.random.default_rng(0).bytes(1 << 20), "s3://bucket/data/photos/1.0.0"
     s3fs.S3FileSystem(config_kwargs={"max_pool_connections": 2 * remote.THREADS}).mkdir("bucket")
-    buckets.write_file(f"{url}/x-00000", data)
-    buckets.write_file(f"{url}/dataset_info.json", b"{}")
-    assert buckets.find_version("s3://bucket/data", "photos") == url
-    assert buckets.stat_files([f"{url}/x-00000"])[0][0] == len(data)
-    assert b"".join(buckets.stream(f"{url}/x-00000", block=300_000)) == data
+    remote.write_file(f"{url}/x-00000", data)
+    remote.write_file(f"{url}/dataset_info.json", b"{}")
+    assert remote.find_version("s3://bucket/data", "photos") == url
+    assert remote.stat_files([f"{url}/x-00000"])[0][0] == len(data)
+    assert b"".join(remote.stream(f"{url}/x-00000", block=300_000)) == data
     reader = buckets.BucketReader([f"{url}/x-00000", f"{url}/x-00001"])
     keys = [(0, int(i) * 1000, 1000) for i in np.random.default_rng(1).permutation(1000)]
     reader.prefetch(keys)
@@ -295,7 +295,7 @@ def test_against_an_s3_server(monkeypatch):
     with pytest.raises(DataError, match="x-00001: no such file"):
       reader.read(1, 0, 10)
     with pytest.raises(DataError, match="s3://else/where: no such file, directory or bucket"):
-      buckets.list_files("s3://else/where")
+      remote.list_files("s3://else/where")
     reader.close()
   finally:
     server.stop()

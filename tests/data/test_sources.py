@@ -118,7 +118,7 @@ def test_what_is_wrong_with_the_request(root):
   fails("label_key='nothing' is no ClassLabel feature", root, label_key="nothing")
   fails("num_classes=7, but pictures has 5 classes", root, num_classes=7)
   fails("unknown dataset config.data.name='picturs'; near: .*pictures", root, name="picturs")
-  fails("mnist is not prepared under .*: tfds build mnist --file_format=array_record --data_dir=", root, name="mnist")
+  fails("mnist is not prepared under .*: tfds build mnist --data_dir=", root, name="mnist")
   fails("tfds build imagenet2012 .*downloaded by hand", root, name="imagenet2012")
   fails("is not a directory; prepare it once", root / "nowhere")
   (root / "empty").mkdir()
@@ -189,7 +189,7 @@ def test_a_file_that_vanishes_is_a_corrupt_record(root):
 
 
 def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
-  module = pytest.importorskip("array_record.python.array_record_module")
+  from array_record.python import array_record_module as module
   directory = tmp_path / "rows" / "pictures" / "1.0.0"
   shards.write_metadata(directory, "pictures", SPLITS, classes=5, file_format="array_record")
   for split, lengths in SPLITS.items():

@@ -80,7 +80,10 @@ def test_evaluation_is_exact_on_any_devices_and_batch():
     mesh, _, eval_step, state, _ = prepare(config, devices)
     heard = []
     batches = loader.EvalBatches(data, config.data, batch=meshes.whole_batch(batch, mesh))
-    found.append(evaluate.evaluate(eval_step, mesh, state.params, state.stats, batches, progress=heard.append))
+    weights = {"params": (state.params, state.stats), "again": (state.params, state.stats)}
+    both = evaluate.evaluate(eval_step, mesh, weights, batches, progress=heard.append)
+    assert both["params"] == both["again"]
+    found.append(both["params"])
     batches.close()
     assert heard[-1] == found[-1]["count"] == 360
   assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"] and found[0]["top5"] == found[1]["top5"]
