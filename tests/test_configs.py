@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import io
 import pathlib
+import threading
 
 import numpy as np
 import pytest
@@ -94,6 +95,7 @@ def test_two_real_steps(datasets, tmp_path, file, argument):
       data=dataclasses.replace(config.data, dir=str(datasets), index_dir=str(tmp_path / "index"), **small),
       optim=dataclasses.replace(config.optim, warmup_epochs=0.5))
   result = loop.train(config, str(tmp_path))
+  assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "prefetch", "bucket"))]
   assert result.finished and result.step == 2 and result.results["params"]["count"] == 10
   losses = [record["loss"] for record in read_jsonl(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
   assert len(losses) == 2 and np.isfinite(losses).all()

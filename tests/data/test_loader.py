@@ -2,6 +2,9 @@
 import dataclasses
 import hashlib
 import io
+import pathlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -226,3 +229,31 @@ def test_prefetch_keeps_order_raises_where_it_broke_and_leaves_no_thread(photos)
   early.close()
   made.close()
   assert threading.active_count() == before
+
+
+REAL = """
+import dataclasses, sys
+import numpy as np
+from nfnets.data import loader, sources
+from tests.data.test_loader import FULL
+index, count, threads, out = *map(int, sys.argv[1:4]), sys.argv[4]
+config = dataclasses.replace(FULL, name="digits", threads=threads)
+batches = loader.TrainBatches(sources.load(config, train=True), config, batch=106, seed=3, process=(index, count))
+parts = [batches[step] for step in range(12, 16)]  # the second epoch begins within 13
+batches.close()
+np.savez(out, **{f"{step}/{name}": value for step, part in enumerate(parts) for name, value in part.items()})
+"""
+
+
+def test_real_processes_make_the_same_global_batch(batches, tmp_path):
+  """Two processes of their own, one thread and four: pairs that are mixed across the border between them included."""
+  running = [subprocess.Popen([sys.executable, "-c", REAL, str(index), "2", threads, str(tmp_path / f"{index}.npz")],
+                              cwd=pathlib.Path(__file__).parents[2])
+             for index, threads in ((0, "1"), (1, "4"))]
+  assert [process.wait(120) for process in running] == [0, 0]
+  halves = [np.load(tmp_path / f"{index}.npz") for index in (0, 1)]
+  config = dataclasses.replace(FULL, name="digits")
+  whole = batches(sources.load(config, train=True), config, batch=106, seed=3)
+  for step in range(4):
+    for name, expected in whole[12 + step].items():
+      np.testing.assert_array_equal(np.concatenate([half[f"{step}/{name}"] for half in halves]), expected)

@@ -13,7 +13,7 @@ from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.data import loader
 from nfnets.train import loop, state as states
 from nfnets.train.checkpoint import CheckpointError, Checkpoints
-from nfnets.train.logbook import read_jsonl
+from nfnets.train.logbook import Logbook, read_jsonl
 
 TINY = {"width": (16, 16, 16, 16), "group_width": 8, "stem_width": (4, 4, 8), "stem_strides": (1, 1, 1, 2),
         "stage_strides": (1, 1, 2, 1), "depth": (1, 1, 1, 1)}
@@ -139,3 +139,29 @@ def test_an_update_that_overflows_is_never_saved(tmp_path):
     found = checkpoints.restore_model(step, params, stats, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
   checkpoints.close()
+
+
+def test_waiting_counts_only_while_the_devices_are_idle(monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+
+  def slow(seconds):
+    for batch in seconds:
+      clock[0] += batch
+      yield batch
+  idle = iter([True, False, True])
+  waits = loop.Waits(slow([1.0, 2.0, 3.0]), lambda: next(idle))
+  for _ in waits:
+    clock[0] += 1.0  # the step
+  assert waits.share() == pytest.approx((1.0 + 3.0) / 9.0)
+  assert waits.restart() == 9.0 and waits.share() == 0.0
+
+
+def test_waiting_for_data_is_hinted_at_once(tmp_path, capsys):
+  log = Logbook(str(tmp_path), start_step=0, total_steps=10)
+  scalars = {"epoch": 0.1, "loss": 1.0, "top1": 0.5, "lr": 0.1, "images_per_second": 10.0}
+  for step, share in ((1, 0.04), (2, 0.5), (3, 0.5)):
+    log.train(step, {**scalars, "data_wait": share}, {}, 1.0)
+  log.close()
+  said = capsys.readouterr().out
+  assert said.count("the devices waited for data 50% of the time") == 1 and "data_wait 4%" in said
