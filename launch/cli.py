@@ -1,6 +1,8 @@
 """What every program does with its command line: `--config=FILE[:ARG]` with overrides, and mistakes answered in one line.
 
-Exit status: 0 done, 1 failed, 2 a mistake in what was asked for.
+Exit status: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped by a signal after saving, 76 stuck or another process
+was lost. 75 and 76 say "run the same command again", and so does death by a signal (above 128): launch/pods/ does it, never on
+1 and 2. In a run of several processes one that ends with 1 or 2 takes the others along, with its status.
 """
 import dataclasses
 import difflib
@@ -15,6 +17,8 @@ from ml_collections import config_flags
 
 import nfnets
 from nfnets.config import Config
+from nfnets.train import processes
+from nfnets.train.manifest import SaveError
 
 
 class UsageError(ValueError):
@@ -25,6 +29,21 @@ def define_config(values: flags.FlagValues) -> None:
   """Adds `--config` and its overrides, `--config.optim.base_lr=0.2`."""
   config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/digits.py or configs/cifar10.py:norm=batch",
                                   flag_values=values)
+
+
+def define_processes(values: flags.FlagValues) -> None:
+  """Adds the flags by which a process of several learns of the others; engines that JAX knows need none."""
+  flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens for the others.", flag_values=values)
+  flags.DEFINE_integer("processes", None, "How many processes run this same command.", flag_values=values)
+  flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=values)
+  flags.DEFINE_float("start_timeout", processes.TIMEOUT_S, "Seconds in which all of them must have come.", lower_bound=0.1,
+                     flag_values=values)
+
+
+def start_processes(values: flags.FlagValues) -> processes.Processes:
+  """Joins the other processes, before the configuration is looked at: so that a mistake in it ends them all alike."""
+  return processes.start(coordinator=values.coordinator, count=values.processes, index=values.process,
+                         timeout_s=values.start_timeout)
 
 
 def parse_config(values: flags.FlagValues) -> Config:
@@ -71,14 +90,21 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
     if len(rest) > 1 and not arguments:
       raise UsageError(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     status = program(values, *rest[1:])
+    processes.shutdown()
+  except processes.LostPeer as error:
+    fail(error, processes.LOST)
   except ValueError as error:
     if not _raised_here(error):
+      _fail_with_traceback(error)
       raise
     fail(error, 2)
-  except FloatingPointError as error:
+  except (FloatingPointError, SaveError) as error:
     fail(error, 1)
   except KeyboardInterrupt:
     fail("interrupted", 130)
+  except Exception as error:
+    _fail_with_traceback(error)
+    raise
   sys.exit(status or 0)
 
 
@@ -95,9 +121,17 @@ def run_subcommand(table: dict[str, Callable[[flags.FlagValues], int]], values: 
 
 
 def fail(error: object, status: int) -> None:
-  """One line on stderr, then exit."""
-  print(f"error: {error}", file=sys.stderr)
+  """One line on stderr, with the process's number where there are several, then exit."""
+  text = f"{processes.label()}error: {error}\n"
+  processes.fail(error, status, text)
+  sys.stderr.write(text)
   sys.exit(status)
+
+
+def _fail_with_traceback(error: Exception) -> None:
+  """In a run of several processes: every line with the process's number, and the end of them all. Otherwise nothing."""
+  lines = "".join(traceback.format_exception(error)).splitlines()
+  processes.fail(error, 1, "".join(f"{processes.label()}{line}\n" for line in lines))
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -16,36 +16,38 @@ from launch import cli
 
 def define(values: flags.FlagValues) -> None:
   cli.define_config(values)
+  cli.define_processes(values)
   flags.DEFINE_string("checkpoint", None, "A workdir, or WORKDIR/checkpoints/STEP.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
+  process = cli.start_processes(values)
   config = cli.parse_config(values)
   if not values.checkpoint:
     raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
   from nfnets.data import loader, sources
-  from nfnets.train import evaluate, logbook, mesh as meshes, recipe, state as states, step as steps
+  from nfnets.train import evaluate, logbook, manifest, mesh as meshes, recipe, state as states, step as steps
   from nfnets.train.checkpoint import Checkpoints, check_same_run
 
   where = pathlib.Path(values.checkpoint).resolve()
-  where = where.parent if where.name == "checkpoints" else where
-  one = where.name.isdigit() and where.parent.name == "checkpoints"
-  checkpoints = Checkpoints(str(where.parent.parent if one else where))
-  step = int(where.name) if one else checkpoints.latest()
-  if step is None or not checkpoints.path(step).is_dir():
+  checkpoints, (_, step) = Checkpoints(str(where)), manifest.locate(str(where))
+  step = checkpoints.choose(step) if step is None or checkpoints.path(step).is_dir() else None
+  if step is None:
     raise cli.UsageError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
   check_same_run(checkpoints.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
   data_config = recipe.data_config(config)
-  data = sources.load(data_config, train=False, progress=print)
+  data = sources.load(data_config, train=False, progress=print if process.index == 0 else lambda line: None)
   mesh = meshes.make_mesh()
   batches = loader.EvalBatches(data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh),
-                               process=(jax.process_index(), jax.process_count()))
+                               process=(process.index, process.count))
   graph, params, stats = states.split(nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes)))
-  weights = checkpoints.restore_model(step, params, stats, meshes.replicated(mesh))
-  eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
+  weights = checkpoints.restore_model(step, *meshes.place(mesh, (params, stats)))
+  eval_step = steps.eval_step_over(config, mesh, graph)
   results = evaluate.evaluate(eval_step, mesh, weights, batches)
   for each in (batches, data, checkpoints):
     each.close()
+  if process.index:
+    return 0
   title = (f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
            f"{mesh.size} × {jax.devices()[0].device_kind}")
   rich.console.Console().print(logbook.results_table(title, results))

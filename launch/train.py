@@ -1,24 +1,28 @@
 """Trains a network: python -m launch.train --config=configs/digits.py --workdir=DIR
 
 Prints the resolved configuration, the parameter groups and the devices, then progress; DIR gets checkpoints, metrics.jsonl,
-tensorboard/ and curves.png. Ctrl-C or SIGTERM saves and ends; the same command goes on from there.
+tensorboard/ and curves.png. Ctrl-C or SIGTERM saves and ends with status 75; the same command goes on from there.
+
+On several machines, or for several processes on one, see docs/pods.md.
 """
 from absl import flags
 
 from launch import cli
+from nfnets.train import processes
 
 
 def define(values: flags.FlagValues) -> None:
   cli.define_config(values)
+  cli.define_processes(values)
   flags.DEFINE_string("workdir", None, "Where the run lives; a run found there is continued.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
+  cli.start_processes(values)
   config = cli.parse_config(values)
   workdir = cli.parse_workdir(values)
   from nfnets.train import loop
-  loop.train(config, workdir)
-  return 0
+  return 0 if loop.train(config, workdir).finished else processes.STOPPED
 
 
 if __name__ == "__main__":

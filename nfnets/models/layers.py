@@ -188,6 +188,19 @@ class Conv(nnx.Module):
     return out if self.bias is None else out + self.bias[...].astype(out.dtype)
 
 
+_as_it_is: contextvars.ContextVar[bool] = contextvars.ContextVar("standardized", default=False)
+
+
+@contextlib.contextmanager
+def standardized() -> Iterator[None]:
+  """Within, standardized convolutions take their kernels as they are: `standardize` has been there before."""
+  token = _as_it_is.set(True)
+  try:
+    yield
+  finally:
+    _as_it_is.reset(token)
+
+
 class WSConv(Conv):
   """Convolution with Scaled Weight Standardization (P1, section 4.3): per output channel, with statistics in float32,
 
@@ -204,6 +217,9 @@ class WSConv(Conv):
     return normal(fan_in ** -0.5)
 
   def weight(self) -> Array:
+    return self.kernel[...] if _as_it_is.get() else self.standardize()
+
+  def standardize(self) -> Array:
     kernel = self.kernel[...].astype(jnp.float32)
     fan_in = math.prod(kernel.shape[:-1])
     mean = jnp.mean(kernel, axis=(0, 1, 2))
@@ -222,13 +238,20 @@ class TimmWSConv(WSConv):
     super().__init__(*args, padding=padding, **conv)
     self.gamma = gamma
 
-  def weight(self) -> Array:
+  def standardize(self) -> Array:
     kernel = self.kernel[...].astype(jnp.float32)
     fan_in = math.prod(kernel.shape[:-1])
     mean = jnp.mean(kernel, axis=(0, 1, 2))
     var = jnp.var(kernel, axis=(0, 1, 2))
     scale = jax.lax.rsqrt((var + 1e-5) * fan_in) * (self.gamma * self.gain[...])
     return (kernel - mean) * scale
+
+
+def standardize(network: nnx.Module) -> None:
+  """Replaces the kernel of every standardized convolution by its W', in place; see `standardized`."""
+  for _, module in nnx.iter_modules(network):
+    if isinstance(module, WSConv):
+      module.kernel[...] = module.standardize()
 
 
 # ---------------------------------------------------------------- pooling and gates

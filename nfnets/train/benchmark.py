@@ -72,7 +72,7 @@ def benchmark_step(config: Config, *, steps: int = 50, warmup: int = 5, without_
     raise ValueError(f"without_agc needs AGC to compare with, but config.optim.clipping={config.optim.clipping}; "
                      "set it, e.g. to 0.01")
   mesh = meshes.make_mesh() if mesh is None else mesh
-  meshes.check_batch(config.batch, mesh)
+  meshes.check_batch(config.batch, mesh, config.accumulate)
   overrides = config.model.all_overrides()
   size = config.data.image_size or models.variant(config.model.name, **overrides).train_resolution
   classes = config.data.num_classes or 1000
@@ -195,15 +195,15 @@ def _optimizer(config: Config, params: nnx.State):
 def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> states.TrainState:
   """The state before the first step, once it lies on the devices."""
   state = states.init_state(params, stats, _optimizer(config, params), config)
-  return jax.block_until_ready(jax.device_put(state, meshes.replicated(mesh)))
+  return jax.block_until_ready(meshes.put(state, meshes.place(mesh, state, shard=config.shard)))
 
 
 def _lower(config: Config, graph: nnx.GraphDef, state: states.TrainState, mesh: Mesh, size: int) -> jax.stages.Lowered:
   """The training loop's own step, traced and lowered for these shapes."""
   batch = {"image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8),
            "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32)}
-  train_step = train_steps.make_train_step(config, graph, _optimizer(config, state.params))
-  return train_steps.compile_over(mesh, train_step, donate_state=True).lower(jax.eval_shape(lambda s: s, state), batch)
+  like = meshes.place(mesh, state, shard=config.shard)
+  return train_steps.train_step_over(config, mesh, graph, _optimizer(config, state.params), like).lower(like, batch)
 
 
 def _batch(config: Config, mesh: Mesh, size: int, classes: int) -> train_steps.Batch:

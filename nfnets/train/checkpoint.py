@@ -1,139 +1,327 @@
-"""Checkpoints: written by Orbax in the background, kept by count, restored against what they should hold."""
-import dataclasses
+"""Checkpoints: written by Orbax in the background, sealed with a manifest, verified before they are restored."""
+import concurrent.futures
 import json
+import logging
+import os
 import pathlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Sharding
 
-import nfnets
-from nfnets.agc import named_leaves
 from nfnets.config import Config
+from nfnets.train import arrays, manifest, origin
+from nfnets.train.manifest import CheckpointError, SaveError
+from nfnets.train.origin import check_same_data, check_same_run, to_json
 from nfnets.train.state import TrainState
 
-# Fields that may change between a run and its continuation: they alter neither the parameters nor the images.
-MAY_DIFFER = ("data.dir", "data.index_dir", "data.threads", "data.max_corrupt", "data.test_split", "data.test_crop",
-              "data.test_image_size", "eval_batch", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+__all__ = ["CheckpointError", "Checkpoints", "SaveError", "check_same_data", "check_same_run", "to_json"]
 
-
-class CheckpointError(ValueError):
-  """There is no checkpoint, or it is not one of this configuration's; the message says what differs."""
+_WRITE_SECONDS = 600  # until a process gives up waiting for the others' part of a write
 
 
 class Checkpoints:
   """The checkpoints of a workdir, in `workdir/checkpoints/STEP`; close() waits for the last write.
 
-  Each holds "model" (parameters and running statistics), "ema", "training" (optimizer, step) and "meta" (configuration, step,
-  versions). Arrays are named by their paths, so that no class has to be the same on reading.
+  Each holds "model" (parameters and running statistics), "ema", "training" (all other fields of the state but `halted`), "meta"
+  (configuration, versions, data state, ...) and a manifest, without which it is none. Arrays are named by their paths, so that no
+  class has to be the same on reading. Without `keep` it only reads. With several processes `choose`, `save`, `restore` and
+  `restore_model` must be called by all, in one order; the workdir must be on storage that all of them see.
   """
 
-  def __init__(self, workdir: str, *, keep: int | None = None):
-    self.directory = pathlib.Path(workdir).resolve() / "checkpoints"
-    # Reading makes no directory: a mistyped path is an error, not an empty folder.
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, enable_async_checkpointing=keep is not None)
-    self._manager = ocp.CheckpointManager(self.directory, options=options) if keep or self.directory.is_dir() else None
+  def __init__(self, workdir: str, *, keep: int | None = None, keep_every: float = 0.0, keep_best: str = "",
+               say: Callable[[str], None] = print):
+    """keep: the newest so many stay; keep_every, keep_best: see Config. `say` gets a line about whatever goes wrong."""
+    self.directory, _ = manifest.locate(workdir)
+    self.say = say
+    self._writes = keep is not None
+    self._keep = {"newest": keep, "every": keep_every, "best": keep_best}
+    self._verified: set[int] = set()
+    self._newest: int | None = None  # the step that was last restored, or handed to save
+    self._failed: SaveError | None = None
+    self._committed, self._finished = threading.Event(), None
+    self._committed.set()
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    if self._writes:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      logging.getLogger("absl").addFilter(_not_from_orbax)
+      if jax.process_index() == 0:
+        self._tidy()
+
+  # ---- looking
+
+  def steps(self) -> list[int]:
+    """The steps that have a manifest, ascending; nothing is hashed."""
+    return [step for step in manifest.steps(self.directory) if self._manifest(step)]
 
   def latest(self) -> int | None:
-    """The newest step, or None."""
-    return self._manager.latest_step() if self._manager else None
+    """The newest of `steps`, after a write that is under way, or None."""
+    self._settle()
+    return max(self.steps(), default=None)
 
   def path(self, step: int) -> pathlib.Path:
     return self.directory / str(step)
 
-  def save(self, state: TrainState, config: Config, *, num_classes: int) -> None:
-    """Copies the state to the host, then writes in the background. A step that is there already is left alone."""
-    step = int(state.step)
-    if step == self.latest():
-      return
-    items = {"model": _named((state.params, state.stats)), "ema": _named(state.ema),
-             "training": _named((state.opt_state, state.step))}
-    meta = {"step": step, "num_classes": num_classes, "config": to_json(config),
-            "shapes": jax.tree.map(lambda x: list(x.shape), items),
-            "versions": {"nfnets": nfnets.__version__, "jax": jax.__version__}}
-    self._manager.save(step, args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta), **{name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}))
+  def verify(self, step: int) -> list[str]:
+    """What is wrong with a step, a line each, every file hashed; nothing if it is good."""
+    return manifest.verify(self.path(step))
 
   def meta(self, step: int) -> dict[str, Any]:
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    """What is known of a step beside its arrays: "config", "num_classes", "versions", "data", "rng", "metrics", ..."""
+    try:
+      return json.loads((self.path(step) / "meta" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      raise CheckpointError(f"{self.path(step)}: its meta data cannot be read: {error}") from error
 
-  def restore(self, step: int, like: TrainState, sharding: Sharding) -> TrainState:
-    """The state saved at `step`, in the structure of the (abstract) state `like`, placed by `sharding`.
+  def choose(self, step: int | None = None) -> int | None:
+    """The newest good step (or `step`, which must be good), all files verified; None if there is no checkpoint at all.
 
-    Raises CheckpointError naming what differs in shape or is missing.
+    All processes get the same one. Raises CheckpointError if there are checkpoints but none is good.
     """
-    trees = {"model": (like.params, like.stats), "ema": like.ema, "training": (like.opt_state, like.step)}
-    (params, stats), ema, (opt_state, step_array) = self._restore(step, trees, sharding).values()
-    return dataclasses.replace(like, params=params, stats=stats, ema=ema, opt_state=opt_state, step=step_array,
-                               halted=jax.device_put(False, sharding))
+    self._settle()
+    found, error = -1, None
+    if jax.process_index() == 0:
+      try:
+        found = self._choose(step)
+      except CheckpointError as reason:
+        found, error = -2, reason
+    found = _agree(found)
+    if found == -2:
+      raise error or CheckpointError(f"{self.directory}: no good checkpoint; process 0 says why")
+    if found >= 0:
+      self._verified.add(found)
+      _check_seen(self.path(found))
+    return found if found >= 0 else None
 
-  def restore_model(self, step: int, params: nnx.State, stats: nnx.State, sharding: Sharding) -> dict[str, Any]:
-    """{"params": (params, stats), "ema": the same, averaged, if it was kept}, for evaluation: no optimizer is read."""
-    trees = {"model": (params, stats)}
-    if self.meta(step)["config"]["optim"]["ema_decay"] is not None:
-      trees["ema"] = (params, stats)
-    found = self._restore(step, trees, sharding)
-    return {"params" if name == "model" else name: tree for name, tree in found.items()}
+  def _choose(self, step: int | None) -> int:
+    problems, candidates = {}, [step] if step is not None else manifest.steps(self.directory)[::-1]
+    for each in candidates:
+      wrong = self.verify(each)
+      if not wrong:
+        for bad, reasons in problems.items():
+          self.say(f"checkpoint {self.path(bad)} is not good: {_some(reasons)}; taking {self.path(each)} instead")
+        return each
+      problems[each] = wrong
+    if not candidates:
+      return -1
+    lines = "; ".join(f"{self.path(bad)}: {_some(reasons)}" for bad, reasons in problems.items())
+    raise CheckpointError(f"no good checkpoint: {lines}")
 
-  def _restore(self, step: int, trees: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
-    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    wanted = {name: jax.tree.map(abstract, _named(tree)) for name, tree in trees.items()}
-    shapes = self.meta(step)["shapes"]
-    for name, arrays in wanted.items():
-      saved = {key: tuple(shape) for key, shape in shapes[name].items()}
-      expected = {key: value.shape for key, value in arrays.items()}
-      if saved != expected:
-        odd = sorted(key for key in saved | expected if saved.get(key) != expected.get(key))
-        lines = ", ".join(f"{key.replace('.', '/')} (saved {saved.get(key, 'not there')}, "
-                          f"expected {expected.get(key, 'not there')})" for key in odd[:3])
-        raise CheckpointError(f"{self.path(step)} holds another network: {len(odd)} arrays differ: {lines}")
-    found = self._manager.restore(step, args=ocp.args.Composite(
-        **{name: ocp.args.StandardRestore(arrays) for name, arrays in wanted.items()}))
-    return {name: jax.tree.unflatten(jax.tree.structure(tree), list(_reorder(found[name], tree))) for name, tree in trees.items()}
+  # ---- writing
+
+  def save(self, state: TrainState, config: Config, *, num_classes: int, records: int,
+           results: dict[str, dict[str, float]] | None = None) -> None:
+    """Copies the state to the host, then writes in the background; what goes wrong there is said, and raised by wait().
+
+    A step that is saved already is left alone. records: length of the training set. results: this very state's evaluation,
+    {"params": {"top1", "loss", …}, "ema": …}; with it the step can be kept as the best.
+    """
+    if not self._writes:
+      raise ValueError("Checkpoints(workdir) only reads; give keep=N to write")
+    step = int(state.step)
+    if _agree(self._has(step)):
+      return
+    epoch = step * config.batch / records
+    metrics = {("ema_" if weights == "ema" else "") + name: float(value)
+               for weights, values in (results or {}).items() for name, value in values.items()}
+    trees = arrays.split(state)
+    facts = {"step": step, "epoch": epoch, "metrics": metrics or None, "keep": self._keep,
+             "versions": origin.versions()}
+    meta = {"schema": manifest.SCHEMA, **facts, "previous_step": max(self.steps(), default=None), "num_classes": num_classes,
+            "config": to_json(config), "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
+            "data": {"seed": config.seed, "records": records, "next_step": step + int(state.passed_over)},
+            "rng": origin.random_numbers(config), "processes": jax.process_count(), "devices": jax.device_count(),
+            "commit": origin.commit()}
+    self._committed.wait()  # Orbax writes one at a time; hashing the one before may still go on
+    # A new one each time: an error stays in the old one.
+    writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_WRITE_SECONDS)
+    items = {item: ocp.args.StandardSave(found) for item, tree in trees.items() if (found := arrays.by_name(tree))}
+    error = None
+    try:
+      writer.save(self.path(step), args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+    except Exception as reason:  # also what is no OSError: training must go on whatever the disk does
+      error = reason
+    self._newest, self._committed = step, threading.Event()
+    self._finished = self._pool.submit(self._finish, writer, facts, error, self._committed)
+
+  def _finish(self, writer: ocp.AsyncCheckpointer, facts: dict[str, Any], error: Exception | None,
+              committed: threading.Event) -> None:
+    """In the background: waits for Orbax, writes the manifest, deletes what is kept no longer."""
+    step, first = facts["step"], jax.process_index() == 0
+    try:
+      try:
+        writer.close()
+      finally:
+        committed.set()
+      if error is not None:
+        raise error
+      if first:
+        manifest.write(self.path(step), facts)
+    except Exception as reason:
+      self._failed = SaveError(f"checkpoint of step {step} could not be written to {self.directory}: {_reason(reason)}")
+      self._failed.__cause__ = reason
+      self.say(f"{self._failed}; the checkpoints before it are untouched, training goes on")
+      if first:
+        self._sweep(step)
+      return
+    self._failed = None
+    if first:
+      found = [one for one in map(self._manifest, manifest.steps(self.directory)) if one]
+      kept = manifest.kept(found, **self._keep)
+      self._delete(*(self.path(one["step"]) for one in found if one["step"] not in kept))
 
   def wait(self) -> None:
-    self._manager.wait_until_finished()
+    """Until the last write has ended, manifest and all. Raises SaveError, once, if it failed."""
+    self._settle()
+    failed, self._failed = self._failed, None
+    if failed is not None:
+      raise failed
 
   def close(self) -> None:
-    if self._manager:
-      self._manager.close()
+    """As wait; nothing can be saved after it."""
+    self._pool.shutdown()
+    self.wait()
+
+  def _settle(self) -> None:
+    if self._finished is not None:
+      self._finished.result()
+
+  def _has(self, step: int) -> bool:
+    if step == self._newest:
+      self._settle()
+      return self._failed is None and self._manifest(step) is not None
+    if jax.process_index() == 0 and self.path(step).is_dir():
+      self._delete(self.path(step))  # of steps that this run did not go on from
+    return False
+
+  def _manifest(self, step: int) -> dict[str, Any] | None:
+    try:
+      return manifest.read(self.path(step))
+    except CheckpointError:
+      return None
+
+  def _sweep(self, step: int) -> None:
+    """Deletes what a failed write left; the parts of it that did not fail may still be writing."""
+    quiet = 0
+    for _ in range(50):
+      paths = [path for path in (*self.directory.glob(f"{step}.orbax-checkpoint-tmp*"), self.path(step)) if path.is_dir()]
+      quiet = 0 if paths else quiet + 1
+      if quiet == 3:
+        break
+      for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+      time.sleep(0.1)
+
+  def _tidy(self) -> None:
+    left = manifest.litter(self.directory)
+    if left:
+      self.say(f"removed what a run that was killed left in {self.directory}: {', '.join(path.name for path in left)}")
+      self._delete(*left)
+
+  def _delete(self, *paths: pathlib.Path) -> None:
+    for path in paths:
+      try:
+        if path.exists():
+          manifest.remove(path)
+      except OSError as error:
+        self.say(f"{path} could not be deleted: {error.strerror}")
+
+  # ---- restoring
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The state saved at `step`, in the structure and with the shardings of the (abstract) state `like`; not halted.
+
+    Whoever writes goes on from there: newer steps are set aside, as STEP.aside. Raises CheckpointError naming what is damaged, or
+    differs in shape or dtype, or is missing.
+    """
+    found = self._restore(step, arrays.split(like))
+    if self._writes:
+      self._newest = step
+      if jax.process_index() == 0:
+        for newer in (self.path(each) for each in manifest.steps(self.directory) if each > step):
+          self.say(f"going on from step {step}: {newer} is set aside as {manifest.set_aside(newer).name}")
+    return arrays.join(found, like)
+
+  def restore_model(self, step: int, params: nnx.State, stats: nnx.State) -> dict[str, Any]:
+    """{"params": (params, stats), "ema": the same, averaged, if it was kept}, for evaluation: no optimizer is read."""
+    self._check_good(step)
+    names = {"params": "model", **({"ema": "ema"} if self.meta(step)["shapes"]["ema"] else {})}
+    found = self._restore(step, dict.fromkeys(names.values(), {"params": params, "stats": stats}))
+    return {weights: (found[item]["params"], found[item]["stats"]) for weights, item in names.items()}
+
+  def restore_weights(self, step: int, which: str = "params") -> dict[str, np.ndarray]:
+    """The network's arrays on the host by their paths, running statistics included. which: "params" or "ema"."""
+    item = {"params": "model", "ema": "ema"}[which]
+    self._check_good(step)
+    shapes = self.meta(step)["shapes"][item]
+    if not shapes:
+      raise CheckpointError(f"{self.path(step)} holds no average (EMA) of the weights")
+    wanted = {arrays.name(path): np.empty(shape, jnp.dtype(dtype)) for path, (dtype, shape) in shapes.items()}
+    found = self._read(step, {item: wanted})[item]
+    # without the "params/" and "stats/" that paths begin with
+    return {path.partition("/")[2]: np.ascontiguousarray(found[arrays.name(path)]) for path in shapes}
+
+  def _restore(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
+    self._check_good(step)
+    saved = self.meta(step)["shapes"]
+    for item, tree in trees.items():
+      odd = arrays.differences(saved[item], arrays.shapes(tree))
+      if odd:
+        what = "network" if item == "model" else f"{item} state"
+        raise CheckpointError(f"{self.path(step)} holds another {what}: {len(odd)} arrays differ: {', '.join(odd[:3])}")
+    wanted = {item: jax.tree.map(arrays.abstract, arrays.by_name(tree)) for item, tree in trees.items()}
+    found = self._read(step, wanted)
+    return {item: arrays.fill(tree, found[item]) for item, tree in trees.items()}
+
+  def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    items = {item: ocp.args.StandardRestore(like) for item, like in wanted.items() if like}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      found = reader.restore(self.path(step), args=ocp.args.Composite(**items))
+    return {item: found[item] if item in items else {} for item in wanted}
+
+  def _check_good(self, step: int) -> None:
+    if step not in self._verified:
+      self.choose(step)
 
 
-def check_same_run(saved: dict[str, Any], config: Config, where: str, *, only: tuple[str, ...] = ("",)) -> None:
-  """Raises CheckpointError where a checkpoint's configuration is not this one's, naming the fields.
-
-  `only`: prefixes of the fields to compare, all by default. A field that is newer than the checkpoint had its default.
-  """
-  defaults = to_json(Config())
-  saved = {key: {**defaults[key], **value} if isinstance(defaults.get(key), dict) else value for key, value in saved.items()}
-  before, now = _flat({**defaults, **saved}), _flat(to_json(config))
-  odd = sorted(key for key in before | now if before.get(key) != now.get(key) and key not in MAY_DIFFER
-               and key.startswith(only))
-  if odd:
-    lines = ", ".join(f"config.{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in odd[:4])
-    raise CheckpointError(f"{where} belongs to another configuration: {lines}{' …' if len(odd) > 4 else ''}; take another "
-                          "directory, or the configuration it was started with")
+def _agree(value: int) -> int:
+  """Process 0's value, in all processes."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def to_json(config: Config) -> dict[str, Any]:
-  """The configuration as JSON has it (tuples become lists)."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+def _check_seen(path: pathlib.Path) -> None:
+  """Raises CheckpointError in all processes where one of them does not see `path`."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+    seen = np.ravel(multihost_utils.process_allgather(np.int32(path.is_dir())))
+    if not seen.all():
+      blind = ", ".join(map(str, np.flatnonzero(seen == 0)))
+      raise CheckpointError(f"process {blind} does not see {path}: the workdir must be on storage that all processes share")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  out = {}
-  for key, value in tree.items():
-    out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-  return out
+def _some(problems: list[str]) -> str:
+  return problems[0] + (f", and {len(problems) - 1} more" if len(problems) > 1 else "")
 
 
-def _named(tree: Any) -> dict[str, Any]:
-  # Orbax makes a directory of a name with "/" in it, and cannot write an empty tree.
-  named = {path.replace("/", "."): leaf for path, leaf, _ in named_leaves(tree) if jax.tree.leaves(leaf)}
-  return named or {"nothing": jax.numpy.zeros(())}
+def _reason(error: BaseException) -> str:
+  """The system's word for what happened, if it is in there; Orbax's own messages are pages long."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  if code or isinstance(error, OSError) and error.strerror:
+    return os.strerror(int(code[1])) if code else error.strerror
+  return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
-def _reorder(named: dict[str, jax.Array], tree: Any):
-  return (named[path.replace("/", ".")] for path, leaf, _ in named_leaves(tree) if jax.tree.leaves(leaf))
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  # An error of a write reaches us as an exception and is said in one line; Orbax logs it, too, with three tracebacks.
+  return record.levelno < logging.ERROR or "/orbax/" not in record.pathname

@@ -1,5 +1,6 @@
 """What a run writes down: a progress bar, JSONL, TensorBoard events, and a picture of its curves."""
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -9,6 +10,8 @@ import rich.console
 import rich.progress
 import rich.table
 from tensorboardX import SummaryWriter
+
+from nfnets.train import processes
 
 REDRAW_SECONDS = 600  # a long run's picture is drawn again at an evaluation after this time
 
@@ -25,12 +28,10 @@ class Logbook:
     self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
     self._dir = pathlib.Path(workdir)
     self._total, self._train_label, self._hinted = total_steps, train_label, False
-    self._records = [record for record in read_jsonl(self._dir / "metrics.jsonl") if record["step"] <= start_step]
-    self._file = open(self._dir / "metrics.jsonl", "w", encoding="utf-8")
-    for record in self._records:
-      self._file.write(json.dumps(record) + "\n")
-    self._events = SummaryWriter(str(self._dir / "tensorboard"), purge_step=start_step + 1)
-    self._drawn = time.monotonic()
+    self._records = read_jsonl(self._dir / "metrics.jsonl")
+    self._file = self._events = None
+    self._drawn, self._drawn_records = time.monotonic(), 0
+    self.rewind(start_step)
     whole = rich.table.Column(no_wrap=True)
     self._bar = rich.progress.Progress(
         rich.progress.MofNCompleteColumn(table_column=whole),
@@ -40,6 +41,18 @@ class Logbook:
         console=self.console, disable=not self.console.is_terminal, transient=True, expand=True)
     self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="compiling …")
     self._bar.start()
+
+  def rewind(self, step: int) -> None:
+    """Drops what was written about later steps."""
+    for each in (self._file, self._events):
+      if each is not None:
+        each.close()
+    self._records = [record for record in self._records if record["step"] <= step]
+    path = self._dir / "metrics.jsonl"
+    path.with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in self._records), encoding="utf-8")
+    os.replace(path.with_suffix(".new"), path)  # whole, old or new, whenever the power fails
+    self._file = open(path, "a", encoding="utf-8")
+    self._events = SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1)
 
   def advance(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
@@ -75,8 +88,10 @@ class Logbook:
   def say(self, text: str) -> None:
     self.console.print(text, markup=False)
 
+  warn = say
+
   def draw(self) -> pathlib.Path | None:
-    self._drawn = time.monotonic()
+    self._drawn, self._drawn_records = time.monotonic(), len(self._records)
     path = self._dir / "curves.png"
     if not any(record["kind"] == "train" for record in self._records):
       return None
@@ -84,7 +99,10 @@ class Logbook:
     return path
 
   def close(self) -> None:
+    """Ends the bar; after an error the picture still shows how far it went."""
     self._bar.stop()
+    if self._drawn_records < len(self._records):
+      self.draw()
     self._file.close()
     self._events.close()
 
@@ -97,6 +115,32 @@ class Logbook:
         self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
     for layer, value in record.get("clip", {}).items():
       self._events.add_scalar(f"clip/{layer}", value, record["step"])
+
+
+class Silence:
+  """The logbook of every process but the first: nothing is written, and only what is wrong here is said."""
+
+  console = rich.console.Console(quiet=True)
+
+  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float) -> None:
+    pass
+
+  def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
+    pass
+
+  def advance(self, step: int) -> None:
+    pass
+
+  rewind = advance
+
+  def say(self, text: str) -> None:
+    pass
+
+  def warn(self, text: str) -> None:
+    print(f"{processes.label()}{text}", flush=True)
+
+  def draw(self) -> None:
+    pass
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,14 +1,15 @@
 """The training loop: from a configuration and a workdir to a trained network, resumable at any step."""
+import collections
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import pathlib
 import platform
 import pprint
-import signal
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,13 +21,14 @@ from nfnets.agc import agc_metrics
 from nfnets.config import Config
 from nfnets.data import loader, sources
 from nfnets.data.pool import prefetch
-from nfnets.train import diagnose, evaluate, losses, mesh as meshes, recipe, state as states, step as steps
-from nfnets.train.checkpoint import Checkpoints, check_same_run, to_json
-from nfnets.train.logbook import Logbook, results_table
+from nfnets.train import diagnose, evaluate, losses, mesh as meshes, processes, recipe, state as states, step as steps
+from nfnets.train.checkpoint import Checkpoints, check_same_data, check_same_run, to_json
+from nfnets.train.logbook import Logbook, Silence, results_table
+from nfnets.train.watch import Waits, Watchdog, stop_on_signals
 
 
 class NonFiniteError(FloatingPointError):
-  """The loss or a gradient was not finite; the message says at which step, where, and what the last good checkpoint is."""
+  """A loss or gradient was not finite, or the loss too high; the message says at which step, where, and the last checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +41,11 @@ class Result:
 
 
 def train(config: Config, workdir: str) -> Result:
-  """Trains as `config` says, from the newest checkpoint in `workdir` if there is one.
+  """Trains as `config` says, from the newest good checkpoint in `workdir` if there is one.
 
-  Writes checkpoints, metrics.jsonl, tensorboard/, curves.png and config.json into `workdir`. SIGINT and SIGTERM save and return.
-  Raises ValueError (with its subclasses DataError, CheckpointError and the models' own) for what a person can mend, and
-  NonFiniteError.
+  Writes checkpoints, metrics.jsonl, tensorboard/, curves.png and config.json into `workdir`. SIGINT and SIGTERM, to one process
+  or all, save and return. Raises ValueError (with its subclasses DataError, CheckpointError, ProcessError and the models' own)
+  for what a person can mend, and NonFiniteError.
   """
   with contextlib.ExitStack() as opened:
     return _train(config, workdir, opened)
@@ -52,12 +54,14 @@ def train(config: Config, workdir: str) -> Result:
 def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result:
   # ---- what is to be trained, on what
   config.validate()
+  process, count = jax.process_index(), jax.process_count()
   mesh = meshes.make_mesh()
-  meshes.check_batch(config.batch, mesh)
+  meshes.check_batch(config.batch, mesh, config.accumulate)
   data_config = recipe.data_config(config)
-  progress = lambda line: print(line, flush=True)
-  data, test_data = (opened.enter_context(contextlib.closing(sources.load(data_config, train=train, progress=progress)))
+  tell = functools.partial(print, flush=True) if process == 0 else lambda line: None
+  data, test_data = (opened.enter_context(contextlib.closing(sources.load(data_config, train=train, progress=tell)))
                      for train in (True, False))
+  processes.agree({"config": json.dumps(to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}, tell)
   abstract = nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes))
   steps_per_epoch = len(data) / config.batch
   total_steps = max(1, round(config.epochs * steps_per_epoch))
@@ -65,47 +69,66 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   schedule_args = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
   schedule = optim.make_schedule(config.optim, **schedule_args)
   optimizer = optim.make_optimizer(config.optim, params, **schedule_args)
-  checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-  found = checkpoints.latest()
+  like = meshes.place(mesh, jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats),
+                      shard=config.shard)
+  log: Logbook | Silence = Silence()
+  warn = lambda text: log.warn(text)
+  checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every, keep_best=config.keep_best,
+                            say=warn)
+  opened.callback(checkpoints.close)
+  found = checkpoints.choose()
   if found is not None:
     check_same_run(checkpoints.meta(found)["config"], config, workdir)
-  shared = {"process": (jax.process_index(), jax.process_count()), "say": lambda text: log.say(text)}
+    check_same_data(checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes)
+  shared = {"process": (process, count), "say": warn}
   batches = loader.TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **shared)
   opened.callback(batches.close)
   test_batches = loader.EvalBatches(test_data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh), **shared)
   opened.callback(test_batches.close)
 
   # ---- the state, new or restored
-  whole = meshes.replicated(mesh)
   if found is None:
     network = states.build_network(config.model, data.num_classes, seed=config.seed)
-    graph, params, stats = states.split(network)
-    state = jax.device_put(states.init_state(params, stats, optimizer, config), whole)
+    state = meshes.put(states.init_state(*states.split(network)[1:], optimizer, config), like)
+    del network
   else:
-    like = jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats)
-    state = checkpoints.restore(found, like, whole)
-  step = int(state.step)
-  train_step = steps.compile_over(mesh, steps.make_train_step(config, graph, optimizer), donate_state=True)
-  eval_step = steps.compile_over(mesh, steps.make_eval_step(config, graph))
+    state = checkpoints.restore(found, like)
+  step, passed_over = int(state.step), int(state.passed_over)
+  train_step = steps.train_step_over(config, mesh, graph, optimizer, like)
+  eval_step = steps.eval_step_over(config, mesh, graph)
 
   # ---- say what is going to happen
-  pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
-  log = Logbook(workdir, start_step=step, total_steps=total_steps,
-                train_label=f"train, labels smoothed {config.label_smoothing:g}" if config.label_smoothing else "train")
+  label = f"train, labels smoothed {config.label_smoothing:g}" if config.label_smoothing else "train"
+  if process == 0:
+    log = Logbook(workdir, start_step=step, total_steps=total_steps, train_label=label)
+    opened.callback(log.close)
+    pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
   log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
           f"{len(test_data):,} test images, {batches.size} and {test_batches.size} pixels a side, {data.num_classes} classes; "
           f"{total_steps:,} steps of {config.batch} images; {mesh.size} × {jax.devices()[0].device_kind} "
-          f"({jax.process_count()} process), jax {jax.__version__}, {platform.node()}")
+          f"({count} process{'es' * (count > 1)}), jax {jax.__version__}, {platform.node()}")
   if found is not None:
     log.say(f"resumed from {checkpoints.path(found)}" + (", which is the end of the training" if step >= total_steps else ""))
+  watchdog = Watchdog(config.watchdog, workdir, process)
+  opened.callback(watchdog.close)
 
   def test(step: int, state: states.TrainState) -> dict[str, dict[str, float]]:
     weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
-    results = evaluate.evaluate(eval_step, mesh, weights, test_batches)
+    kick = lambda images: watchdog.kick(f"the evaluation at step {step}, after {images} images,")
+    results = evaluate.evaluate(eval_step, mesh, weights, test_batches, progress=kick)
     log.test(step, step / steps_per_epoch, results)
     return results
+
+  def send(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    host = np.zeros((len(mesh.local_devices), 2), np.int32)
+    host[0] = bool(stop), len(batches.corrupt)
+    return meshes.put_batch(mesh, {**batch, "host": host})
+
+  def save(state: states.TrainState, results: dict[str, dict[str, float]] | None = None) -> None:
+    checkpoints.save(state, config, num_classes=data.num_classes, records=len(data), results=results)
+    watchdog.kick(f"the step after {int(state.step)}")
 
   periods = lambda step, every: int(step / steps_per_epoch / every + 1e-9)
   due = lambda every, step: step == total_steps or periods(step, every) > periods(step - 1, every)
@@ -113,96 +136,91 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   # ---- the loop
   results, pending, since = {}, [], time.perf_counter()
   untimed = 1  # steps in this window that the clock leaves out: the first, which compiles
-  ahead = prefetch(batches.start, step, total_steps, then=lambda batch: meshes.put_batch(mesh, batch))
-  waits = Waits(ahead, lambda: not pending or pending[-1]["count"].is_ready())
-  try:
-    with stop_on_signals() as stop, contextlib.closing(ahead):
-      for batch in waits:
-        jax.block_until_ready(pending[-3:-2])  # the device keeps two steps of work; more would only hold their batches
-        with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the device
-          state, metrics = train_step(state, batch)
-        step += 1
-        pending.append(metrics)
-        if untimed and len(pending) == 1:
-          jax.block_until_ready(metrics)
-          log.say(f"compiled in {time.perf_counter() - since:.0f} s")
-          since = waits.restart()
-        log.advance(step)
-        test_due, save_due = due(config.eval_every, step), due(config.checkpoint_every, step)
-        if step % config.log_every == 0 or test_due or save_due or stop or step == total_steps:
-          _check_finite(config, graph, state, batches, mesh, checkpoints)
-          seconds = (time.perf_counter() - since) / max(1, len(pending) - untimed)
-          scalars, clip = _summary(config, state, pending, schedule, step, steps_per_epoch, seconds)
-          scalars["data_wait"] = waits.share()
-          if batches.corrupt:
-            scalars["corrupt_records"] = len(batches.corrupt)
-          log.train(step, scalars, clip, seconds)
-          pending, untimed, since = [], 0, waits.restart()
-        if save_due:
-          checkpoints.save(state, config, num_classes=data.num_classes)
-        if test_due and not stop:
-          results = test(step, state)
-        if stop:
-          checkpoints.save(state, config, num_classes=data.num_classes)
-          break
-        if test_due or save_due:
-          since = waits.restart()
-      if step >= total_steps and not results and not stop:  # resumed at the end
-        results = test(step, state)
-      checkpoints.wait()  # while signals are still ours: the last write must not be lost to one
-  finally:
-    try:
-      checkpoints.close()
-    finally:
-      picture = log.draw()
-      log.close()
+  under_way = collections.deque(maxlen=3)  # metrics of the last steps; the devices keep two steps of work
+  stopping, rolled_back = False, True
+  with stop_on_signals() as stop:
+    while rolled_back:
+      rolled_back = False
+      ahead = prefetch(lambda at: batches.start(at + passed_over), step, total_steps, then=send)  # noqa: B023
+      waits = Waits(ahead, lambda: not under_way or under_way[-1]["count"].is_ready())
+      with contextlib.closing(ahead):
+        for batch in waits:
+          if len(under_way) == under_way.maxlen:  # more would only hold their batches
+            jax.block_until_ready(under_way[0])
+            watchdog.kick(f"step {step - 1}")
+          # one process goes by what it hears itself; several by what all have heard through a step that has ended
+          stopping = bool(stop) if count == 1 else len(under_way) == under_way.maxlen and bool(under_way[0]["stop"])
+          with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the device
+            state, metrics = train_step(state, batch)
+          step += 1
+          pending.append(metrics)
+          under_way.append(metrics)
+          if untimed and len(pending) == 1:
+            jax.block_until_ready(metrics)
+            watchdog.kick(f"step {step + 1}")
+            log.say(f"compiled in {time.perf_counter() - since:.0f} s")
+            since = waits.restart()
+          log.advance(step)
+          test_due, save_due = due(config.eval_every, step), due(config.checkpoint_every, step)
+          if step % config.log_every == 0 or test_due or save_due or stopping or step == total_steps:
+            jax.block_until_ready(metrics)
+            if bool(state.halted):
+              state = _roll_back(config, graph, state, pending, batches, mesh, checkpoints, like, log)
+              step, passed_over = int(state.step), int(state.passed_over)
+              log.rewind(step)
+              pending, rolled_back, since = [], True, waits.restart()
+              under_way.clear()
+              break
+            seconds = (time.perf_counter() - since) / max(1, len(pending) - untimed)
+            scalars, clip = _summary(config, state, pending, schedule, step, steps_per_epoch, seconds)
+            _check_bad_steps(config, state, pending, step, log)
+            log.train(step, {**scalars, "data_wait": waits.share()}, clip, seconds)
+            pending, untimed, since = [], 0, waits.restart()
+          if test_due and not stopping:
+            results = test(step, state)
+          if save_due or stopping:
+            save(state, results if test_due and not stopping else None)
+          if stopping:
+            break
+          if test_due or save_due:
+            since = waits.restart()
+    if step >= total_steps and not results and not stopping:  # resumed at the end
+      results = test(step, state)
+    watchdog.kick("the last checkpoint")
+    checkpoints.close()  # while signals are still ours: the last write must not be lost to one
+  picture = log.draw()
   finished = bool(results) and step >= total_steps
   if finished:
     log.console.print(results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
   else:
-    log.say(f"stopped by {stop[0]} at step {step} of {total_steps}; saved {checkpoints.path(step)}; "
-            "the same command goes on from there")
+    log.say(f"stopped by {stop[0] if stop else 'a signal to another process'} at step {step} of {total_steps}; saved "
+            f"{checkpoints.path(step)}; the same command goes on from there")
   log.say(f"in {workdir}: metrics.jsonl, tensorboard/, checkpoints/{', ' + picture.name if picture else ''}")
   return Result(step=step, finished=finished, results=results)
 
 
-class Waits:
-  """Iterates over batches and measures how long the devices had nothing to do but wait for the next one."""
-
-  def __init__(self, batches: Iterator[Any], idle: Callable[[], bool]):
-    self._batches, self._idle = batches, idle
-    self.restart()
-
-  def __iter__(self) -> Iterator[Any]:
-    while True:
-      asked = time.perf_counter()
-      try:
-        batch = next(self._batches)
-      except StopIteration:
-        return
-      if self._idle():  # devices that still have a step to compute did not wait
-        self._waited += time.perf_counter() - asked
-      yield batch
-
-  def restart(self) -> float:
-    """Starts a new window of time; the moment, by time.perf_counter."""
-    self._waited, self._since = 0.0, time.perf_counter()
-    return self._since
-
-  def share(self) -> float:
-    """Waiting's share of the time since the restart, in [0, 1]."""
-    return min(1.0, self._waited / max(time.perf_counter() - self._since, 1e-9))
+def _fingerprint(data: sources.Source) -> str:
+  """What two processes' data must have in common, as JSON; looks at names and lengths, not at images."""
+  classes = hashlib.sha256("\n".join(data.class_names).encode()).hexdigest()[:12]
+  first = data.address(0).rpartition(os.sep)[2]
+  return json.dumps({"name": data.name, "split": data.split, "records": len(data), "classes": classes, "first record": first})
 
 
 def _summary(config: Config, state: states.TrainState, pending: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
              seconds_per_step: float) -> tuple[dict[str, float], dict[str, float]]:
-  """(means over the pending steps, clip fraction of each layer's kernel at the last step)."""
+  """(means over the pending steps that were not bad, clip fraction of each layer's kernel at the last step)."""
   window = jax.device_get(pending)
-  grad_norms = [metrics.pop("grad_norm") for metrics in window]
-  means = losses.summarize({key: sum(metrics[key].item() for metrics in window) for key in window[0]})
+  good = [metrics for metrics in window if not metrics["bad"]] or window
+  sums = {key: sum(metrics[key].item() for metrics in good) for key in ("loss_sum", "top1", "top5", "count")}
+  means = losses.summarize(sums)
   del means["count"]
-  scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1)), "grad_norm": float(np.mean(grad_norms)),
+  scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1)),
+             "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good])),
              "images_per_second": config.batch / seconds_per_step}
+  if corrupt := int(window[-1]["corrupt"]):
+    scalars["corrupt_records"] = corrupt
+  if bad := int(state.bad_steps):
+    scalars["bad_steps"] = bad
   clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
   kernels = {path.removesuffix("/kernel"): float(entry["clip_fraction"])
              for path, entry in clipping.items() if path.endswith("/kernel")}
@@ -217,38 +235,47 @@ def _layer_order(path: str) -> tuple:
   return places.get(top, 2), [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in rest]
 
 
-def _check_finite(config: Config, graph: nnx.GraphDef, state: states.TrainState, batches: loader.TrainBatches, mesh,
-                  checkpoints: Checkpoints) -> None:
-  if not bool(state.halted):
-    return
-  step = int(state.step)  # the state is the one before this update, which is numbered from 0 as the schedule is
+def _check_bad_steps(config: Config, state: states.TrainState, pending: list[dict[str, Any]], step: int, log: Logbook) -> None:
+  """Says which steps of the window were skipped. Raises NonFiniteError where there have been too many."""
+  window = jax.device_get(pending)
+  total = int(state.bad_steps)
+  for back, metrics in enumerate(reversed(window)):
+    if metrics["bad"]:
+      log.warn(f"step {step - back} skipped: loss {metrics['loss_sum'] / metrics['count']:.4g}, gradient norm "
+               f"{metrics['grad_norm']:.4g}; {total} bad step{'s' * (total > 1)} so far")
+  if config.on_bad_step == "skip" and total > config.max_bad_steps:
+    raise NonFiniteError(f"{total} bad steps up to step {step}, more than config.max_bad_steps={config.max_bad_steps}")
+
+
+def _roll_back(config: Config, graph: nnx.GraphDef, state: states.TrainState, pending: list[dict[str, Any]],
+               batches: loader.TrainBatches, mesh, checkpoints: Checkpoints, like: states.TrainState,
+               log: Logbook) -> states.TrainState:
+  """The last checkpoint's state, to go on with the batches that follow the bad one.
+
+  Raises NonFiniteError where that is not asked for, or was done too often, or there is no checkpoint.
+  """
+  step, bad = int(state.step), int(state.bad_steps)  # `step` is the bad one, counted from 0 as the schedule does
+  taken = step + int(state.passed_over)
+  what = _what_was_bad(config, graph, state, next(metrics for metrics in jax.device_get(pending) if metrics["bad"]),
+                       lambda: meshes.put_batch(mesh, batches[taken]))
+  last = checkpoints.choose()
+  saved = f"last good checkpoint: {checkpoints.path(last) if last is not None else 'none yet'}"
+  if config.on_bad_step == "rollback" and bad > config.max_bad_steps:
+    saved = f"rolled back {bad - 1} times before, as often as config.max_bad_steps={config.max_bad_steps} allows; {saved}"
+  elif config.on_bad_step == "rollback" and last is not None:
+    log.warn(f"{what}; back to step {last}, on with other images (time {bad} of at most {config.max_bad_steps})")
+    numbers = {"bad_steps": np.int32(bad), "passed_over": np.int32(taken + 1 - last)}
+    restored = checkpoints.restore(last, like)
+    return dataclasses.replace(restored, **{name: meshes.put(value, getattr(like, name)) for name, value in numbers.items()})
+  raise NonFiniteError(f"{what}; {saved}")
+
+
+def _what_was_bad(config: Config, graph: nnx.GraphDef, state: states.TrainState, metrics: dict[str, Any], batch) -> str:
+  loss, mean, step = metrics["loss_sum"] / metrics["count"], float(state.loss_mean), int(state.step) + 1
+  if np.isfinite(loss) and 0 < config.spike * mean < loss:
+    return f"loss {loss:.4g} at step {step} is above config.spike={config.spike:g} × its running mean {mean:.4g}"
   try:
-    where = diagnose.first_nonfinite(config, graph, state, meshes.put_batch(mesh, batches[step]))
+    where = diagnose.first_nonfinite(config, graph, state, batch())
   except jax.errors.JaxRuntimeError as error:  # looking at every layer needs more memory than training
     where = f"the layer could not be found ({str(error).splitlines()[0]})"
-  checkpoints.wait()
-  last = checkpoints.latest()
-  raise NonFiniteError(f"loss or gradient not finite at step {step + 1}: {where}; last good checkpoint: "
-                       f"{checkpoints.path(last) if last is not None else 'none yet'}")
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[list[str]]:
-  """A list that gets the name of the first SIGINT or SIGTERM; a second one acts as if nobody listened."""
-  received: list[str] = []
-  before = {}
-
-  def handle(number, frame):
-    received.append(signal.Signals(number).name)
-    os.write(2, f"\n{received[0]}: saving after this step; once more to end at once\n".encode())
-    for each, handler in before.items():
-      signal.signal(each, handler or signal.SIG_DFL)
-  try:
-    before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-  except ValueError:  # not the main thread: signals are not ours to take
-    pass
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler or signal.SIG_DFL)
+  return f"loss or gradient not finite at step {step}: {where}"

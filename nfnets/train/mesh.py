@@ -1,13 +1,22 @@
-"""Every device in one mesh: the batch is split over it, the state is replicated."""
+"""Every device of every process in one mesh: the batch is split over it, the state is copied to each device or split as well."""
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+AXIS = "data"
+SMALLEST = 4096  # elements; smaller arrays are copied: sending them costs more than they take
+
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """A mesh with one axis, "data", over `devices` (all of them by default)."""
-  devices = jax.devices() if devices is None else devices
-  return Mesh(np.asarray(devices), ("data",))
+  """A mesh with one axis, "data", over `devices` (all of all processes by default), process by process.
+
+  Not jax.make_mesh: that may reorder a TPU's devices, and a process's rows of the global batch would no longer lie together. The
+  collectives here span all devices, for which XLA finds its own way through the network.
+  """
+  devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
+  return Mesh(np.asarray(devices), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -15,7 +24,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec("data"))
+  return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def state_sharding(mesh: Mesh, shape: tuple[int, ...], shard: bool) -> NamedSharding:
+  """How one array of the state lies: split along its last axis that the devices divide, if it is to be split and can be.
+
+  The last axis of a kernel is its output's: what is computed for each output channel (standardization, AGC's norms) stays on
+  one device.
+  """
+  if shard and np.prod(shape) >= SMALLEST:
+    for axis in reversed(range(len(shape))):
+      if shape[axis] % mesh.size == 0:
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+  return replicated(mesh)
+
+
+def place(mesh: Mesh, like: Any, *, shard: bool = False) -> Any:
+  """The tree of arrays or shapes `like` as jax.ShapeDtypeStruct, each with its sharding over the mesh."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(mesh, x.shape, shard)), like)
+
+
+def put(tree: Any, like: Any) -> Any:
+  """Arrays that every process has whole, placed as `like` says; each process sends its own devices' parts alone."""
+  def send(x: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, wanted.sharding, lambda part: host[part])
+  return jax.tree.map(send, tree, like)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -29,9 +64,11 @@ def whole_batch(batch: int, mesh: Mesh) -> int:
   return -(-batch // mesh.size) * mesh.size
 
 
-def check_batch(batch: int, mesh: Mesh) -> None:
-  """Raises ValueError where the devices cannot share `batch` images evenly."""
-  if batch % mesh.size:
-    lower, upper = batch // mesh.size * mesh.size, -(-batch // mesh.size) * mesh.size
+def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
+  """Raises ValueError where the devices cannot share `batch` images evenly, in `accumulate` equal parts each."""
+  parts = mesh.size * accumulate
+  if batch % parts:
+    lower, upper = batch // parts * parts, -(-batch // parts) * parts
     near = f"{lower} or {upper}" if lower else str(upper)
-    raise ValueError(f"config.batch={batch} is not divisible by the {mesh.size} devices; use {near}")
+    times = f" times config.accumulate={accumulate}" if accumulate > 1 else ""
+    raise ValueError(f"config.batch={batch} is not divisible by the {mesh.size} devices{times}; use {near}")

@@ -16,8 +16,11 @@ from nfnets.config import Config, ModelConfig
 class TrainState:
   """A pytree. params and stats are nnx.States (stats: BatchNorm's running ones, else empty); ema averages both, or is None.
 
-  step: int32 [], updates done. halted: bool [], True once a loss, gradient or update was not finite: from then on nothing
-  changes, so that `step` names the update that failed and the state is the one before it.
+  step: int32 [], updates done, those left out included. halted: bool [], True once a step was bad and config.on_bad_step does
+  not skip: from then on nothing changes, so that `step` names the update that failed and the state is the one before it.
+  loss_mean: float32 [], running mean of the loss, which a spike is measured against; 0 before the first step.
+  bad_steps: int32 [], updates skipped or rolled back so far. passed_over: int32 [], batches that rollbacks left out: the next
+  step takes batch step + passed_over.
   """
 
   step: jax.Array
@@ -26,6 +29,9 @@ class TrainState:
   opt_state: Any
   ema: tuple[nnx.State, nnx.State] | None
   halted: jax.Array
+  loss_mean: jax.Array
+  bad_steps: jax.Array
+  passed_over: jax.Array
 
 
 def build_network(config: ModelConfig, num_classes: int, *, seed: int = 0) -> models.Network:
@@ -41,5 +47,6 @@ def split(network: models.Network) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
   """The state before the first step; also on jax.eval_shape's abstract values. EMA starts as a copy of the parameters."""
   average = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, (params, stats))
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, stats=stats, opt_state=optimizer.init(params), ema=average,
-                    halted=jnp.zeros((), bool))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(step=zero, params=params, stats=stats, opt_state=optimizer.init(params), ema=average,
+                    halted=jnp.zeros((), bool), loss_mean=jnp.zeros(()), bad_steps=zero, passed_over=zero)

@@ -145,7 +145,8 @@ def test_the_batch_is_noise_and_split_over_the_devices():
   (False, 9.2, 1, RuntimeError, "counts 1 updates, but 2 steps were timed"),
 ])
 def test_times_of_a_run_that_did_not_train_are_an_error(halted, loss_sum, counted, error, message):
-  state = TrainState(step=jnp.int32(counted), params={}, stats={}, opt_state=(), ema=None, halted=jnp.array(halted))
+  state = TrainState(step=jnp.int32(counted), params={}, stats={}, opt_state=(), ema=None, halted=jnp.array(halted),
+                     loss_mean=jnp.zeros(()), bad_steps=jnp.int32(0), passed_over=jnp.int32(0))
   metrics = {"loss_sum": jnp.float32(loss_sum), "count": jnp.float32(4)}
   run = benchmark._Run(step=lambda state, batch: (state, metrics), state=state, batch={})
   assert run.seconds_per_step(2) > 0
@@ -190,7 +191,7 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-  ((), "what to measure: got nothing, expected: step"),
+  ((), "what to do: got nothing, expected: step"),
   (("stp", "--config=configs/digits.py"), "got stp, expected: step"),
   (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
   (("step",), "--config is missing"),

@@ -25,10 +25,10 @@ def prepare(config: Config, devices: int):
   data = sources.load(config.data, train=True)
   graph, params, stats = states.split(states.build_network(config.model, 10))
   optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=22, total_steps=44)
-  state = jax.device_put(states.init_state(params, stats, optimizer, config), meshes.replicated(mesh))
-  return (mesh, steps.compile_over(mesh, steps.make_train_step(config, graph, optimizer), donate_state=True),
-          steps.compile_over(mesh, steps.make_eval_step(config, graph)), state,
-          loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed))
+  state = states.init_state(params, stats, optimizer, config)
+  like = meshes.place(mesh, state, shard=config.shard)
+  return (mesh, steps.train_step_over(config, mesh, graph, optimizer, like), steps.eval_step_over(config, mesh, graph),
+          meshes.put(state, like), loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed))
 
 
 @pytest.mark.parametrize("model", ["nf_resnet_tiny", "resnet_tiny"])

@@ -1,0 +1,75 @@
+"""What a training step takes, before there is a machine: python -m launch.plan --config=configs/nfnet.py:F0 --topology=v5e:16x16
+
+Compiles the step that launch.train would run, for a TPU slice (v5e:2x4, v5e:16x16, v4:2x2x2, v5p:2x2x2, v6e:4x4 …; needs
+libtpu, but no TPU: pip install 'jax[tpu]'), or without --topology for this machine's own devices. Prints memory a device and
+whether it fits, arithmetic, what the devices send each other, compile time and an estimated step with its assumptions; the last
+line is JSON. Where it does not fit, remat, sharding and accumulation are compiled as well, until something does; --advise
+compiles all of them. docs/plan.md says how to read it.
+"""
+import contextlib
+import json
+import pathlib
+
+import jax
+import rich.console
+from absl import flags
+
+from launch import cli
+
+
+def define(values: flags.FlagValues) -> None:
+  cli.define_config(values)
+  flags.DEFINE_string("topology", None, "A TPU slice, KIND:SHAPE in chips, e.g. v5e:16x16; none = this machine's devices.",
+                      flag_values=values)
+  flags.DEFINE_boolean("advise", False, "Compile remat, shard and accumulate=2, 4, 8 as well, even if it fits without.",
+                       flag_values=values)
+  flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
+  flags.DEFINE_string("out", None, "A picture (PNG, PDF, SVG) of the memory of everything that was compiled.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> int:
+  config = cli.parse_config(values)
+  json_file, picture_file = (_writable(flag, values[flag].value) for flag in ("json", "out"))
+  if values.topology is not None:
+    with contextlib.suppress(RuntimeError):  # too late, JAX has started
+      jax.config.update("jax_platforms", "cpu")  # shapes are all that is made here: leaves a local TPU or GPU to others
+  from nfnets.train import plan as plans, plan_report
+  plan = plans.make_plan(config, topology=values.topology, advise=values.advise, say=lambda line: print(line, flush=True))
+  console = rich.console.Console(highlight=False)
+  console = console if console.is_terminal else rich.console.Console(highlight=False, width=130)
+  print()
+  console.print(plan.table())
+  if len(plan.steps) > 1:
+    print()
+    console.print(plan.variants())
+  print(f"\nadvice: {plan.advice}\n\nassumed:")
+  for note in plan.assumptions():
+    print(f"- {note}")
+  print()
+  if picture_file is not None and len(plan.steps) > 1:
+    plan_report.picture(plan, str(picture_file))
+    print(f"drawn: {picture_file}")
+  elif picture_file is not None:
+    picture_file.unlink()
+    print("drawn: nothing, only one step was compiled (see --advise)")
+  line = json.dumps(plan.to_json())
+  print(line)
+  if json_file is not None:
+    json_file.write_text(f"{line}\n", encoding="utf-8")
+  return 0
+
+
+def _writable(flag: str, name: str | None) -> pathlib.Path | None:
+  """The file, found fit to be written before minutes are spent."""
+  if name is None:
+    return None
+  file = pathlib.Path(name)
+  try:
+    with file.open("a", encoding="utf-8"):
+      return file
+  except OSError as error:
+    raise cli.UsageError(f"--{flag}={name}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+  cli.main(run, define, __doc__)

@@ -1,0 +1,1 @@
+"""One file a cluster engine; docs/pods.md has the command for each."""

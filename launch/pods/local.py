@@ -1,0 +1,60 @@
+"""N processes on this machine: python -m launch.pods.local --processes=2 -- python -m launch.train --config=… --workdir=…
+
+--gpus gives process i GPU i; --devices=4 each 4 CPU devices. Lines come out as "[process] line"; a signal goes to all. When one
+fails the others get --grace seconds to end; after 75, 76 or death by a signal all start again, --restarts times. The status is
+that of the first that failed."""
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+
+def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> int:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  environ = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address,
+             "JAX_NUM_PROCESSES": str(options.processes), "PYTHONUNBUFFERED": "1"}
+  if options.devices:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
+    environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+  children[:] = [subprocess.Popen(  # a session each: a terminal's Ctrl-C comes to us alone, and once to each through us
+      options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+      env={**environ, "JAX_PROCESS_ID": str(i), **({"JAX_LOCAL_DEVICE_IDS": str(i)} if options.gpus else {})})
+                 for i in range(options.processes)]
+  copy = lambda i, child: [os.write(1, f"[{i}] ".encode() + line) for line in child.stdout]
+  printers = [threading.Thread(target=copy, args=each) for each in enumerate(children)]
+  for printer in printers:
+    printer.start()
+  first, until, running = 0, float("inf"), True
+  while running:
+    running = None in [child.poll() for child in children]
+    if not first and (first := next((child.returncode for child in children if child.returncode), 0)):
+      until = time.monotonic() + options.grace
+    for child in children if running and time.monotonic() > until else []:
+      child.kill()
+    time.sleep(0.05)
+  for printer in printers:
+    printer.join()
+  return 128 - first if first < 0 else first
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser("python -m launch.pods.local", description=__doc__)
+  for name, kind, value in (("processes", int, 1), ("devices", int, None), ("restarts", int, 0), ("grace", float, 60.0)):
+    parser.add_argument(f"--{name}", type=kind, default=value)
+  parser.add_argument("--gpus", action="store_true")
+  parser.add_argument("command", nargs="+", metavar="-- COMMAND")
+  options, children, told = parser.parse_args(), [], []
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, _: (told.append(number), [child.send_signal(number) for child in children]))
+  for restart in range(options.restarts + 1):
+    status = run_once(options, children)
+    if told or not (status in (75, 76) or status > 128 and status != 130):
+      break
+    print(f"status {status}{f': starting again, {restart + 1} of {options.restarts}' * (restart < options.restarts)}", flush=True)
+  sys.exit(status)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# NAME=nf ZONE=us-central2-b TYPE=v4-32 REPO=https://github.com/me/nfnets launch/pods/tpu_vm.sh --config=configs/nfnet.py --workdir=gs://bucket/f0
+#
+# Asks for a spot TPU as a queued resource, waits, installs on all workers, trains on all of them, and asks again when the TPU is
+# taken away. Run it anywhere with gcloud (tmux, a small VM). --dry-run as the first argument prints the commands. Optional:
+# RUNTIME (VM image), BRANCH, MOST_RESTARTS. The TPU is deleted when training is done, not
+# when it failed.
+set -euo pipefail
+
+run() { "$@"; }
+if [ "${1:-}" = --dry-run ]; then
+  shift
+  run() { printf '%q ' "$@"; echo; }
+fi
+dry() { [ "$(run true)" != "" ]; }
+: "${NAME:?a name for the TPU}" "${ZONE:?e.g. us-central2-b}" "${TYPE:?e.g. v4-32}" "${REPO:?a git URL that the workers can clone}"
+[ $# -gt 0 ] || { echo "error: no arguments for launch.train, e.g. --config=configs/nfnet.py --workdir=gs://bucket/f0" >&2; exit 2; }
+
+tpus() { run gcloud compute tpus "$@" --zone="$ZONE"; }
+ssh_all() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
+state() { gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format="value(state.state)" 2> /dev/null || echo NONE; }
+
+install="rm -rf nfnets-run && git clone --depth=1 --branch=${BRANCH:-main} $(printf %q "$REPO") nfnets-run && cd nfnets-run &&
+python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs"
+# Each worker starts again by itself after 75, 76 and death by a signal, so that all meet anew; never after 1 and 2.
+train="rm -f status; cd nfnets-run && for i in \$(seq ${MOST_RESTARTS:-50}); do .venv/bin/python -m launch.train $(printf '%q ' "$@"); s=\$?
+[ \$s -eq 75 ] || [ \$s -eq 76 ] || { [ \$s -gt 128 ] && [ \$s -ne 130 ]; } || break; done; echo \$s > ../status; exit \$s"
+
+for ((attempt = 0; attempt <= ${MOST_RESTARTS:-50}; attempt++)); do
+  tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}" --spot
+  until dry || [ "$(state)" = ACTIVE ]; do
+    case $(state) in FAILED | SUSPENDED | SUSPENDING | NONE) break ;; esac
+    sleep 30
+  done
+  if ssh_all "$install"; then
+    status=0
+    ssh_all "$train" || status=$?
+    # gcloud's own status does not tell a worker's apart, so the TPU's state decides: still ours means that training has ended
+    if dry || [ "$(state)" = ACTIVE ]; then
+      if [ "$status" -ne 0 ]; then
+        ssh_all "cat status" || true
+        echo "error: training failed; the TPU is still there: gcloud compute tpus queued-resources delete $NAME --force --zone=$ZONE" >&2
+        exit 1
+      fi
+      tpus queued-resources delete "$NAME" --force --quiet
+      exit 0
+    fi
+  fi
+  echo "the TPU was taken away ($(state)); asking again" >&2
+  tpus queued-resources delete "$NAME" --force --quiet || true
+done
+echo "error: given up after ${MOST_RESTARTS:-50} restarts" >&2
+exit 76

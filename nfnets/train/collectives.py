@@ -1,0 +1,166 @@
+"""What the devices send each other in a compiled program, counted from its HLO text."""
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+  """One instruction of one device's program.
+
+  bytes: of the whole array that a group of devices reduces, gathers or exchanges (a device's own one where there is no whole:
+  collective-permute). devices: in a group. times: that a step runs it, more than once within a loop.
+  """
+
+  kind: str
+  bytes: int
+  devices: int
+  times: int
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends in a step, as a ring does it: an all-reduce goes round twice, everything else once."""
+    if self.kind == "collective-permute":
+      return float(self.bytes * self.times)
+    return (2 if self.kind == "all-reduce" else 1) * (self.devices - 1) / self.devices * self.bytes * self.times
+
+
+def parse(text: str, devices: int) -> list[Collective]:
+  """The collectives of `text` (`compiled.as_text()`), whose instructions without groups are over all of `devices`.
+
+  A start and its done count once, tuples are added up, computations count as often as they are called; a loop whose trip count
+  the text does not say counts once. A fusion of an all-reduce and the slice that a device keeps (XLA:TPU's
+  "all-reduce-scatter") is a reduce-scatter.
+  """
+  computations, entry = _computations(text)
+  found = []
+  for name, times in _calls(computations, entry).items():
+    for line in computations[name]:
+      match = _COLLECTIVE.match(line)
+      if match is None or match["phase"] == "-done":
+        continue
+      shape, kind = match["shape"], match["kind"]
+      group = _group_size(line, devices)
+      parts = _elements(shape)
+      if match["phase"] == "-start" and kind != "all-reduce" and len(parts) > 1:
+        parts = parts[1:2]  # (operands, results, context …)
+      size = sum(map(_bytes, parts))
+      if kind == "reduce-scatter":
+        size *= group
+      if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+      found.append(Collective(kind=kind, bytes=size, devices=group, times=times))
+  return [each for each in found if each.devices > 1]
+
+
+# A shape may hold parentheses and spaces of its own, in tuples and in layouts such as {1,0:T(8,128)}, and no "=" but in comments.
+_COLLECTIVE = re.compile(r"\s+(?:ROOT )?%?\S+ = (?P<shape>(?:[^=]|index=)+?) "
+                         rf"(?P<kind>{'|'.join(KINDS)})(?P<phase>-start|-done)?\(")
+_HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
+_CALLED = re.compile(r"\b(?P<how>calls|to_apply|body|condition|true_computation|false_computation)=%?(?P<name>[\w.\-]+)")
+_CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{(?P<names>[^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_LEAF = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """(the lines of each computation that can hold or call a collective, the entry's name)."""
+  computations: dict[str, list[str]] = {}
+  entry, lines = "", []
+  for line in text.splitlines():
+    if line[:1] in (" ", "\t"):
+      if "=" in line and (any(kind in line for kind in KINDS) or _CALLS.search(line) or "constant(" in line):
+        lines.append(line)
+    elif (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+      lines = computations.setdefault(header["name"], [])
+      entry = header["name"] if header["entry"] else entry
+  return computations, entry
+
+
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=")
+
+
+def _calls(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+  """How often each computation runs in one run of the entry."""
+  edges = {name: list(_callees(lines, computations)) for name, lines in computations.items()}
+  order, seen = [], set()
+
+  def visit(name: str) -> None:
+    seen.add(name)
+    for callee, _ in edges[name]:
+      if callee not in seen:
+        visit(callee)
+    order.append(name)
+
+  if entry:
+    visit(entry)
+  times = collections.Counter({entry: 1} if entry else {})
+  for name in reversed(order):  # a caller before what it calls
+    for callee, trips in edges[name]:
+      times[callee] += times[name] * trips
+  return times
+
+
+def _callees(lines: list[str], computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+  for line in lines:
+    if " async-done(" in line or " async-update(" in line:  # older texts name the computation that their start has called
+      continue
+    called = {match["how"]: match["name"] for match in _CALLED.finditer(line)}
+    for how, name in called.items():
+      if name in computations:
+        yield name, _trips(line, computations.get(called.get("condition"), [])) if how == "body" else 1
+    for match in _CALLED_LISTS.finditer(line):
+      for name in re.findall(r"[\w.\-]+", match["names"]):
+        if name in computations:
+          yield name, 1
+
+
+def _trips(line: str, condition: list[str]) -> int:
+  """A loop's trip count: as XLA notes it, else the one number that its condition compares with, else 1."""
+  if known := _TRIPS.search(line):
+    return int(known[1])
+  bounds = [int(bound) for each in condition for bound in re.findall(r"= s32\[\]\S* constant\((\d+)\)", each)]
+  return bounds[0] if len(bounds) == 1 else 1
+
+
+def _group_size(line: str, devices: int) -> int:
+  """The devices of one group, in any of the ways that HLO writes them down."""
+  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):  # mesh['data'=4,'model'=2] {'data'}
+    sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", match[1])}
+    return math.prod(sizes[axis] for axis in re.findall(r"'([^']*)'", match[2]) if axis in sizes)
+  if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):  # [2,4]<=[8]: 2 groups of 4
+    return int(match[1])
+  if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+    return len(match[1].split(","))
+  return devices
+
+
+def _elements(shape: str) -> list[str]:
+  """The elements of a tuple's shape, or the shape itself."""
+  shape = shape.strip()
+  if not shape.startswith("("):
+    return [shape]
+  elements, depth, begin = [], 0, 1
+  for place, character in enumerate(shape):
+    depth += (character in "([{") - (character in ")]}")
+    if depth == 0 or depth == 1 and character == ",":
+      elements.append(shape[begin:place])
+      begin = place + 1
+  return elements
+
+
+def _bytes(shape: str) -> int:
+  """Of all arrays in a shape; tokens and opaque values are none."""
+  return sum(math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(dtype) // 8
+             for dtype, sizes in _LEAF.findall(shape))
+
+
+def _item_bits(dtype: str) -> int:
+  if dtype == "pred":
+    return 8
+  bits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
+  return int(bits[1]) if bits else 0

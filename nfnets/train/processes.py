@@ -1,0 +1,221 @@
+"""The processes of a run: start() joins them, agree() refuses what differs between them, a lost one ends them all.
+
+`jax.distributed` is what joins them. Around it: which engine started us (nfnets/train/engines.py), and a meeting before the start
+and a watch after it (nfnets/train/lifeline.py), because JAX itself answers whatever goes wrong with SIGABRT.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import nfnets
+from nfnets.train import engines, lifeline
+from nfnets.train.engines import ProcessError
+from nfnets.train.lifeline import LostPeer
+
+__all__ = ["LOST", "STOPPED", "LostPeer", "ProcessError", "Processes", "agree", "fail", "label", "shutdown", "start"]
+
+STOPPED, LOST = 75, 76  # exit statuses: stopped by a signal after saving; stuck, or another process was lost. Both: run me again
+TIMEOUT_S = 50.0  # how long processes wait for each other at the start
+_SHOWN = 48  # characters of a value that an error shows; of longer ones it shows a hash, or the fields that differ
+
+Say = Callable[[str], None]
+_print: Say = functools.partial(print, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Processes:
+  """This process is number `index` of `count`; `engine` says who told it so."""
+
+  index: int
+  count: int
+  engine: str
+
+
+_me: Processes | None = None  # known as soon as the engine has said it, so that errors can be told apart
+_started = False
+_watch: lifeline.Watch | None = None
+
+
+def start(*, coordinator: str | None = None, count: int | None = None, index: int | None = None, timeout_s: float = TIMEOUT_S,
+          say: Say = _print) -> Processes:
+  """Joins this process to the others of its run, and says in one line (process 0 does) who told it of them.
+
+  coordinator: HOST:PORT at which process 0 listens; count: of processes; index: of this one, from 0. What is not given comes from
+  JAX's detection (Open MPI, SLURM, TPU pod, Kubernetes), or the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID, or SkyPilot's; with none of them it is one process. To be called before anything starts a JAX backend; a second
+  call returns what the first did. One process needs no network and starts nothing.
+
+  From then on, in a run of several, a failing or lost process ends the others: with its exit status, or with LOST within
+  lifeline.SILENCE_S (at once where only the process died), after a line on stderr.
+
+  Raises ProcessError for values that cannot be, a busy port, a wrong number of processes; LostPeer when not all have come within
+  `timeout_s`; RuntimeError when a JAX backend is already started.
+  """
+  global _me, _started, _watch
+  if _started:
+    return _me
+  if jax.distributed.is_initialized():  # the caller did it, and watches in its own way
+    _me, _started = Processes(jax.process_index(), jax.process_count(), "jax.distributed, started before"), True
+    return _me
+  plan = engines.detect(os.environ, coordinator=coordinator, count=count, index=index)
+  plan, suggested = engines.complete(plan, timeout_s)
+  _me = Processes(plan.index, plan.count, plan.engine)
+  if plan.count == 1:
+    say(f"processes: one ({plan.engine})")
+    _started = True
+    return _me
+  if plan.index == 0:
+    say(f"processes: 0 of {plan.count} ({plan.engine}), coordinator {plan.coordinator}")
+  bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+  wires = lifeline.meet(plan.coordinator, plan.count, plan.index, bind=bind, timeout_s=timeout_s)
+  _no_proxy_to(plan.coordinator.rpartition(":")[0])
+  _watch = lifeline.Watch(wires, _end_with)
+  _watch.start()
+  # JAX's preemption service would take SIGTERM for itself: until somebody else listens, a process could not be ended
+  jax.config.update("jax_enable_preemption_service", False)
+  # JAX's own heartbeat (100 s) stays behind the watch: it ends a process by SIGABRT
+  jax.distributed.initialize(plan.coordinator, plan.count, plan.index, cluster_detection_method="deactivate",
+                             local_device_ids=engines.local_devices(os.environ, suggested),
+                             initialization_timeout=int(timeout_s) + 10)
+  _me = Processes(jax.process_index(), jax.process_count(), plan.engine)  # a TPU numbers its processes by itself
+  if _me.count != plan.count:
+    raise ProcessError(f"{plan.engine}: {plan.count} processes, but JAX's {jax.default_backend()} backend sees {_me.count}")
+  _started = True
+  return _me
+
+
+def shutdown() -> None:
+  """Waits for the other processes to come here too, then parts from them. With one process: nothing."""
+  global _me, _started, _watch
+  if _watch is not None:
+    jax.distributed.shutdown()
+    _watch.close()
+    _watch = None
+  _me, _started = None, False
+
+
+def label() -> str:
+  """What goes before an error's text: "process 1 of 2: ", or nothing where there is but one process."""
+  return f"process {_me.index} of {_me.count}: " if _me is not None and _me.count > 1 else ""
+
+
+def fail(error: object, status: int, text: str) -> None:
+  """Prints `text` on stderr, tells the other processes that this one ends with `status`, and they with it, and ends.
+
+  For a program's very end: no `finally` runs any more, since leaving JAX in order needs the others. With one process: nothing.
+  """
+  if _watch is None:
+    return
+  if not isinstance(error, ProcessError):
+    time.sleep(1)  # a collective that failed because a process was lost: the watch hears of it too, and knows better
+  sys.stderr.write(text)
+  _watch.fail(f"process {_me.index} failed (status {status}): {' '.join(str(error).split())[:500]}", status)
+  time.sleep(0.3)  # for the words to get out before the connections close
+  _leave(status)
+
+
+def _end_with(text: str, status: int | None) -> None:
+  """Another process is gone (status None) or failed; runs on the watch's thread."""
+  again = "; run the same command again" if status is None else ""
+  if status is not None:
+    time.sleep(0.3)  # an error of our own, of the same cause, is printed first
+  if not _watch.over:
+    sys.stderr.write(f"{label()}error: {text}{again}\n")
+  if status is not None or _me.index == 0:
+    time.sleep(0.3)  # the others are to hear what we told them; process 0's end makes JAX abort them
+  _leave(LOST if status is None else status)
+
+
+def _leave(status: int) -> None:
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except (OSError, ValueError):
+      pass
+  os._exit(status)
+
+
+def _no_proxy_to(host: str) -> None:
+  """gRPC would go to the coordinator through the HTTP proxy of a cluster's way out, where JAX waits for ever."""
+  if any(name.lower() in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy") for name in os.environ):
+    before = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, [before, host.strip("[]")]))
+
+
+def code_version() -> str:
+  """nfnets' version and a hash of its source files, e.g. "0.1.0 3f2a…"; what runs, not what is installed."""
+  root, digest = pathlib.Path(nfnets.__file__).parent, hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+  return f"{nfnets.__version__} {digest.hexdigest()[:12]}"
+
+
+def agree(facts: dict[str, str], say: Say = _print) -> None:
+  """Compares `facts` (e.g. config: JSON, data: what it is), the code and JAX's version over all processes.
+
+  Every process must call it, at the same place. Where something differs, every process raises ProcessError that names it and says
+  who has what: short values in full, JSON objects by the fields that differ, others by a hash. With one process nothing happens.
+  """
+  if jax.process_count() == 1:
+    return
+  devices = [sum(device.process_index == i for device in jax.devices()) for i in range(jax.process_count())]
+  if len(set(devices)) > 1:
+    raise ProcessError(f"processes differ in the number of devices: {_who_has_what([str(many) for many in devices])}")
+  mine = json.dumps({"code": code_version(), "jax": jax.__version__, **facts}).encode()
+  lengths = multihost_utils.process_allgather(np.int32(len(mine)))
+  padded = np.zeros(int(lengths.max()), np.uint8)
+  padded[:len(mine)] = np.frombuffer(mine, np.uint8)
+  everyone = multihost_utils.process_allgather(padded)
+  found = [json.loads(bytes(row[:length])) for row, length in zip(everyone, lengths, strict=True)]
+  if differing := differences(found):
+    raise ProcessError(f"processes differ in {'; '.join(differing)}")
+  if jax.process_index() == 0:
+    say(f"processes: all {len(found)} agree on {', '.join(found[0])}")
+
+
+def differences(everyone: list[dict[str, str]]) -> list[str]:
+  """What differs between the processes' facts, one text each; empty where all are equal. everyone[i]: those of process i."""
+  names = dict.fromkeys(name for facts in everyone for name in facts)
+  return [text for name in names for text in _difference(name, [facts.get(name, "nothing") for facts in everyone])]
+
+
+def _difference(name: str, values: list[str]) -> list[str]:
+  if len(set(values)) == 1:
+    return []
+  try:
+    fields = [_flat(json.loads(value), name) for value in values]
+  except ValueError:
+    fields = []
+  if fields and all(len(each) > 1 for each in fields):
+    return [text for field in dict.fromkeys(field for each in fields for field in each)
+            for text in _difference(field, [each.get(field, "nothing") for each in fields])]
+  return [f"{name}: {_who_has_what(values)}"]
+
+
+def _flat(value: object, name: str) -> dict[str, str]:
+  if not isinstance(value, dict):
+    return {name: value if isinstance(value, str) else json.dumps(value)}
+  return {path: text for key, inner in value.items() for path, text in _flat(inner, f"{name}.{key}").items()}
+
+
+def _who_has_what(values: list[str]) -> str:
+  """ "64 in process 0 and 2, 32 in process 1" """
+  groups: dict[str, list[str]] = {}
+  for index, value in enumerate(values):
+    groups.setdefault(value, []).append(str(index))
+  return ", ".join(f"{_short(value)} in process {' and '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''}"
+                   for value, who in groups.items())
+
+
+def _short(value: str) -> str:
+  return value if len(value) <= _SHOWN else f"{value[:_SHOWN // 2]}… ({hashlib.sha256(value.encode()).hexdigest()[:12]})"

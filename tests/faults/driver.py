@@ -1,0 +1,76 @@
+"""launch.train with faults in it: NFNETS_FAULTS holds them as JSON, e.g. {"SIGKILL": {"process": 1, "step": 9}}.
+
+SIGKILL, SIGTERM, SIGSTOP: the signal, from itself, when batch `step` is begun, once in the workdir's life. nan: {"step"}, the
+batch whose loss is NaN. lr: {"first", "last", "factor"}, steps with another learning rate. raise: {"step"}, an error in a
+decoding thread. Every batch is written down by its hash, in WORKDIR/batches-PROCESS.jsonl.
+"""
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from launch import cli, train as program
+from nfnets import optim
+from nfnets.data import loader
+from nfnets.train import step as steps
+
+POISON = 255  # an image of nothing else has a loss that is not a number
+
+
+def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
+  start, normalise, make_optimizer = loader.TrainBatches.start, steps.normalise, optim.make_optimizer
+  mine = lambda fault: fault.get("process", 0) == jax.process_index()
+
+  def faulty_start(self, at):
+    for name, fault in faults.items():
+      once = workdir / f"done-{name}-{jax.process_index()}"
+      if name.startswith("SIG") and mine(fault) and at >= fault["step"] and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), getattr(signal, name))
+      if name == "raise" and mine(fault) and at == fault["step"]:
+        self._pixels = lambda index: 1 / 0
+    pending = start(self, at)
+    result = pending.result
+
+    def noted():
+      batch = result()
+      line = {"step": at, "batch": hashlib.sha256(b"".join(batch[key].tobytes() for key in sorted(batch))).hexdigest()[:16]}
+      with open(workdir / f"batches-{jax.process_index()}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+      if at == faults.get("nan", {}).get("step"):
+        batch["image"][:] = POISON
+      return batch
+    pending.result = noted
+    return pending
+
+  def faulty_normalise(images, config):
+    poisoned = (images == POISON).all()
+    return normalise(images, config) * jnp.where(poisoned, jnp.nan, 1.0)
+
+  def faulty_optimizer(*args, **kwargs):
+    schedule, fault = optim.make_schedule, faults["lr"]
+    faulty = lambda *a, **k: (lambda step, usual=schedule(*a, **k): usual(step) * jnp.where(
+        (step >= fault["first"]) & (step <= fault["last"]), fault["factor"], 1.0))
+    optim.make_schedule = faulty
+    try:
+      return make_optimizer(*args, **kwargs)
+    finally:
+      optim.make_schedule = schedule
+
+  loader.TrainBatches.start = faulty_start
+  if "nan" in faults:
+    steps.normalise = faulty_normalise
+  if "lr" in faults:
+    optim.make_optimizer = faulty_optimizer
+
+
+if __name__ == "__main__":
+  where = pathlib.Path(next(part.partition("=")[2] for part in sys.argv if part.startswith("--workdir=")))
+  where.mkdir(parents=True, exist_ok=True)
+  install(json.loads(os.environ.get("NFNETS_FAULTS", "{}")), where)
+  cli.main(program.run, program.define, program.__doc__)

@@ -1,0 +1,127 @@
+"""Whole runs with faults in them: what is lost, how long it takes, and whether the end is the one of a run without."""
+import json
+import pathlib
+import time
+
+import numpy as np
+import pytest
+
+from nfnets.train.checkpoint import Checkpoints
+from nfnets.train.processes import LOST
+from tests.faults import runs
+
+EVERY = 4  # steps between two checkpoints of the recipe
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+  """A run of 22 steps without faults."""
+  workdir = tmp_path_factory.mktemp("clean")
+  ended = runs.run(workdir)
+  assert ended.status == 0, ended.output
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def clean_pair(tmp_path_factory):
+  """The same on two processes."""
+  workdir = tmp_path_factory.mktemp("clean-pair")
+  ended = runs.run(workdir, processes=2)
+  assert ended.status == 0, ended.output
+  return workdir
+
+
+def same_batches(workdir, reference, process=0) -> int:
+  """How many steps got a batch that is not the reference's; every step must have got one."""
+  mine, expected = runs.batches(workdir, process), runs.batches(reference, process)
+  assert mine.keys() == expected.keys()
+  return sum(mine[step] != expected[step] for step in expected)
+
+
+def test_stop_and_resume_equals_never_having_stopped(clean, tmp_path, row):
+  ended = runs.run(tmp_path, {"SIGTERM": {"step": 9}})
+  assert ended.status == 75 and "the same command goes on from there" in ended.output, ended.output
+  stopped = runs.weights(tmp_path)["step"]
+  again = runs.run(tmp_path)
+  assert again.status == 0, again.output
+  assert runs.difference(tmp_path, clean) == 0 and same_batches(tmp_path, clean) == 0
+  assert runs.records(tmp_path, "test") == runs.records(clean, "test")
+  row(f"SIGTERM at step {stopped}, resume", "parameter difference 0, batch mismatches 0, evaluations equal", steps_lost=0)
+
+
+def test_several_processes_are_one_run(clean, clean_pair, row):
+  """Two processes train what one does: the same batches, parameters to 1e-5; only process 0 logs."""
+  assert runs.difference(clean_pair, clean) < 1e-5
+  losses = [[record["loss"] for record in runs.records(each, "train")] for each in (clean_pair, clean)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  row("2 processes instead of 1", f"largest difference of a parameter {runs.difference(clean_pair, clean):.1e}")
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_process_ends_all_and_a_restart_goes_on(clean_pair, tmp_path, rank, row):
+  ended = runs.run(tmp_path, {"SIGKILL": {"process": rank, "step": 14}}, processes=2)
+  seconds = time.time() - (tmp_path / f"done-SIGKILL-{rank}").stat().st_mtime
+  assert ended.status in (76, 137) and seconds < 60, ended.output
+  reached = max(runs.batches(tmp_path, 1 - rank))
+  checkpoints = Checkpoints(str(tmp_path))
+  lost = reached - checkpoints.choose()
+  checkpoints.close()
+  assert lost <= EVERY + 4  # those that were on their way ahead
+  again = runs.run(tmp_path, processes=2)
+  assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
+  row(f"SIGKILL of process {rank} of 2", f"all ended in {seconds:.1f} s, restart equal to the bit", steps_lost=int(lost))
+
+
+def test_a_stopped_process_is_noticed(tmp_path, row):
+  """SIGSTOP: nothing is closed, nothing answers."""
+  ended = runs.run(tmp_path, {"SIGSTOP": {"process": 1, "step": 14}}, processes=2, grace=2, overrides=("--config.watchdog=8",))
+  seconds = time.time() - (tmp_path / "done-SIGSTOP-1").stat().st_mtime
+  stacks = [path for path in tmp_path.glob("stacks-*.txt") if "loop.py" in path.read_text()]
+  assert ended.status == LOST and seconds < 60, ended.output
+  row("SIGSTOP of process 1 of 2", f"ended in {seconds:.0f} s (watchdog 8 s), {len(stacks)} stacks written")
+  assert stacks
+
+
+@pytest.mark.parametrize("faults", [{"SIGTERM": {"process": 1, "step": 9}}], ids=["one"])
+def test_sigterm_to_one_process_saves_the_same_step_everywhere(clean_pair, tmp_path, faults, row):
+  ended = runs.run(tmp_path, faults, processes=2)
+  assert ended.status == 75, ended.output
+  step = int(runs.weights(tmp_path)["step"])
+  again = runs.run(tmp_path, processes=2)
+  assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
+  row("SIGTERM to process 1 of 2", f"both saved step {step}, ended with 75, resume equal to the bit", steps_lost=0)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_batch_that_is_not_a_number(clean, tmp_path, policy, row):
+  ended = runs.run(tmp_path, {"nan": {"step": 9}}, overrides=(f"--config.on_bad_step={policy}",))
+  assert ended.status == 0, ended.output
+  assert ("step 10 skipped" in ended.output) == (policy == "skip")
+  assert ("back to step 8, on with other images" in ended.output) == (policy == "rollback")
+  end, usual = (runs.records(each, "test")[-1]["loss"] for each in (tmp_path, clean))
+  assert end == pytest.approx(usual, rel=0.1) and runs.records(tmp_path, "train")[-1]["bad_steps"] == 1
+  row(f"NaN batch, policy {policy}", f"final loss {end:.4f}, without the fault {usual:.4f}; 1 counted", steps_lost=1)
+
+
+def test_a_run_that_is_to_stop_says_where(tmp_path):
+  ended = runs.run(tmp_path, {"nan": {"step": 9}})
+  assert ended.status == 1 and "error: loss or gradient not finite at step 10: first layer" in ended.output, ended.output
+  assert ended.output.splitlines()[-1].endswith("checkpoints/8")
+
+
+def test_an_error_in_a_decoding_thread_ends_the_run(tmp_path, row):
+  ended = runs.run(tmp_path, {"raise": {"step": 9}})
+  assert ended.status == 1 and "ZeroDivisionError" in ended.output and ended.seconds < 120, ended.output
+  row("a decoding thread raises", f"ended with its error, status 1, after {ended.seconds:.0f} s in all")
+
+
+def test_another_configuration_and_another_schema_are_refused(clean, tmp_path, row):
+  ended = runs.run(clean, overrides=("--config.seed=1",))
+  assert ended.status == 2 and "config.seed was 0, is 1" in ended.output.splitlines()[-1]
+  manifests = sorted(pathlib.Path(clean, "checkpoints").glob("*/manifest.json"), key=lambda path: int(path.parent.name))
+  kept = manifests[-1].read_text()
+  manifests[-1].write_text(json.dumps({**json.loads(kept), "schema": 99}))
+  newer = runs.run(clean)
+  manifests[-1].write_text(kept)
+  assert newer.status == 2 and "schema 99" in newer.output.splitlines()[-1], newer.output
+  row("another seed; a newer schema", "refused in words, status 2")

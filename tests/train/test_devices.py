@@ -1,0 +1,212 @@
+"""However the devices share the work, the step is the same: copied or split state, parts of a batch, a loop of one's own."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from nfnets import optim
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.models import layers
+from nfnets.train import mesh as meshes, state as states, step as steps
+
+STEPS = 20
+TINY = {"width": (16, 32), "group_width": 8, "stem_width": (4, 4, 8), "depth": (1, 1), "stem_strides": (1, 1, 1, 2),
+        "stage_strides": (1, 2)}  # two blocks: compiling takes most of the time
+
+
+def make_config(**changes) -> Config:
+  """AGC, Nesterov, EMA on; nothing random, so that the parts of a batch do not matter."""
+  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.0, stochastic_depth=0.0, overrides=dict(TINY)),
+                  data=DataConfig(name="digits"), batch=32, epochs=2,
+                  optim=OptimConfig(base_lr=0.8, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9))
+  return dataclasses.replace(config, **changes)
+
+
+def batch_of(step: int, rows: int = 32) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(step)
+  label = rng.integers(0, 10, rows).astype(np.int32)
+  image = rng.integers(0, 60, (rows, 8, 8, 3)) + 20 * label[:, None, None, None]
+  return {"image": image.astype(np.uint8), "label": label}
+
+
+def prepare(config: Config):
+  graph, params, stats = states.split(states.build_network(config.model, 10))
+  optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=20, total_steps=40)
+  return graph, optimizer, states.init_state(params, stats, optimizer, config)
+
+
+def train(config: Config, devices: int, count: int = STEPS):
+  """(losses, state) after `count` steps on so many devices."""
+  mesh = meshes.make_mesh(jax.devices()[:devices])
+  graph, optimizer, state = prepare(config)
+  like = meshes.place(mesh, state, shard=config.shard)
+  state, losses = meshes.put(state, like), []
+  step = steps.train_step_over(config, mesh, graph, optimizer, like)
+  for i in range(count):
+    state, metrics = step(state, meshes.put_batch(mesh, batch_of(i)))
+    losses.append(float(metrics["loss_sum"]) / float(metrics["count"]))
+  assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
+  return losses, state
+
+
+def same(a, b, tolerance: float = 1e-5) -> None:
+  close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+  jax.tree.map(close, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return train(make_config(), 1)
+
+
+def test_the_reference_learns(one_device):
+  losses, state = one_device
+  assert np.mean(losses[-3:]) < 0.9 * losses[0] and int(state.step) == STEPS and not state.halted
+
+
+@pytest.mark.parametrize("devices, shard, accumulate", [(2, True, 1), (4, False, 2), (8, True, 2), (1, False, 4)])
+def test_shared_work_is_the_same_work(one_device, devices, shard, accumulate):
+  """Losses, parameters, momentum, AGC's statistics and averages after 20 steps."""
+  losses, state = train(make_config(shard=shard, accumulate=accumulate), devices)
+  np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+  same((state.params, state.ema), (one_device[1].params, one_device[1].ema))
+  same(state.opt_state, one_device[1].opt_state, 1e-4)  # AGC's largest ratios, of 40 and more, among them
+
+
+@pytest.mark.parametrize("wrap", ["pmap", "shard_map"])
+def test_a_loop_of_ones_own(one_device, wrap):
+  """The pure step inside a user's jax.pmap or jax.shard_map, each device with its part of the batch."""
+  config, devices = make_config(), jax.devices()[:2]
+  graph, optimizer, state = prepare(config)
+  core = steps.make_train_step(config, graph, optimizer, axis="replicas")
+  if wrap == "pmap":
+    step = jax.pmap(core, axis_name="replicas", devices=devices)
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    divide, first = (lambda batch: {name: x.reshape(2, -1, *x.shape[1:]) for name, x in batch.items()}), lambda x: x[0]
+  else:
+    mesh = jax.make_mesh((2,), ("replicas",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = PartitionSpec(), PartitionSpec("replicas")
+    step = jax.jit(jax.shard_map(core, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False))
+    divide = first = lambda x: x
+  losses = []
+  for i in range(STEPS):
+    state, metrics = step(state, divide(batch_of(i)))
+    losses.append(float(first(metrics["loss_sum"])) / float(first(metrics["count"])))
+  np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+  same(jax.tree.map(first, (state.params, state.ema)), (one_device[1].params, one_device[1].ema))
+
+
+def test_memory_of_a_split_state_falls_with_the_devices():
+  """By the compiler's plan: the state that a device holds, but for the small arrays, of which each has a copy."""
+  config = make_config(shard=True, model=ModelConfig(name="nfnet_tiny", overrides={**TINY, "width": (64, 256)}))
+  graph, optimizer, state = prepare(config)
+  large = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.size >= meshes.SMALLEST)
+  small = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - large
+  assert large > 10 * small
+  for devices in (1, 4):
+    mesh = meshes.make_mesh(jax.devices()[:devices])
+    like = meshes.place(mesh, state, shard=True)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of(0).items()}
+    plan = steps.train_step_over(config, mesh, graph, optimizer, like).lower(like, batch).compile().memory_analysis()
+    images = sum(x.size * x.dtype.itemsize for x in batch.values()) / devices
+    assert plan.argument_size_in_bytes == pytest.approx(large / devices + small + images, rel=0.02)
+    assert plan.alias_size_in_bytes == pytest.approx(large / devices + small, rel=0.02)
+
+
+def test_weights_are_standardized_once_however_many_parts(monkeypatch):
+  """Counted in the traced program: a standardization is the one rsqrt of a convolution."""
+  counts = []
+  for accumulate in (1, 4):
+    config = make_config(accumulate=accumulate)
+    graph, optimizer, state = prepare(config)
+    program = jax.make_jaxpr(steps.make_train_step(config, graph, optimizer))(state, batch_of(0))
+    convolutions = sum(path[-1] == "gain" for path, _ in jax.tree_util.tree_flatten_with_path(state.params.to_pure_dict())[0]
+                       for path in [[str(getattr(part, "key", part)) for part in path]])
+    counts.append(str(program).count(" rsqrt "))
+    assert convolutions > 10 and counts[-1] == convolutions
+  assert counts[0] == counts[1]
+
+
+def test_statistics_of_each_device():
+  """batch_stats="device": the gradient is the mean of what each half of the batch gives, and so are the statistics."""
+  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
+  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small), batch_stats="device")
+  graph, optimizer, state = prepare(config)
+  mesh, batch = meshes.make_mesh(jax.devices()[:2]), batch_of(0)
+  like = meshes.place(mesh, state)
+  after, _ = steps.train_step_over(config, mesh, graph, optimizer, like)(meshes.put(state, like), meshes.put_batch(mesh, batch))
+  gradients = jax.jit(functools.partial(steps.local_gradients, config, graph))
+  halves = [gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch), steps.step_key(config, 0))
+            for part in (slice(0, 16), slice(16, 32))]
+  grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+  updates, _ = optimizer.update(grads, state.opt_state, state.params)
+  same(after.params, jax.tree.map(jnp.add, state.params, updates))
+  same(after.stats, stats)
+  other = steps.train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
+      meshes.put(state, like), meshes.put_batch(mesh, batch))[0]
+  with pytest.raises(AssertionError):
+    same(after.stats, other.stats)
+
+
+def test_sharpness_aware_steps():
+  """SAM by hand, on two devices: each climbs by itself on the first quarter of its rows; the gradients there are averaged."""
+  config = make_config()
+  config.optim = dataclasses.replace(config.optim, sam_rho=0.1, sam_share=0.25)
+  plain = make_config()
+  graph, optimizer, state = prepare(config)
+  mesh, batch = meshes.make_mesh(jax.devices()[:2]), batch_of(0)
+  like = meshes.place(mesh, state)
+  after, _ = steps.train_step_over(config, mesh, graph, optimizer, like)(meshes.put(state, like), meshes.put_batch(mesh, batch))
+  key = steps.step_key(config, 0)
+  gradients = jax.jit(lambda params, batch: steps.local_gradients(plain, graph, params, state.stats, batch, key)[0])
+  descents = []
+  for rows in (slice(0, 16), slice(16, 32)):
+    mine = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+    ascent = gradients(state.params, jax.tree.map(lambda x: x[:4], mine))
+    norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(jax.device_get(ascent))))
+    descents.append(gradients(jax.tree.map(lambda p, g, norm=norm: p + 0.1 / norm * g, state.params, ascent), mine))
+  updates, _ = optimizer.update(jax.tree.map(lambda a, b: (a + b) / 2, *descents), state.opt_state, state.params)
+  same(after.params, jax.tree.map(jnp.add, state.params, updates))
+
+
+def test_bad_steps_are_left_out_and_counted():
+  """A loss of eight times its mean: skipped and counted where the policy says so, else nothing changes any more."""
+  for policy in ("skip", "stop"):
+    config = make_config(on_bad_step=policy, spike=3.0)
+    graph, optimizer, state = prepare(config)
+    step = jax.jit(steps.make_train_step(config, graph, optimizer))
+    for i in range(2):
+      state, metrics = step(state, batch_of(i))
+      assert not metrics["bad"]
+    before = state
+    spiked = dataclasses.replace(state, loss_mean=state.loss_mean / 8)
+    state, metrics = step(spiked, batch_of(2))
+    assert metrics["bad"] and int(state.bad_steps) == 1
+    same((state.params, state.opt_state, state.ema), (before.params, before.opt_state, before.ema), 0)
+    assert (int(state.step), bool(state.halted)) == ((3, False) if policy == "skip" else (2, True))
+    state = dataclasses.replace(state, loss_mean=before.loss_mean)
+    state, _ = step(state, batch_of(3))
+    assert int(state.step) == (4 if policy == "skip" else 2) and int(state.bad_steps) == 1
+
+
+def test_hosts_hear_each_other_through_the_step():
+  config = make_config()
+  mesh = meshes.make_mesh(jax.devices()[:2])
+  graph, optimizer, state = prepare(config)
+  like = meshes.place(mesh, state)
+  step = steps.train_step_over(config, mesh, graph, optimizer, like)
+  batch = {**batch_of(0), "host": np.array([[0, 3], [1, 4]], np.int32)}
+  _, metrics = step(meshes.put(state, like), meshes.put_batch(mesh, batch))
+  assert int(metrics["stop"]) == 1 and int(metrics["corrupt"]) == 7
+
+
+def test_standardized_kernels_are_taken_as_they_are():
+  conv = layers.WSConv(3, 8, 3, rngs=layers.ParamKeys(jax.random.key(0)))
+  expected = conv.weight()
+  layers.standardize(conv)
+  with layers.standardized():
+    np.testing.assert_array_equal(conv.weight(), expected)
