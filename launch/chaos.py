@@ -1,9 +1,9 @@
 """Makes faults in training runs and shows what they cost: python -m launch.chaos
 
-Runs tests/faults in its long form, some ten minutes on two cores, on this machine's CPU: kills, stops, signals, damaged and half-written
-checkpoints, a full disk, batches that are not numbers, corrupt images, storage that fails. Prints a row for each as it ends, then
-the table, with goodput (useful steps over all steps made). --only=EXPRESSION runs those that pytest -k would; --json=FILE
-keeps the rows. Exit status 1 if anything was not as it must be.
+Runs tests/faults in its long form on this machine's CPU: kills, stops, signals, damaged and half-written checkpoints, a full
+disk, batches that are not numbers, corrupt images, storage that fails, and a run of ten minutes with a fault now and then. Shows
+each as it ends, then the table, with goodput (useful steps over all steps made). --only=EXPRESSION runs those that pytest -k
+would; --json=FILE keeps the rows. Exit status 1 if anything was not as it must be.
 """
 import json
 import os
@@ -46,7 +46,8 @@ def run(values: flags.FlagValues) -> int:
   console.print(table)
   for row in rows:
     if "goodput" in row:
-      console.print(f"goodput {row['goodput']:.1%} (useful steps over all steps made), {row['lost_per_fault']:.1f} steps lost a fault")
+      console.print(f"goodput {row['goodput']:.1%} (useful steps over all steps made), {row['lost_per_fault']:.1f} steps lost a "
+                    "fault")
   silent = sum(row.get("silent", 0) for row in rows)
   console.print(f"silent corruptions: {silent}; " + ("all as it must be" if status == 0 else "NOT all as it must be: see above"))
   return 1 if status or silent else 0

@@ -57,10 +57,12 @@ class Logbook:
   def advance(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
 
-  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float) -> None:
+  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float],
+            seconds_per_step: float | None) -> None:
     """scalars: means since the last call: "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction", …"""
     self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
-    text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}  {scalars['images_per_second']:,.0f} images/s" +
+    text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}" +
+            (f"  {scalars['images_per_second']:,.0f} images/s" if "images_per_second" in scalars else "") +
             (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else "") +
             (f"  data_wait {scalars['data_wait']:.0%}" if "data_wait" in scalars else ""))
     if scalars.get("data_wait", 0) > 0.05 and not self._hinted:
@@ -70,9 +72,9 @@ class Logbook:
                "python -m launch.bench data")
     self._bar.update(self._task, completed=step, text=text)
     if not self.console.is_terminal:
-      left = (self._total - step) * seconds_per_step
+      left = (self._total - step) * (seconds_per_step or 0)
       self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  epoch {scalars['epoch']:.1f}  {text}  "
-                         f"lr {scalars['lr']:.4g}  {left // 60:.0f}:{left % 60:02.0f} left")
+                         f"lr {scalars['lr']:.4g}" + (f"  {left // 60:.0f}:{left % 60:02.0f} left" if seconds_per_step else ""))
 
   def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
     """results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""

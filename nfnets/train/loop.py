@@ -171,7 +171,8 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
               pending, rolled_back, since = [], True, waits.restart()
               under_way.clear()
               break
-            seconds = (time.perf_counter() - since) / max(1, len(pending) - untimed)
+            timed = len(pending) - untimed
+            seconds = (time.perf_counter() - since) / timed if timed else None
             scalars, clip = _summary(config, state, pending, schedule, step, steps_per_epoch, seconds)
             _check_bad_steps(config, state, pending, step, log)
             log.train(step, {**scalars, "data_wait": waits.share()}, clip, seconds)
@@ -207,7 +208,7 @@ def _fingerprint(data: sources.Source) -> str:
 
 
 def _summary(config: Config, state: states.TrainState, pending: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
-             seconds_per_step: float) -> tuple[dict[str, float], dict[str, float]]:
+             seconds_per_step: float | None) -> tuple[dict[str, float], dict[str, float]]:
   """(means over the pending steps that were not bad, clip fraction of each layer's kernel at the last step)."""
   window = jax.device_get(pending)
   good = [metrics for metrics in window if not metrics["bad"]] or window
@@ -215,8 +216,9 @@ def _summary(config: Config, state: states.TrainState, pending: list[dict[str, A
   means = losses.summarize(sums)
   del means["count"]
   scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1)),
-             "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good])),
-             "images_per_second": config.batch / seconds_per_step}
+             "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good]))}
+  if seconds_per_step:  # not for a window of the first step alone, which compiled
+    scalars["images_per_second"] = config.batch / seconds_per_step
   if corrupt := int(window[-1]["corrupt"]):
     scalars["corrupt_records"] = corrupt
   if bad := int(state.bad_steps):

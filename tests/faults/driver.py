@@ -1,8 +1,10 @@
 """launch.train with faults in it: NFNETS_FAULTS holds them as JSON, e.g. {"SIGKILL": {"process": 1, "step": 9}}.
 
-SIGKILL, SIGTERM, SIGSTOP: the signal, from itself, when batch `step` is begun, once in the workdir's life. nan: {"step"}, the
-batch whose loss is NaN. lr: {"first", "last", "factor"}, steps with another learning rate. raise: {"step"}, an error in a
-decoding thread. Every batch is written down by its hash, in WORKDIR/batches-PROCESS.jsonl.
+SIGKILL, SIGTERM, SIGINT, SIGSTOP: the signal, from itself, when batch `step` is begun, once in the workdir's life.
+nan: {"step"}, the batch whose loss is NaN. lr: {"first", "last", "factor"}, steps with another learning rate.
+raise: {"step"}, an error in a decoding thread. slow: {"seconds"}, more for every batch.
+pid: the process writes its number to WORKDIR/pid-PROCESS.
+Every batch is written down by its hash, in WORKDIR/batches-PROCESS.jsonl.
 """
 import hashlib
 import json
@@ -10,6 +12,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +30,9 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
   mine = lambda fault: fault.get("process", 0) == jax.process_index()
 
   def faulty_start(self, at):
+    time.sleep(faults.get("slow", {}).get("seconds", 0))
+    if "pid" in faults:
+      (workdir / f"pid-{jax.process_index()}").write_text(str(os.getpid()))
     for name, fault in faults.items():
       once = workdir / f"done-{name}-{jax.process_index()}"
       if name.startswith("SIG") and mine(fault) and at >= fault["step"] and not once.exists():

@@ -66,3 +66,10 @@ def batches(workdir: pathlib.Path, process: int = 0) -> dict[int, set[str]]:
 def records(workdir: pathlib.Path, kind: str) -> list[dict]:
   return [record for line in (workdir / "metrics.jsonl").read_text().splitlines()
           for record in [json.loads(line)] if record["kind"] == kind]
+
+
+def mismatches(workdir: pathlib.Path, reference: pathlib.Path, process: int = 0) -> int:
+  """How many steps got a batch that is not the reference's; every step must have got one."""
+  mine, expected = batches(workdir, process), batches(reference, process)
+  assert mine.keys() == expected.keys()
+  return sum(mine[step] != expected[step] for step in expected)

@@ -1,0 +1,109 @@
+"""What takes minutes, for launch.chaos alone: other numbers of devices, every signal, ten minutes of faults."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tests.faults import runs
+
+pytestmark = pytest.mark.long
+
+
+@pytest.mark.parametrize("processes, devices", [(1, 4), (2, 2), (4, 1)])
+def test_every_way_to_share_the_work_is_the_same_run(clean, tmp_path, processes, devices, row):
+  """Sharded state, two parts a batch: parameters, averages and losses. Dropout's keys differ between parts: off."""
+  off = ("--config.model.drop_rate=0.0", "--config.model.stochastic_depth=0.0")
+  reference, shared = tmp_path / "reference", tmp_path / "shared"
+  assert runs.run(reference, overrides=off).status == 0
+  ended = runs.run(shared, processes=processes, devices=devices,
+                   overrides=(*off, "--config.shard=True", "--config.accumulate=2"), timeout=600)
+  assert ended.status == 0, ended.output
+  difference = runs.difference(shared, reference)
+  losses = [[record["loss"] for record in runs.records(each, "train")] for each in (shared, reference)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  assert difference < 1e-5
+  row(f"{processes} processes of {devices} devices, sharded, 2 parts", f"largest difference of a parameter {difference:.1e}")
+
+
+def test_other_numbers_of_devices_go_on_with_the_same_run(clean, tmp_path, row):
+  for step, devices in ((5, 1), (12, 2), (None, 4)):
+    (tmp_path / "done-SIGTERM-0").unlink(missing_ok=True)
+    ended = runs.run(tmp_path, {"SIGTERM": {"step": step}} if step else {}, devices=devices)
+    assert ended.status == (75 if step else 0), ended.output
+  losses = [[record["loss"] for record in runs.records(each, "test")] for each in (tmp_path, clean)]
+  np.testing.assert_allclose(*losses, rtol=1e-4)
+  mismatches = runs.mismatches(tmp_path, clean)
+  assert mismatches == 0
+  row("resumed on 1, 2, then 4 devices", f"batch mismatches 0, largest difference of a test loss "
+      f"{np.max(np.abs(np.subtract(*losses))):.1e}")
+
+
+def test_sigterm_to_all_processes(clean_pair, tmp_path, row):
+  faults = {"SIGTERM": {"process": 1, "step": 9}, "SIGINT": {"process": 0, "step": 9}}
+  ended = runs.run(tmp_path, faults, processes=2)
+  assert ended.status == 75, ended.output
+  step = int(runs.weights(tmp_path)["step"])
+  again = runs.run(tmp_path, processes=2)
+  assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
+  row("SIGTERM and SIGINT, one to each of 2 processes", f"both saved step {step}, ended with 75, resume equal to the bit",
+      steps_lost=0)
+
+
+def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):
+  """For three steps, without AGC: whatever spikes is left out by policy."""
+  shown = []
+  for policy in ("skip", "rollback"):
+    ended = runs.run(tmp_path / policy, {"lr": {"first": 8, "last": 10, "factor": 10.0}},
+                     overrides=(f"--config.on_bad_step={policy}", "--config.spike=2"))
+    assert ended.status == 0, ended.output
+    last = runs.records(tmp_path / policy, "train")[-1]
+    end, usual = (runs.records(each, "test")[-1]["loss"] for each in (tmp_path / policy, clean))
+    assert end == pytest.approx(usual, rel=0.2)
+    shown.append(f"{policy}: final loss {end:.4f}, {last.get('bad_steps', 0)} bad steps")
+  row("10 × the learning rate for 3 steps", f"{'; '.join(shown)}; without {usual:.4f}")
+
+
+def test_a_process_that_does_not_come(tmp_path, row):
+  command = [sys.executable, "-m", "launch.train", "--config=tests/faults/recipe.py", f"--workdir={tmp_path}",
+             "--coordinator=127.0.0.1:29641", "--processes=2", "--process=0", "--start_timeout=4"]
+  begin = time.monotonic()
+  done = subprocess.run(command, cwd=runs.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+                        timeout=60)
+  assert done.returncode == 76 and "1" in done.stderr.splitlines()[-1], done.stderr
+  row("1 of 2 processes never starts", f"status 76 after {time.monotonic() - begin:.0f} s: {done.stderr.splitlines()[-1][:90]}")
+
+
+def test_goodput_of_ten_minutes_with_faults(tmp_path, row):
+  """A kill or a SIGTERM of a random process every 40 to 80 seconds; launch.pods.local starts the run again."""
+  rng, ended, faults = random.Random(0), threading.Event(), []
+
+  def strike():
+    while not ended.wait(rng.uniform(40, 80)):
+      process, number = rng.randrange(2), rng.choice((signal.SIGKILL, signal.SIGTERM))
+      try:
+        os.kill(int((tmp_path / f"pid-{process}").read_text()), number)
+      except (OSError, ValueError):
+        continue
+      faults.append(number.name)
+  striker = threading.Thread(target=strike)
+  striker.start()
+  steps = int(os.environ.get("NFNETS_CHAOS_STEPS", 3000))
+  try:
+    done = runs.run(tmp_path, {"pid": {}}, epochs=steps / 11.2265625, processes=2, restarts=100, grace=20, timeout=3600,
+                    overrides=("--config.checkpoint_every=4", "--config.eval_every=1000", "--config.log_every=10"))
+  finally:
+    ended.set()
+    striker.join()
+  assert done.status == 0 and faults, done.output[-3000:]
+  lines = sum(1 for _ in open(tmp_path / "batches-0.jsonl", encoding="utf-8"))
+  reached = int(runs.weights(tmp_path)["step"])
+  assert all(len(hashes) == 1 for hashes in runs.batches(tmp_path).values())
+  row(f"{done.seconds / 60:.0f} minutes of training with {len(faults)} faults ({faults.count('SIGKILL')} kills, "
+      f"{faults.count('SIGTERM')} SIGTERM)", f"{reached} steps reached, {lines} batches made; none differed when made again",
+      goodput=reached / lines, lost_per_fault=(lines - reached) / len(faults))
