@@ -298,7 +298,27 @@ class EfficientChannelAttention(nnx.Module):
     return jax.nn.sigmoid(mixed)[:, None, None, :, 0]
 
 
+# ---------------------------------------------------------------- randomness
+def _is_per_sample(key: Array) -> bool:
+  return key.ndim > (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
+
+
+def fold_in(key: Array, data: int) -> Array:
+  """`jax.random.fold_in` of one key, or of one a sample."""
+  return jax.vmap(jax.random.fold_in, (0, None))(key, data) if _is_per_sample(key) else jax.random.fold_in(key, data)
+
+
+def bernoulli(key: Array, p: float, shape: Sequence[int]) -> Array:
+  """bool [batch, …], True with probability p.
+
+  With a key a sample, [batch] of them, the draws are the same however a batch is divided among devices or in parts.
+  """
+  if _is_per_sample(key):
+    return jax.vmap(lambda key: jax.random.bernoulli(key, p, tuple(shape[1:])))(key)
+  return jax.random.bernoulli(key, p, tuple(shape))
+
+
 def stochastic_depth(x: Array, rate: float, key: Array) -> Array:
   """Zeroes each sample's residual branch with probability `rate`; what stays is not rescaled (the release, unlike timm)."""
-  keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1, 1))
+  keep = bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1, 1))
   return jnp.where(keep, x, jnp.zeros_like(x))

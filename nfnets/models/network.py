@@ -57,7 +57,7 @@ def _run_again(block: nnx.Module, x: Array, key: Array | None, train: bool) -> A
 class Network(nnx.Module):
   """A stem, residual blocks, a tail and a classifier `fc`; subclasses build them and say what stem and tail do.
 
-  Holds no random state: with `train=True` pass `rngs`, an nnx.Rngs (its "dropout" stream) or a jax.random key.
+  Holds no random state: with `train=True` pass `rngs`, an nnx.Rngs (its "dropout" stream), a jax.random key, or a key a sample.
   """
 
   def __init__(self, *, blocks: list[nnx.Module], features: int, num_classes: int, drop_rate: float, fc_stddev: float,
@@ -98,7 +98,7 @@ class Network(nnx.Module):
       x = self.run_stem(images.astype(self.dtype), train, tap)
     tap("stem", x)
     for i, block in enumerate(self.blocks):
-      block_key = None if key is None else jax.random.fold_in(key, i)
+      block_key = None if key is None else layers.fold_in(key, i)
       with jax.named_scope(f"blocks/{i}"):
         if self.remat and tap is no_tap:
           x = _run_again(block, x, block_key, train)
@@ -110,7 +110,7 @@ class Network(nnx.Module):
       pool = dropped = layers.global_pool(features)
     tap("pool", pool)
     if train and self.drop_rate > 0:
-      keep = jax.random.bernoulli(jax.random.fold_in(key, len(self.blocks)), 1 - self.drop_rate, pool.shape)
+      keep = layers.bernoulli(layers.fold_in(key, len(self.blocks)), 1 - self.drop_rate, pool.shape)
       dropped = jnp.where(keep, pool / (1 - self.drop_rate), 0)
     with jax.named_scope("fc"):
       logits = self.classify(dropped)

@@ -6,7 +6,7 @@ from flax import nnx
 from nfnets.agc import named_leaves
 from nfnets.config import Config
 from nfnets.train.state import TrainState
-from nfnets.train.step import Batch, batch_loss, step_key
+from nfnets.train.step import Batch, batch_loss, row_keys, step_key
 
 
 def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, batch: Batch) -> str:
@@ -22,7 +22,8 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, batc
       def tap(name, x):
         names.append(name)
         finite.append(jnp.isfinite(x).all())
-      value, _ = batch_loss(config, graph, params, stats, batch, step_key(config, step), tap)
+      keys = row_keys(step_key(config, step), len(batch["image"]))
+      value, _ = batch_loss(config, graph, params, stats, {**batch, "key": keys}, tap)
       return value, finite
     (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params)
     all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)

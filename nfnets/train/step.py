@@ -20,6 +20,7 @@ from nfnets.train.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
+Gradients = tuple[nnx.State, jax.Array, nnx.State, Metrics]
 LOSS_DECAY = 0.98  # of the running mean that a spike of the loss is measured against: some 50 steps
 
 
@@ -29,7 +30,7 @@ def normalise(images: jax.Array, config: DataConfig) -> jax.Array:
 
 
 def step_key(config: Config, step: jax.Array) -> jax.Array:
-  """The key of a step's dropout and stochastic depth: a function of (seed, step), so that nothing need be saved."""
+  """What a step's dropout and stochastic depth follow from: a function of (seed, step), so that nothing need be saved."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)  # 1: not the parameters' key
 
 
@@ -38,57 +39,43 @@ def all_finite(tree: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def batch_loss(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, key: jax.Array,
+def batch_loss(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch,
                tap: Callable[[str, jax.Array], None] | None = None, *, standardized: bool = False) -> tuple[
                    jax.Array, tuple[nnx.State, Metrics]]:
   """(mean loss, (new running statistics, sums of loss, top-1, top-5 and count)) of a training batch.
 
   standardized: the kernels in `params` are standardized already.
-  batch: "image" uint8 [B, H, W, 3], "label" int [B] or float [B, classes], and "mix_label", "ratio" where images are mixed.
+  batch: "image" uint8 [B, H, W, 3], "label" int [B] or float [B, classes], "mix_label" and "ratio" where images are mixed,
+  and "key" [B] (`row_keys`) for dropout and stochastic depth.
   """
   network = nnx.merge(graph, params, stats, copy=True)  # a copy: BatchNorm moves its statistics within this trace
   with layers.standardized() if standardized else contextlib.nullcontext():
-    outputs = network.outputs(normalise(batch["image"], config.data), train=True, rngs=key, **({"tap": tap} if tap else {}))
+    outputs = network.outputs(normalise(batch["image"], config.data), train=True, rngs=batch["key"],
+                              **({"tap": tap} if tap else {}))
   each = losses.cross_entropy(outputs["logits"], batch["label"], label_smoothing=config.label_smoothing, kind=config.loss,
                               mix_labels=batch.get("mix_label"), ratio=batch.get("ratio"))
   sums = losses.metric_sums(outputs["logits"], batch["label"], each)
   return jnp.mean(each), (nnx.state(network, nnx.BatchStat), sums)
 
 
-def local_gradients(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, key: jax.Array, *,
-                    mesh: Mesh | None = None, axis: str | None = None) -> tuple[nnx.State, jax.Array, nnx.State, Metrics]:
-  """(gradients of the mean loss, that loss, new running statistics, sums over the batch), in config.accumulate parts.
+def row_keys(key: jax.Array, rows: int, axis: str | None = None) -> jax.Array:
+  """One key for each row of the global batch, [rows]; with `axis`, for this device's rows of it."""
+  first = 0 if axis is None else jax.lax.axis_index(axis) * rows
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
 
-  Weights are standardized once, however many parts there are, and the gradient is pulled back once. With `axis`, everything is
-  averaged (sums: added up) over that axis of a `jax.pmap` or `jax.shard_map`, whose devices each see their own `batch`; else the
-  batch is the global one, and `mesh` (where there is one) says how it and the parameters lie.
+
+def local_gradients(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, *,
+                    axis: str | None = None) -> Gradients:
+  """(gradients of the mean loss, that loss, new running statistics, sums over the batch), of one device.
+
+  batch: as in `batch_loss`, with its "key". With `axis`, of a `jax.pmap` or `jax.shard_map`, all are averaged over its devices
+  (the sums: added up). Weights are standardized once, however many parts config.accumulate says, and the gradient is pulled
+  back once.
   """
-  if axis is not None:
-    key = jax.random.fold_in(key, jax.lax.axis_index(axis))
   if config.optim.sam_rho:
-    params = _ascended(config, graph, params, stats, batch, key)
-  whole, split = _layouts(config, mesh, params)
-  weights, pull_back = jax.vjp(lambda params: _standardized(graph, params, stats), params)
-  weights = whole(weights)
-  loss_of = lambda weights, stats, batch, key: batch_loss(config, graph, weights, stats, batch, key, standardized=True)
-  gradients_of = jax.value_and_grad(loss_of, has_aux=True)
-
-  def one(stats: nnx.State, part: Batch, key: jax.Array):
-    (loss, (stats, sums)), grads = gradients_of(weights, stats, part, key)
-    return split(grads), loss, stats, sums
-
-  if config.accumulate == 1:
-    grads, loss, stats, sums = one(stats, batch, key)
-  else:
-    def add(carry, part):
-      *before, stats = carry
-      grads, loss, stats, sums = one(stats, part[1], jax.random.fold_in(key, part[0]))
-      return (*jax.tree.map(jnp.add, tuple(before), (grads, loss, sums)), stats), None
-    parts = _divided(batch, config.accumulate, mesh if axis is None else None)
-    shapes = jax.eval_shape(one, stats, jax.tree.map(lambda x: x[0], parts), key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1], shapes[3]))
-    (grads, loss, sums, stats), _ = jax.lax.scan(add, (*zeros, stats), (jnp.arange(config.accumulate), parts))
-    grads, loss = jax.tree.map(lambda x: x / config.accumulate, (grads, loss))
+    params = _ascended(config, graph, params, stats, batch)
+  weights, pull_back = jax.vjp(functools.partial(_standardized, graph, stats), params)
+  grads, loss, stats, sums = _in_parts(config, graph, weights, stats, batch)
   (grads,) = pull_back(grads)
   if axis is not None:
     grads, loss, stats = jax.lax.pmean((grads, loss, stats), axis)
@@ -96,20 +83,72 @@ def local_gradients(config: Config, graph: nnx.GraphDef, params: nnx.State, stat
   return grads, loss, stats, sums
 
 
-def _standardized(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State) -> nnx.State:
+def mesh_gradients(config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.State, stats: nnx.State,
+                   batch: Batch) -> Gradients:
+  """The same of the global batch, over a mesh: each device takes its rows, then the float32 gradients are averaged, once.
+
+  Where config.shard divides the state, weights are gathered after their standardization, and each device is left its part of
+  the gradients. BatchNorm over the global batch needs all rows at once: XLA is then left to divide the whole computation, and
+  averages each part's gradients, in the dtype of the convolutions.
+  """
+  whole, rows = PartitionSpec(), PartitionSpec(AXIS)
+  spec = lambda x: state_sharding(mesh, x.shape, config.shard).spec
+  specs = jax.tree.map(spec, params)
+  if config.optim.sam_rho:
+    local = functools.partial(local_gradients, config, graph, axis=AXIS)
+    return jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False)(params, stats, batch)
+  weights, pull_back = jax.vjp(functools.partial(_standardized, graph, stats), params)
+  if jax.tree.leaves(stats) and config.batch_stats == "global":
+    place = lambda tree, spec_of: jax.lax.with_sharding_constraint(
+        tree, jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), tree))
+    grads, *rest = _in_parts(config, graph, place(weights, lambda x: whole), stats, batch, mesh)
+    return pull_back(place(grads, spec))[0], *rest
+
+  def on_each(weights: nnx.State, stats: nnx.State, batch: Batch) -> Gradients:
+    grads, loss, stats, sums = _in_parts(config, graph, weights, stats, batch)
+    loss, stats = jax.lax.pmean((loss, stats), AXIS)
+    return jax.tree.map(_mean_of_part, grads, specs), loss, stats, jax.lax.psum(sums, AXIS)
+  grads, *rest = jax.shard_map(on_each, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(specs, whole, whole, whole),
+                               check_vma=False)(weights, stats, batch)
+  return pull_back(grads)[0], *rest
+
+
+def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  """The devices' mean: all of it on each, or where `spec` divides it each device's part."""
+  if AXIS not in spec:
+    return jax.lax.pmean(x, AXIS)
+  return jax.lax.psum_scatter(x, AXIS, scatter_dimension=spec.index(AXIS), tiled=True) / jax.lax.axis_size(AXIS)
+
+
+def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> nnx.State:
   network = nnx.merge(graph, params, stats, copy=True)
   layers.standardize(network)
   return nnx.state(network, nnx.Param)
 
 
-def _layouts(config: Config, mesh: Mesh | None, params: nnx.State) -> tuple[Callable, Callable]:
-  """What gathers the weights for the forward pass, and what leaves each device its part of the gradients."""
-  if mesh is None or not config.shard:
-    return (lambda tree: tree), (lambda tree: tree)
-  places = jax.tree.map(lambda x: state_sharding(mesh, x.shape, True), params)
-  everywhere = jax.tree.map(lambda x: replicated(mesh), params)
-  return (lambda tree: jax.lax.with_sharding_constraint(tree, everywhere),
-          lambda tree: jax.lax.with_sharding_constraint(tree, places))
+def _in_parts(config: Config, graph: nnx.GraphDef, weights: nnx.State, stats: nnx.State, batch: Batch,
+              mesh: Mesh | None = None) -> Gradients:
+  """Gradients with respect to standardized weights: the mean over config.accumulate parts of the batch, taken one by one."""
+  loss_of = lambda weights, stats, part: batch_loss(config, graph, weights, stats, part, standardized=True)
+
+  def one(stats: nnx.State, part: Batch) -> Gradients:
+    (loss, (stats, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, stats, part)
+    return grads, loss, stats, sums
+
+  def add(carry: Gradients, part: Batch) -> tuple[Gradients, None]:
+    grads, loss, stats, sums = one(carry[2], part)
+    before = carry[0], carry[1], carry[3]
+    grads, loss, sums = jax.tree.map(jnp.add, before, (grads, loss, sums))
+    return (grads, loss, stats, sums), None
+
+  if config.accumulate == 1:
+    return one(stats, batch)
+  parts = _divided(batch, config.accumulate, mesh)
+  shapes = jax.eval_shape(one, stats, jax.tree.map(lambda x: x[0], parts))
+  grads, loss, _, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  (grads, loss, stats, sums), _ = jax.lax.scan(add, (grads, loss, stats, sums), parts)
+  grads, loss = jax.tree.map(lambda x: x / config.accumulate, (grads, loss))
+  return grads, loss, stats, sums
 
 
 def _divided(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
@@ -121,12 +160,11 @@ def _divided(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
   return jax.tree.map(divide, batch)
 
 
-def _ascended(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch,
-              key: jax.Array) -> nnx.State:
+def _ascended(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch) -> nnx.State:
   """SAM's weights (2010.01412, equation 2): uphill by sam_rho along the gradient of a part of this device's images."""
   rows = max(1, round(config.optim.sam_share * len(batch["image"])))
-  part = jax.tree.map(lambda x: x[:rows], batch)
-  grads = jax.grad(lambda params: batch_loss(config, graph, params, stats, part, jax.random.fold_in(key, 1 << 31))[0])(params)
+  part = {**jax.tree.map(lambda x: x[:rows], batch), "key": layers.fold_in(batch["key"][:rows], 1 << 31)}
+  grads = jax.grad(lambda params: batch_loss(config, graph, params, stats, part)[0])(params)
   scale = config.optim.sam_rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
   return jax.tree.map(lambda p, g: p + scale * g, params, grads)
 
@@ -143,17 +181,16 @@ def make_train_step(config: Config, graph: nnx.GraphDef, optimizer: optax.Gradie
   each other, batch["host"] int32 [devices, 2], comes back as the metrics "stop" (its first column's maximum) and "corrupt" (the
   other's sum).
   """
-  gradients = functools.partial(local_gradients, config, graph, mesh=mesh, axis=axis)
-  if mesh is not None and (config.optim.sam_rho or config.batch_stats == "device"):
-    whole, rows = PartitionSpec(), PartitionSpec(AXIS)
-    gradients = jax.shard_map(functools.partial(local_gradients, config, graph, axis=AXIS), mesh=mesh,
-                              in_specs=(whole, whole, rows, whole), out_specs=whole, check_vma=False)
+  if mesh is not None and mesh.size > 1:
+    gradients = functools.partial(mesh_gradients, config, graph, mesh)
+  else:
+    gradients = functools.partial(local_gradients, config, graph, axis=axis)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     host, batch = batch.get("host"), {name: rows for name, rows in batch.items() if name != "host"}
     said = {} if host is None else {"stop": jnp.max(host[:, 0]), "corrupt": jnp.sum(host[:, 1])}
-    grads, loss, stats, sums = gradients(state.params, state.stats, batch, step_key(config, state.step))
-    grads = _layouts(config, mesh, state.params)[1](grads)
+    keys = row_keys(step_key(config, state.step), len(batch["image"]), axis)
+    grads, loss, stats, sums = gradients(state.params, state.stats, {**batch, "key": keys})
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     average = None if state.ema is None else ema_update(state.ema, (params, stats), state.step, config.optim.ema_decay)

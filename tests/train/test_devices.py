@@ -19,8 +19,8 @@ TINY = {"width": (16, 32), "group_width": 8, "stem_width": (4, 4, 8), "depth": (
 
 
 def make_config(**changes) -> Config:
-  """AGC, Nesterov, EMA on; nothing random, so that the parts of a batch do not matter."""
-  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.0, stochastic_depth=0.0, overrides=dict(TINY)),
+  """AGC, Nesterov, EMA, dropout and stochastic depth on."""
+  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
                   data=DataConfig(name="digits"), batch=32, epochs=2,
                   optim=OptimConfig(base_lr=0.8, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9))
   return dataclasses.replace(config, **changes)
@@ -140,14 +140,15 @@ def test_statistics_of_each_device():
   like = meshes.place(mesh, state)
   after, _ = steps.train_step_over(config, mesh, graph, optimizer, like)(meshes.put(state, like), meshes.put_batch(mesh, batch))
   gradients = jax.jit(functools.partial(steps.local_gradients, config, graph))
-  halves = [gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch), steps.step_key(config, 0))
+  batch["key"] = steps.row_keys(steps.step_key(config, 0), 32)
+  halves = [gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch))
             for part in (slice(0, 16), slice(16, 32))]
   grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
   updates, _ = optimizer.update(grads, state.opt_state, state.params)
   same(after.params, jax.tree.map(jnp.add, state.params, updates))
   same(after.stats, stats)
   other = steps.train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
-      meshes.put(state, like), meshes.put_batch(mesh, batch))[0]
+      meshes.put(state, like), meshes.put_batch(mesh, batch_of(0)))[0]
   with pytest.raises(AssertionError):
     same(after.stats, other.stats)
 
@@ -161,8 +162,8 @@ def test_sharpness_aware_steps():
   mesh, batch = meshes.make_mesh(jax.devices()[:2]), batch_of(0)
   like = meshes.place(mesh, state)
   after, _ = steps.train_step_over(config, mesh, graph, optimizer, like)(meshes.put(state, like), meshes.put_batch(mesh, batch))
-  key = steps.step_key(config, 0)
-  gradients = jax.jit(lambda params, batch: steps.local_gradients(plain, graph, params, state.stats, batch, key)[0])
+  batch["key"] = steps.row_keys(steps.step_key(config, 0), 32)
+  gradients = jax.jit(lambda params, batch: steps.local_gradients(plain, graph, params, state.stats, batch)[0])
   descents = []
   for rows in (slice(0, 16), slice(16, 32)):
     mine = jax.tree.map(lambda x, rows=rows: x[rows], batch)

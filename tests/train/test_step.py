@@ -108,7 +108,8 @@ def test_mixed_labels_reach_the_loss():
   data = sources.load(config.data, train=False)
   labels = jnp.asarray([data[i].label for i in range(16)])
   batch, other = {"image": jnp.asarray(np.stack([data[i].image for i in range(8)])), "label": labels[:8]}, labels[8:]
-  loss = lambda **extra: float(steps.batch_loss(config, graph, params, stats, batch | extra, jax.random.key(0))[0])
+  batch["key"] = steps.row_keys(jax.random.key(0), 8)
+  loss = lambda **extra: float(steps.batch_loss(config, graph, params, stats, batch | extra)[0])
   mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
   assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)
   assert isinstance(nnx.merge(graph, params, stats), nnx.Module)
