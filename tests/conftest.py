@@ -1,5 +1,7 @@
-"""Eight fake CPU devices for the whole suite; must be set before jax starts its backend. Programs compiled once are kept for the
-other tests and processes of this run: a good half of the suite's time would be compiling the same ones again."""
+"""Eight fake CPU devices for the whole suite; must be set before jax starts its backend.
+
+Most of the suite's time is compiling: what was compiled once is kept for the other tests and processes of this run.
+"""
 
 import os
 import tempfile

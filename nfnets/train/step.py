@@ -98,7 +98,7 @@ def mesh_gradients(config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.
     local = functools.partial(local_gradients, config, graph, axis=AXIS)
     return jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False)(params, stats, batch)
   weights, pull_back = jax.vjp(functools.partial(_standardized, graph, stats), params)
-  if jax.tree.leaves(stats) and config.batch_stats == "global":
+  if needs_all_rows(config, stats):
     place = lambda tree, spec_of: jax.lax.with_sharding_constraint(
         tree, jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), tree))
     grads, *rest = _in_parts(config, graph, place(weights, lambda x: whole), stats, batch, mesh)
@@ -111,6 +111,11 @@ def mesh_gradients(config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.
   grads, *rest = jax.shard_map(on_each, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(specs, whole, whole, whole),
                                check_vma=False)(weights, stats, batch)
   return pull_back(grads)[0], *rest
+
+
+def needs_all_rows(config: Config, stats: nnx.State) -> bool:
+  """Whether a device cannot take its rows alone: BatchNorm over the global batch."""
+  return bool(jax.tree.leaves(stats)) and config.batch_stats == "global" and not config.optim.sam_rho
 
 
 def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:

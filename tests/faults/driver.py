@@ -60,8 +60,10 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
 
   def faulty_optimizer(*args, **kwargs):
     schedule, fault = optim.make_schedule, faults["lr"]
-    faulty = lambda *a, **k: (lambda step, usual=schedule(*a, **k): usual(step) * jnp.where(
-        (step >= fault["first"]) & (step <= fault["last"]), fault["factor"], 1.0))
+
+    def faulty(*a, **k):
+      usual = schedule(*a, **k)
+      return lambda step: usual(step) * jnp.where((step >= fault["first"]) & (step <= fault["last"]), fault["factor"], 1.0)
     optim.make_schedule = faulty
     try:
       return make_optimizer(*args, **kwargs)

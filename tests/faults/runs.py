@@ -29,7 +29,8 @@ def run(workdir: pathlib.Path, faults: dict | None = None, *, epochs: float = 2,
   if processes > 1 or restarts:
     command = [sys.executable, "-m", "launch.pods.local", f"--processes={processes}", f"--devices={devices}",
                f"--restarts={restarts}", f"--grace={grace}", "--", *command]
-  flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+  flags = (f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false "
+           "--xla_backend_optimization_level=0")
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NFNETS_FAULTS": json.dumps(faults or {})}
   begin = time.monotonic()
   done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -14,7 +14,8 @@ from nfnets.train import evaluate, mesh as meshes, state as states, step as step
 
 
 def make_config(model: str) -> Config:
-  return Config(model=ModelConfig(name=model, drop_rate=0.2), data=DataConfig(name="digits", shift=1),
+  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
+  return Config(model=ModelConfig(name=model, drop_rate=0.2, overrides=small), data=DataConfig(name="digits", shift=1),
                 optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9),
                 batch=64, epochs=2)
 
@@ -31,22 +32,20 @@ def prepare(config: Config, devices: int):
           meshes.put(state, like), loader.TrainBatches(data, config.data, batch=config.batch, seed=config.seed))
 
 
-@pytest.mark.parametrize("model", ["nf_resnet_tiny", "resnet_tiny"])
-def test_eight_devices_equal_one(model):
-  """Losses, parameters, running statistics and EMA after 4 steps, with AGC, dropout and the global batch's BatchNorm."""
+def test_eight_devices_equal_one():
+  """Losses, parameters, running statistics and EMA after 4 steps, with the global batch's BatchNorm; without: test_devices.py."""
   assert jax.device_count() == 8
   finals = []
   for devices in (1, 8):
-    mesh, step, _, state, batches = prepare(make_config(model), devices)
+    mesh, step, _, state, batches = prepare(make_config("resnet_tiny"), devices)
     losses = []
     for i in range(4):
       state, metrics = step(state, meshes.put_batch(mesh, batches[i]))
       losses.append(float(metrics["loss_sum"]))
     finals.append((losses, jax.device_get((state.params, state.stats, state.ema))))
   np.testing.assert_allclose(finals[0][0], finals[1][0], rtol=1e-5)
-  # BatchNorm divides by deviations that may be tiny: it alone amplifies float32's rounding
-  tolerance = 1e-5 if model == "nf_resnet_tiny" else 2e-3
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), finals[0][1], finals[1][1])
+  # BatchNorm divides by deviations that may be tiny, and so amplifies float32's rounding
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), finals[0][1], finals[1][1])
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
