@@ -89,8 +89,8 @@ def datasets(tmp_path_factory):
 def test_two_real_steps(datasets, tmp_path, file, argument):
   """The recipe as it is, but for two stages of one block, small images, and batches of 8 (one for each of 8 devices)."""
   config = get(file, argument)
-  small, overrides = ({}, {}) if file == "cifar10" else ({"image_size": 48, "test_image_size": 48},
-                                                              {"depth": (1, 1), "width": (64, 128), "stage_strides": (1, 2)})
+  small = {} if file == "cifar10" else {"image_size": 48, "test_image_size": 48}
+  overrides = {"depth": (1, 1), "width": (64, 128), "stage_strides": (1, 2)}
   config = dataclasses.replace(
       config, batch=8, eval_batch=8, epochs=1, log_every=1, model=dataclasses.replace(config.model, overrides=overrides),
       data=dataclasses.replace(config.data, dir=str(datasets), index_dir=str(tmp_path / "index"), **small),

@@ -17,15 +17,12 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.parametrize("processes, devices", [(1, 4), (2, 2), (4, 1)])
 def test_every_way_to_share_the_work_is_the_same_run(clean, tmp_path, processes, devices, row):
-  """Sharded state, two parts a batch: parameters, averages and losses. Dropout's keys differ between parts: off."""
-  off = ("--config.model.drop_rate=0.0", "--config.model.stochastic_depth=0.0")
-  reference, shared = tmp_path / "reference", tmp_path / "shared"
-  assert runs.run(reference, overrides=off).status == 0
-  ended = runs.run(shared, processes=processes, devices=devices,
-                   overrides=(*off, "--config.shard=True", "--config.accumulate=2"), timeout=600)
+  """Sharded state, two parts a batch, dropout and stochastic depth: parameters, averages and losses."""
+  ended = runs.run(tmp_path, processes=processes, devices=devices, overrides=("--config.shard=True", "--config.accumulate=2"),
+                   timeout=600)
   assert ended.status == 0, ended.output
-  difference = runs.difference(shared, reference)
-  losses = [[record["loss"] for record in runs.records(each, "train")] for each in (shared, reference)]
+  difference = runs.difference(tmp_path, clean)
+  losses = [[record["loss"] for record in runs.records(each, "train")] for each in (tmp_path, clean)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
   assert difference < 1e-5
   row(f"{processes} processes of {devices} devices, sharded, 2 parts", f"largest difference of a parameter {difference:.1e}")

@@ -243,11 +243,11 @@ def test_taps_see_every_layer_in_order_and_cost_nothing_when_off():
 
 
 def test_initial_values_have_the_published_deviations():
-  network = models.create("nfnet_f0", 1000)
+  network = models.create("nfnet_f0", 1000, depth=(1, 1, 2, 1))
   assert float(jnp.std(network.fc.kernel[...])) == pytest.approx(0.01, rel=0.01)
-  conv = network.blocks[4].conv0.kernel[...]
+  conv = network.blocks[3].conv0.kernel[...]
   assert float(jnp.std(conv)) == pytest.approx(conv.shape[2] ** -0.5, rel=0.01)
-  dense = network.blocks[4].se.fc0.kernel[...]  # cut at two deviations: 0.8796 of them are left
+  dense = network.blocks[3].se.fc0.kernel[...]  # cut at two deviations: 0.8796 of them are left
   assert float(jnp.std(dense)) == pytest.approx(0.8796 * dense.shape[0] ** -0.5, rel=0.01)
   assert float(jnp.max(jnp.abs(dense))) <= 2 * dense.shape[0] ** -0.5
   assert not jnp.any(models.create("nf_regnet_b0", 10).fc.kernel[...])
