@@ -92,8 +92,8 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   if not same:
     raise CheckpointError(f"{NAME} is damaged")
   if body["schema"] > SCHEMA:
-    raise NewerError(f"{directory}: written by nfnets {body['versions']['nfnets']}, schema {body['schema']}; this is schema "
-                     f"{SCHEMA}: update nfnets")
+    version = body.get("versions", {}).get("nfnets", "?")
+    raise NewerError(f"{directory}: written by nfnets {version}, schema {body['schema']}; this is schema {SCHEMA}: update nfnets")
   if str(body["step"]) != directory.name:
     raise CheckpointError(f"holds step {body['step']}, not what its name says")
   return body
