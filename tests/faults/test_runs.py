@@ -62,13 +62,13 @@ def test_a_stopped_process_is_noticed(tmp_path, row):
   assert stacks
 
 
-def test_sigterm_to_one_process_saves_the_same_step_everywhere(request, tmp_path, full, row):
+@pytest.mark.long
+def test_sigterm_to_one_process_saves_the_same_step_everywhere(clean_pair, tmp_path, row):
   ended = runs.run(tmp_path, {"SIGTERM": {"process": 1, "step": 9}}, processes=2)
   assert ended.status == 75, ended.output
   step = int(runs.weights(tmp_path)["step"])
   again = runs.run(tmp_path, processes=2)
-  assert again.status == 0, again.output
-  assert not full or runs.difference(tmp_path, request.getfixturevalue("clean_pair")) == 0
+  assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
   row("SIGTERM to process 1 of 2", f"both saved step {step}, ended with 75, resume equal to the bit", steps_lost=0)
 
 
