@@ -9,8 +9,6 @@ CPU-second, time to the first batch, memory, and what the time goes to. --agains
 it, one tuned for decoding alone and one with the structure of the official recipe. The last line is JSON.
 """
 import dataclasses
-import json
-import pathlib
 
 import rich.console
 import rich.progress
@@ -46,18 +44,18 @@ def step(values: flags.FlagValues) -> int:
     config = dataclasses.replace(config, batch=values.batch)
   if values.image_size is not None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
-  file = _json_file(values.json)
+  file = cli.writable("json", values.json)
   from nfnets.train import benchmark
   report = benchmark.benchmark_step(config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc,
                                     say=lambda line: print(line, flush=True))
   print(f"\n{report}\n")
-  _hand_out(report.to_json(), file)
+  cli.hand_out(report.to_json(), file)
   return 0
 
 
 def data(values: flags.FlagValues) -> int:
   config = cli.parse_config(values)
-  file = _json_file(values.json)
+  file = cli.writable("json", values.json)
   from nfnets.data import benchmark, peers
   if values.against and peers.missing():
     raise cli.UsageError("--against=tf.data needs TensorFlow: pip install 'nfnets[peers]' (or tensorflow-cpu)")
@@ -90,27 +88,8 @@ def data(values: flags.FlagValues) -> int:
   if values.against and len(report.ratios) == 1:
     console.print(f"{benchmark.RECIPE}: no tf.data pipeline for config.data.mix={filled.mix}, augment={filled.augment}, "
                   f"augment_before_mix={filled.augment_before_mix}; the official structure mixes up and cuts, then RandAugment")
-  _hand_out(report.to_json(), file)
+  cli.hand_out(report.to_json(), file)
   return 0
-
-
-def _hand_out(report: dict, file: pathlib.Path | None) -> None:
-  line = json.dumps(report)
-  print(line)
-  if file is not None:
-    file.write_text(f"{line}\n", encoding="utf-8")
-
-
-def _json_file(name: str | None) -> pathlib.Path | None:
-  """The file, found fit to be written before minutes are spent."""
-  if name is None:
-    return None
-  file = pathlib.Path(name)
-  try:
-    with file.open("a", encoding="utf-8"):
-      return file
-  except OSError as error:
-    raise cli.UsageError(f"--json={name}: {error.strerror}") from error
 
 
 SUBCOMMANDS = {"step": step, "data": data}

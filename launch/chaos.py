@@ -1,7 +1,7 @@
 """Makes faults in training runs and shows what they cost: python -m launch.chaos
 
 Runs tests/faults in its long form on this machine's CPU: kills, stops, signals, damaged and half-written checkpoints, a full
-disk, batches that are not numbers, corrupt images, storage that fails, and a run of ten minutes with a fault now and then. Shows
+disk, batches that are not numbers, corrupt images, storage that fails, and a long run with a fault now and then. Shows
 each as it ends, then the table, with goodput (useful steps over all steps made). --only=EXPRESSION runs those that pytest -k
 would; --json=FILE keeps the rows. Exit status 1 if anything was not as it must be.
 """

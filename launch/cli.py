@@ -6,6 +6,7 @@ was lost. 75 and 76 say "run the same command again", and so does death by a sig
 """
 import dataclasses
 import difflib
+import json
 import pathlib
 import re
 import sys
@@ -118,6 +119,26 @@ def run_subcommand(table: dict[str, Callable[[flags.FlagValues], int]], values: 
   if rest:
     raise UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
   return table[what](values)
+
+
+def writable(flag: str, name: str | None) -> pathlib.Path | None:
+  """The file that a flag names, found fit to be written before minutes are spent."""
+  if name is None:
+    return None
+  file = pathlib.Path(name)
+  try:
+    with file.open("a", encoding="utf-8"):
+      return file
+  except OSError as error:
+    raise UsageError(f"--{flag}={name}: {error.strerror}") from error
+
+
+def hand_out(report: dict, file: pathlib.Path | None) -> None:
+  """The report as the last line of output, JSON, and into the file."""
+  line = json.dumps(report)
+  print(line)
+  if file is not None:
+    file.write_text(f"{line}\n", encoding="utf-8")
 
 
 def fail(error: object, status: int) -> None:

@@ -7,8 +7,6 @@ line is JSON. Where it does not fit, remat, sharding and accumulation are compil
 compiles all of them. docs/plan.md says how to read it.
 """
 import contextlib
-import json
-import pathlib
 
 import jax
 import rich.console
@@ -29,7 +27,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> int:
   config = cli.parse_config(values)
-  json_file, picture_file = (_writable(flag, values[flag].value) for flag in ("json", "out"))
+  json_file, picture_file = (cli.writable(flag, values[flag].value) for flag in ("json", "out"))
   if values.topology is not None:
     with contextlib.suppress(RuntimeError):  # too late, JAX has started
       jax.config.update("jax_platforms", "cpu")  # shapes are all that is made here: leaves a local TPU or GPU to others
@@ -52,23 +50,8 @@ def run(values: flags.FlagValues) -> int:
   elif picture_file is not None:
     picture_file.unlink()
     print("drawn: nothing, only one step was compiled (see --advise)")
-  line = json.dumps(plan.to_json())
-  print(line)
-  if json_file is not None:
-    json_file.write_text(f"{line}\n", encoding="utf-8")
+  cli.hand_out(plan.to_json(), json_file)
   return 0
-
-
-def _writable(flag: str, name: str | None) -> pathlib.Path | None:
-  """The file, found fit to be written before minutes are spent."""
-  if name is None:
-    return None
-  file = pathlib.Path(name)
-  try:
-    with file.open("a", encoding="utf-8"):
-      return file
-  except OSError as error:
-    raise cli.UsageError(f"--{flag}={name}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -173,8 +173,9 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
               break
             timed = len(pending) - untimed
             seconds = (time.perf_counter() - since) / timed if timed else None
-            scalars, clip = _summary(config, state, pending, schedule, step, steps_per_epoch, seconds)
-            _check_bad_steps(config, state, pending, step, log)
+            window = jax.device_get(pending)
+            scalars, clip = _summary(config, state, window, schedule, step, steps_per_epoch, seconds)
+            _check_bad_steps(config, state, window, step, log)
             log.train(step, {**scalars, "data_wait": waits.share()}, clip, seconds)
             pending, untimed, since = [], 0, waits.restart()
           if test_due and not stopping:
@@ -207,10 +208,9 @@ def _fingerprint(data: sources.Source) -> str:
   return json.dumps({"name": data.name, "split": data.split, "records": len(data), "classes": classes, "first record": first})
 
 
-def _summary(config: Config, state: states.TrainState, pending: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
+def _summary(config: Config, state: states.TrainState, window: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
              seconds_per_step: float | None) -> tuple[dict[str, float], dict[str, float]]:
-  """(means over the pending steps that were not bad, clip fraction of each layer's kernel at the last step)."""
-  window = jax.device_get(pending)
+  """(means over the window's steps that were not bad, clip fraction of each layer's kernel at the last step)."""
   good = [metrics for metrics in window if not metrics["bad"]] or window
   sums = {key: sum(metrics[key].item() for metrics in good) for key in ("loss_sum", "top1", "top5", "count")}
   means = losses.summarize(sums)
@@ -237,9 +237,8 @@ def _layer_order(path: str) -> tuple:
   return places.get(top, 2), [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in rest]
 
 
-def _check_bad_steps(config: Config, state: states.TrainState, pending: list[dict[str, Any]], step: int, log: Logbook) -> None:
+def _check_bad_steps(config: Config, state: states.TrainState, window: list[dict[str, Any]], step: int, log: Logbook) -> None:
   """Says which steps of the window were skipped. Raises NonFiniteError where there have been too many."""
-  window = jax.device_get(pending)
   total = int(state.bad_steps)
   for back, metrics in enumerate(reversed(window)):
     if metrics["bad"]:
