@@ -123,7 +123,7 @@ def export(values: flags.FlagValues, where: str) -> int:
   _, one = manifest.locate(where)
   with contextlib.closing(Checkpoints(str(directory))) as checkpoints:
     step = checkpoints.choose(one)
-    meta = checkpoints.meta(step)
+    meta = {**checkpoints.meta(step), "metrics": checkpoints.metrics(step)}
     weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
     arrays = checkpoints.restore_weights(step, weights)
   facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}

@@ -75,11 +75,20 @@ class Checkpoints:
     return manifest.verify(self.path(step))
 
   def meta(self, step: int) -> dict[str, Any]:
-    """What is known of a step beside its arrays: "config", "num_classes", "versions", "data", "rng", "metrics", ..."""
+    """What is known of a step beside its arrays: "config", "num_classes", "versions", "data", "rng", ..."""
     try:
       return json.loads((self.path(step) / "meta" / "metadata").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
       raise CheckpointError(f"{self.path(step)}: its meta data cannot be read: {error}") from error
+
+  def metrics(self, step: int) -> dict[str, float] | None:
+    """{"top1", "loss", "ema_top1", …} of the evaluation of a good step; None if it has not been evaluated."""
+    return manifest.read(self.path(step))["metrics"]
+
+  def add_metrics(self, step: int, results: dict[str, dict[str, float]]) -> None:
+    """For a step that was saved without them, by all processes after all have evaluated it."""
+    if jax.process_index() == 0:
+      manifest.amend(self.path(step), metrics=_flat(results))
 
   def choose(self, step: int | None = None) -> int | None:
     """The newest good step (or `step`, which must be good), all files verified; None if there is no checkpoint at all.
@@ -130,12 +139,10 @@ class Checkpoints:
     if _agree(self._has(step)):
       return
     epoch = step * config.batch / records
-    metrics = {("ema_" if weights == "ema" else "") + name: float(value)
-               for weights, values in (results or {}).items() for name, value in values.items()}
     trees = arrays.split(state)
-    facts = {"step": step, "epoch": epoch, "metrics": metrics or None, "keep": self._keep,
-             "versions": origin.versions()}
-    meta = {"schema": manifest.SCHEMA, **facts, "previous_step": max(self.steps(), default=None), "num_classes": num_classes,
+    known = {"step": step, "epoch": epoch, "keep": self._keep, "versions": origin.versions()}
+    facts = {**known, "metrics": _flat(results)}
+    meta = {"schema": manifest.SCHEMA, **known, "previous_step": max(self.steps(), default=None), "num_classes": num_classes,
             "config": to_json(config), "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
             "data": {"seed": config.seed, "records": records, "next_step": step + int(state.passed_over)},
             "rng": origin.random_numbers(config), "processes": jax.process_count(), "devices": jax.device_count(),
@@ -308,6 +315,11 @@ def _check_seen(path: pathlib.Path) -> None:
     if not seen.all():
       blind = ", ".join(map(str, np.flatnonzero(seen == 0)))
       raise CheckpointError(f"process {blind} does not see {path}: the workdir must be on storage that all processes share")
+
+
+def _flat(results: dict[str, dict[str, float]] | None) -> dict[str, float] | None:
+  return {("ema_" if weights == "ema" else "") + name: float(value)
+          for weights, values in (results or {}).items() for name, value in values.items()} or None
 
 
 def _some(problems: list[str]) -> str:

@@ -139,6 +139,9 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   under_way = collections.deque(maxlen=3)  # metrics of the last steps; the devices keep two steps of work
   stopping, rolled_back = False, True
   with stop_on_signals() as stop:
+    if found is not None and due(config.eval_every, step) and not checkpoints.metrics(step):  # a signal came before that
+      results = test(step, state)
+      checkpoints.add_metrics(step, results)
     while rolled_back:
       rolled_back = False
       ahead = prefetch(lambda at: batches.start(at + passed_over), step, total_steps, then=send)  # noqa: B023
@@ -191,7 +194,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
     watchdog.kick("the last checkpoint")
     checkpoints.close()  # while signals are still ours: the last write must not be lost to one
   picture = log.draw()
-  finished = bool(results) and step >= total_steps
+  finished = step >= total_steps and not stopping
   if finished:
     log.console.print(results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
   else:

@@ -65,6 +65,11 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
   return body
 
 
+def amend(directory: pathlib.Path, **facts: Any) -> None:
+  """Changes what a manifest says beside the files."""
+  replace(directory / NAME, _render(read(directory) | facts).encode())
+
+
 def replace(path: pathlib.Path, content: bytes) -> None:
   """Writes a file so that after a crash at any moment either the old or the whole new one is there."""
   temporary = path.with_name(f"{path.name}.tmp")

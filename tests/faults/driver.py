@@ -1,6 +1,6 @@
 """launch.train with faults in it: NFNETS_FAULTS holds them as JSON, e.g. {"SIGKILL": {"process": 1, "step": 9}}.
 
-SIGKILL, SIGTERM, SIGINT, SIGSTOP: the signal, from itself, when batch `step` is begun, once in the workdir's life.
+SIGKILL, SIGTERM, SIGINT, SIGSTOP: the signal, from itself, while `step` is computed, once in the workdir's life.
 nan: {"step"}, the batch whose loss is NaN. lr: {"first", "last", "factor"}, steps with another learning rate.
 raise: {"step"}, an error in a decoding thread. slow: {"seconds"}, more for every batch.
 pid: the process writes its number to WORKDIR/pid-PROCESS.
@@ -27,19 +27,15 @@ POISON = 255  # an image of nothing else has a loss that is not a number
 
 def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
   start, normalise, make_optimizer = loader.TrainBatches.start, steps.normalise, optim.make_optimizer
+  train_step_over = steps.train_step_over
   mine = lambda fault: fault.get("process", 0) == jax.process_index()
 
   def faulty_start(self, at):
     time.sleep(faults.get("slow", {}).get("seconds", 0))
     if "pid" in faults:
       (workdir / f"pid-{jax.process_index()}").write_text(str(os.getpid()))
-    for name, fault in faults.items():
-      once = workdir / f"done-{name}-{jax.process_index()}"
-      if name.startswith("SIG") and mine(fault) and at >= fault["step"] and not once.exists():
-        once.touch()
-        os.kill(os.getpid(), getattr(signal, name))
-      if name == "raise" and mine(fault) and at == fault["step"]:
-        self._pixels = lambda index: 1 / 0
+    if at == faults.get("raise", {}).get("step"):
+      self._pixels = lambda index: 1 / 0
     pending = start(self, at)
     result = pending.result
 
@@ -53,6 +49,21 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
       return batch
     pending.result = noted
     return pending
+
+  def faulty_step_over(*args):
+    step, at = train_step_over(*args), None
+
+    def faulty(state, batch):
+      nonlocal at
+      at = int(jax.device_get(state.step)) if at is None else at + 1
+      result = step(state, batch)  # under way now
+      for name, fault in faults.items():
+        once = workdir / f"done-{name}-{jax.process_index()}"
+        if name.startswith("SIG") and mine(fault) and at >= fault["step"] and not once.exists():
+          once.touch()
+          os.kill(os.getpid(), getattr(signal, name))
+      return result
+    return faulty
 
   def faulty_normalise(images, config):
     poisoned = (images == POISON).all()
@@ -70,7 +81,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     finally:
       optim.make_schedule = schedule
 
-  loader.TrainBatches.start = faulty_start
+  loader.TrainBatches.start, steps.train_step_over = faulty_start, faulty_step_over
   if "nan" in faults:
     steps.normalise = faulty_normalise
   if "lr" in faults:

@@ -1,4 +1,5 @@
 """Whole runs with faults in them: what is lost, how long it takes, and whether the end is the one of a run without."""
+import random
 import shutil
 import time
 
@@ -14,15 +15,21 @@ EVERY = 4  # steps between two checkpoints of the recipe
 
 
 @pytest.mark.long
-def test_stop_and_resume_equals_never_having_stopped(clean, tmp_path, row):
-  ended = runs.run(tmp_path, {"SIGTERM": {"step": 9}})
-  assert ended.status == 75 and "the same command goes on from there" in ended.output, ended.output
-  stopped = runs.weights(tmp_path)["step"]
+def test_stopped_five_times_and_resumed_equals_never_having_stopped(clean, tmp_path, row):
+  """At steps drawn anew each time, while the parts of one are computed; at 12 the first epoch has ended."""
+  stops, steps = sorted([10, *random.sample([0, 2, 4, 6, 8, 12, 14, 16, 18], 4)]), []
+  for at in stops:
+    ended = runs.run(tmp_path, {"SIGTERM": {"step": at}})
+    assert ended.status == 75 and "the same command goes on from there" in ended.output, (stops, ended.output)
+    steps.append(int(runs.weights(tmp_path)["step"]))
+    (tmp_path / "done-SIGTERM-0").unlink()
+  assert 12 in steps
   again = runs.run(tmp_path)
   assert again.status == 0, again.output
-  assert runs.difference(tmp_path, clean) == 0 and runs.mismatches(tmp_path, clean) == 0
+  assert runs.difference(tmp_path, clean) == 0 and runs.mismatches(tmp_path, clean) == 0, stops
   assert runs.records(tmp_path, "test") == runs.records(clean, "test")
-  row(f"SIGTERM at step {stopped}, resume", "parameter difference 0, batch mismatches 0, evaluations equal", steps_lost=0)
+  row(f"SIGTERM at 5 random steps ({', '.join(map(str, steps))}), resume each time",
+      "parameter difference 0, batch mismatches 0, evaluations equal", steps_lost=0)
 
 
 @pytest.mark.long

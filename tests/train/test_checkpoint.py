@@ -77,6 +77,20 @@ def test_evaluation_reads_model_and_average_alone_and_the_host_their_names(tmp_p
   np.testing.assert_array_equal(weights["blocks/0/kernel"], state.ema[0]["blocks"]["0"]["kernel"])
 
 
+def test_metrics_may_come_after_the_save(tmp_path):
+  """A step that a signal saved is evaluated by the next run; it counts for the best one as any other."""
+  writer = Checkpoints(str(tmp_path), keep=1, keep_best="top1")
+  for step, results in ((1, None), (2, {"params": {"top1": 0.25}}), (3, None)):
+    writer.save(small_state(step), **RUN, results=results)
+    writer.wait()
+    if step == 1:
+      assert writer.metrics(1) is None
+      writer.add_metrics(1, {"params": {"top1": 0.5}, "ema": {"top1": 0.125}})
+      assert writer.metrics(1) == {"top1": 0.5, "ema_top1": 0.125} and writer.verify(1) == []
+  writer.close()
+  assert writer.steps() == [1, 3]
+
+
 def test_meta_says_what_wrote_it(tmp_path):
   writer = Checkpoints(str(tmp_path), keep=1, keep_best="loss")
   writer.save(small_state(4), **RUN, results={"params": {"top1": 0.5, "loss": 1.0}, "ema": {"top1": 0.75, "loss": 0.5}})
@@ -86,7 +100,7 @@ def test_meta_says_what_wrote_it(tmp_path):
   assert meta["data"] == {"seed": 0, "records": 1000, "next_step": 4 + int(small_state(4).passed_over)}
   assert meta["rng"] == {"seed": 0, "implementation": "threefry2x32"} and (meta["processes"], meta["devices"]) == (1, 8)
   assert set(meta["versions"]) == {"nfnets", "jax", "jaxlib", "flax", "orbax", "optax", "numpy", "python"}
-  assert meta["metrics"] == {"top1": 0.5, "loss": 1.0, "ema_top1": 0.75, "ema_loss": 0.5}
+  assert writer.metrics(4) == {"top1": 0.5, "loss": 1.0, "ema_top1": 0.75, "ema_loss": 0.5}
   assert meta["epoch"] == 4 * 256 / 1000 and "halted" not in meta["shapes"]["training"]
   body = manifest.read(writer.path(4))
   files = {path.relative_to(writer.path(4)).as_posix() for path in writer.path(4).rglob("*") if path.is_file()}

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import threading
 
@@ -20,11 +21,11 @@ TINY = {"width": (16, 16), "group_width": 8, "stem_width": (4, 4, 8), "stem_stri
 
 
 def tiny_config(**changes) -> Config:
-  """11.2 steps an epoch, with everything on: AGC, EMA, dropout, stochastic depth, shifts."""
+  """11.2 steps an epoch, with everything on: two parts a batch, AGC, EMA, dropout, stochastic depth, shifts."""
   config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
                   data=DataConfig(name="digits", shift=1),
                   optim=OptimConfig(base_lr=0.4, warmup_epochs=0.5, clipping=0.05, agc_track=True, ema_decay=0.9),
-                  batch=128, eval_batch=100, epochs=2, log_every=5, eval_every=1, checkpoint_every=1)
+                  batch=128, accumulate=2, eval_batch=100, epochs=2, log_every=5, eval_every=1, checkpoint_every=1)
   return dataclasses.replace(config, **changes)
 
 
@@ -62,28 +63,31 @@ def test_a_run_learns_and_leaves_its_records(uninterrupted):
   assert list((workdir / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("at", [7, 13])
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, at):
-  """SIGTERM in the middle of an epoch; the second half must see the same images, keys and state, to the bit."""
+def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch):
+  """SIGTERM while the parts of a step are computed, at an epoch's edge too: same images, keys, state, metrics, to the bit."""
   original = loader.TrainBatches.start
   one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
   monkeypatch.setattr(loop, "prefetch", one_by_one)
-
-  def interrupting(self, step):
-    if step == at:
-      os.kill(os.getpid(), signal.SIGTERM)
-    return original(self, step)
-  monkeypatch.setattr(loader.TrainBatches, "start", interrupting)
-  assert threading.current_thread() is threading.main_thread()
-  first = loop.train(tiny_config(), str(tmp_path))
-  assert not first.finished and first.step == at + 1
+  stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # at 12 the first epoch is evaluated
+  for at in stops:
+    def interrupting(self, step, at=at):
+      if step == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return original(self, step)
+    monkeypatch.setattr(loader.TrainBatches, "start", interrupting)
+    assert threading.current_thread() is threading.main_thread()
+    ended = loop.train(tiny_config(), str(tmp_path))
+    assert not ended.finished and ended.step == at + 1
   monkeypatch.setattr(loader.TrainBatches, "start", original)
-  second = loop.train(tiny_config(), str(tmp_path))
-  assert second.finished and second.results == uninterrupted[1].results
+  ended = loop.train(tiny_config(), str(tmp_path))
+  assert ended.finished and ended.results == uninterrupted[1].results
   for a, b in zip(final_arrays(tmp_path), final_arrays(uninterrupted[0]), strict=True):
     np.testing.assert_array_equal(a, b)
-  steps = [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
+  records, reference = (read_jsonl(workdir / "metrics.jsonl") for workdir in (tmp_path, uninterrupted[0]))
+  steps = [record["step"] for record in records if record["kind"] == "train"]
   assert steps == sorted(set(steps))
+  tests, expected = ([record for record in each if record["kind"] == "test"] for each in (records, reference))
+  assert tests == expected and [record["step"] for record in tests] == [12, 22]
 
 
 def test_a_finished_run_is_evaluated_again_and_not_trained(uninterrupted):
