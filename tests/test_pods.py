@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -252,9 +253,9 @@ def test_slurm_puts_back_what_says_so(tmp_path):
   assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck():
-  done = subprocess.run(["shellcheck", str(PODS / "tpu_vm.sh"), str(PODS / "slurm.sbatch")], capture_output=True, text=True)
+  shellcheck = pathlib.Path(sysconfig.get_path("scripts"), "shellcheck")
+  done = subprocess.run([shellcheck, str(PODS / "tpu_vm.sh"), str(PODS / "slurm.sbatch")], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
@@ -278,7 +279,12 @@ def test_slurm_for_real(program, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no Open MPI: mpirun is not installed")
 def test_open_mpi_for_real(program):
-  allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+  """Open MPI 5 must be told where process 0 listens."""
+  allowed = {f"{engine}_ALLOW_RUN_AS_ROOT{end}": "1" for engine in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
+  version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+  if int(re.search(r"(\d+)\.\d", version)[1]) >= 5:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+      allowed["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free.getsockname()[1]}"
   done = subprocess.run(["mpirun", "--oversubscribe", "-n", "2", *program], cwd=ROOT, env=environ(**allowed), capture_output=True,
                         text=True, timeout=120)
   assert done.returncode == 0, done.stderr
