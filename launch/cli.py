@@ -18,8 +18,7 @@ from ml_collections import config_flags
 
 import nfnets
 from nfnets.config import Config
-from nfnets.train import processes
-from nfnets.train.manifest import SaveError
+from nfnets.train import manifest, processes
 
 
 class UsageError(ValueError):
@@ -61,6 +60,7 @@ def parse_workdir(values: flags.FlagValues) -> str:
   """`--workdir`, made if it is not there."""
   if not values.workdir:
     raise UsageError("--workdir is missing: a directory for this run, e.g. --workdir=runs/first")
+  manifest.locate(values.workdir)
   try:
     pathlib.Path(values.workdir).mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -99,7 +99,7 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
       _fail_with_traceback(error)
       raise
     fail(error, 2)
-  except (FloatingPointError, SaveError) as error:
+  except (FloatingPointError, manifest.SaveError) as error:
     fail(error, 1)
   except KeyboardInterrupt:
     fail("interrupted", 130)

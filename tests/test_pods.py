@@ -176,6 +176,9 @@ def test_jobset_has_what_its_definition_asks_for():
   assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
   [ends] = jobset["spec"]["failurePolicy"]["rules"]
   assert ends["action"] == "FailJobSet" and ends["onJobFailureReasons"] == ["PodFailurePolicy"] and ends["name"]
+  [mount], [volume] = container["volumeMounts"], pod["volumes"]
+  assert mount["name"] == volume["name"] and f"--workdir={mount['mountPath']}/" in " ".join(container["args"])
+  assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
   hosts = 1
   for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
     hosts *= int(side)
@@ -193,7 +196,7 @@ def statuses_that_run_again(command: list[str], tmp_path: pathlib.Path, **more: 
   return found
 
 
-TPU = {"NAME": "n", "ZONE": "z", "TYPE": "v4-32", "REPO": "https://x/y"}
+TPU = {"NAME": "n", "ZONE": "z", "TYPE": "v4-32", "REPO": "https://x/y", "BUCKET": "b"}
 AGAIN = {0: 1, 1: 1, 2: 1, 75: 3, 76: 3, 130: 1, 134: 3, 137: 3}
 
 
@@ -206,7 +209,7 @@ def fake(path: pathlib.Path, text: str) -> None:
 def test_skypilot_runs_again_what_says_so(tmp_path):
   task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
   assert task["num_nodes"] == 2 and task["resources"]["accelerators"]
-  assert set(task["envs"]) == {"CONFIG", "WORKDIR", "MOST_RESTARTS"}
+  assert set(task["envs"]) == {"CONFIG", "BUCKET", "WORKDIR", "MOST_RESTARTS"}
   fake(tmp_path / ".venv/bin/python", 'printf x >> "$COUNT"; exit "$STATUS"')
   assert statuses_that_run_again(["bash", "-c", task["run"]], tmp_path, MOST_RESTARTS="3", CONFIG="c", WORKDIR="w") == AGAIN
 
@@ -226,13 +229,13 @@ def test_what_a_tpu_is_asked_for(tmp_path):
   fake(tmp_path / "gcloud", "echo called; exit 1")
   told = os.environ | TPU | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
   command = ["bash", str(PODS / "tpu_vm.sh")]
-  done = subprocess.run([*command, "--dry-run", "--config=a", "--workdir=gs://b/a b"], env=told, capture_output=True, text=True)
+  done = subprocess.run([*command, "--dry-run", "--config=a", "--workdir=/mnt/b/a b"], env=told, text=True, capture_output=True)
   assert done.returncode == 0 and "called" not in done.stdout, done.stderr
   lines = done.stdout.splitlines()
   assert lines[0].startswith("gcloud compute tpus queued-resources create n --node-id=n --accelerator-type=v4-32")
-  assert "--spot" in lines[0]
+  assert "--spot" in lines[0] and "--rename-dir-limit" in done.stdout
   assert all("--worker=all" in line for line in lines[1:3]) and "https://x/y" in lines[1]
-  assert "launch.train --config=a --workdir=gs://b/a\\\\ b" in lines[2] and "queued-resources delete n" in lines[3]
+  assert "launch.train --config=a --workdir=/mnt/b/a\\\\ b" in lines[2] and "queued-resources delete n" in lines[3]
   del told["ZONE"]
   assert "e.g. us-central2-b" in subprocess.run(command, env=told, capture_output=True, text=True).stderr
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# NAME=nf ZONE=us-central2-b TYPE=v4-32 REPO=https://github.com/me/nfnets launch/pods/tpu_vm.sh --config=configs/nfnet.py --workdir=gs://bucket/f0
+# NAME=nf ZONE=us-central2-b TYPE=v4-32 BUCKET=mine REPO=https://github.com/me/nfnets launch/pods/tpu_vm.sh --config=configs/nfnet.py --workdir=/mnt/bucket/f0
 #
-# Asks for a spot TPU as a queued resource, waits, installs on all workers, trains on all of them, and asks again when the TPU is
-# taken away. Run it anywhere with gcloud (tmux, a small VM). --dry-run as the first argument prints the commands. Optional:
-# RUNTIME (VM image), BRANCH, MOST_RESTARTS. The TPU is deleted when training is done, not
+# Asks for a spot TPU as a queued resource, waits, installs on all workers, mounts the Cloud Storage bucket at /mnt/bucket, trains on
+# all of them, and asks again when the TPU is taken away. Run it anywhere with gcloud (tmux, a small VM). --dry-run as the first
+# argument prints the commands. Optional: RUNTIME (VM image), BRANCH, MOST_RESTARTS. The TPU is deleted when training is done, not
 # when it failed.
 set -euo pipefail
 
@@ -13,15 +13,20 @@ if [ "${1:-}" = --dry-run ]; then
   run() { printf '%q ' "$@"; echo; }
 fi
 dry() { [ "$(run true)" != "" ]; }
-: "${NAME:?a name for the TPU}" "${ZONE:?e.g. us-central2-b}" "${TYPE:?e.g. v4-32}" "${REPO:?a git URL that the workers can clone}"
-[ $# -gt 0 ] || { echo "error: no arguments for launch.train, e.g. --config=configs/nfnet.py --workdir=gs://bucket/f0" >&2; exit 2; }
+: "${NAME:?a name for the TPU}" "${ZONE:?e.g. us-central2-b}" "${TYPE:?e.g. v4-32}" "${REPO:?a git URL that the workers can clone}" "${BUCKET:?the bucket of the workdir, without gs://}"
+[ $# -gt 0 ] || { echo "error: no arguments for launch.train, e.g. --config=configs/nfnet.py --workdir=/mnt/bucket/f0" >&2; exit 2; }
 
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE"; }
 ssh_all() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
 state() { gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format="value(state.state)" 2> /dev/null || echo NONE; }
 
 install="rm -rf nfnets-run && git clone --depth=1 --branch=${BRANCH:-main} $(printf %q "$REPO") nfnets-run && cd nfnets-run &&
-python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs"
+python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs && { command -v gcsfuse > /dev/null || {
+curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null &&
+echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" |
+sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get -q update && sudo apt-get -qy install gcsfuse; }; } &&
+{ mountpoint -q /mnt/bucket || { sudo install -d -o \"\$USER\" /mnt/bucket && gcsfuse --implicit-dirs --rename-dir-limit=100000 \\
+--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(printf %q "$BUCKET") /mnt/bucket; }; }"
 # Each worker starts again by itself after 75, 76 and death by a signal, so that all meet anew; never after 1 and 2.
 train="rm -f status; cd nfnets-run && for i in \$(seq ${MOST_RESTARTS:-50}); do .venv/bin/python -m launch.train $(printf '%q ' "$@"); s=\$?
 [ \$s -eq 75 ] || [ \$s -eq 76 ] || { [ \$s -gt 128 ] && [ \$s -ne 130 ]; } || break; done; echo \$s > ../status; exit \$s"

@@ -1,8 +1,10 @@
 """What a run writes down: a progress bar, JSONL, TensorBoard events, and a picture of its curves."""
+import contextlib
 import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -97,26 +99,42 @@ class Logbook:
     path = self._dir / "curves.png"
     if not any(record["kind"] == "train" for record in self._records):
       return None
-    draw_curves(self._records, path, self._train_label)
+    with self._whatever_the_disk_does(path.name):
+      draw_curves(self._records, path, self._train_label)
     return path
+
+  def sync(self) -> None:
+    """Brings the records to the disk (or into the mounted bucket): as safe as the checkpoint that follows."""
+    with self._whatever_the_disk_does("metrics.jsonl"):
+      self._file.flush()
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Ends the bar; after an error the picture still shows how far it went."""
     self._bar.stop()
     if self._drawn_records < len(self._records):
       self.draw()
-    self._file.close()
+    with self._whatever_the_disk_does("metrics.jsonl"):
+      self._file.close()
     self._events.close()
 
   def _write(self, record: dict[str, Any]) -> None:
     self._records.append(record)
-    self._file.write(json.dumps(record) + "\n")
-    self._file.flush()
+    with self._whatever_the_disk_does("metrics.jsonl"):  # what is not written stays in the buffer for the next time
+      self._file.write(json.dumps(record) + "\n")
+      self._file.flush()
     for key, value in record.items():
       if key not in ("kind", "step", "clip"):
         self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
     for layer, value in record.get("clip", {}).items():
       self._events.add_scalar(f"clip/{layer}", value, record["step"])
+
+  @contextlib.contextmanager
+  def _whatever_the_disk_does(self, name: str) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      self.say(f"{self._dir / name} cannot be written: {error.strerror}; training goes on")
 
 
 class Silence:
@@ -143,6 +161,8 @@ class Silence:
 
   def draw(self) -> None:
     pass
+
+  sync = draw
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -127,6 +127,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
     return meshes.put_batch(mesh, {**batch, "host": host})
 
   def save(state: states.TrainState, results: dict[str, dict[str, float]] | None = None) -> None:
+    log.sync()
     checkpoints.save(state, config, num_classes=data.num_classes, records=len(data), results=results)
     watchdog.kick(f"the step after {int(state.step)}")
 

@@ -40,7 +40,12 @@ class NewerError(CheckpointError):
 
 
 def locate(where: str) -> tuple[pathlib.Path, int | None]:
-  """(directory of checkpoints, step or None) for a workdir, its `checkpoints` or one step in there."""
+  """(directory of checkpoints, step or None) for a workdir, its `checkpoints` or one step in there.
+
+  Raises CheckpointError for a bucket's URL: appending and renaming need a file system.
+  """
+  if "://" in where:
+    raise CheckpointError(f"{where}: expected a directory; mount the bucket (docs/pods.md says how) and give the path in there")
   path = pathlib.Path(where).resolve()
   if path.name.isdigit() and path.parent.name == "checkpoints":
     return path.parent, int(path.name)

@@ -74,9 +74,14 @@ def test_sigterm_to_one_process_saves_the_same_step_everywhere(clean_pair, tmp_p
   ended = runs.run(tmp_path, {"SIGTERM": {"process": 1, "step": 9}}, processes=2)
   assert ended.status == 75, ended.output
   step = int(runs.weights(tmp_path)["step"])
+  alone = shutil.copytree(tmp_path, tmp_path.with_name("alone"))
   again = runs.run(tmp_path, processes=2)
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
   row("SIGTERM to process 1 of 2", f"both saved step {step}, ended with 75, resume equal to the bit", steps_lost=0)
+  other = runs.run(alone)
+  difference = runs.difference(alone, clean_pair)
+  assert other.status == 0 and difference < 1e-5, other.output
+  row("resumed on 1 process instead of 2", f"largest difference of a parameter {difference:.1e}", steps_lost=0)
 
 
 @pytest.mark.long

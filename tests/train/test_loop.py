@@ -169,3 +169,20 @@ def test_waiting_for_data_is_hinted_at_once(tmp_path, capsys):
   log.close()
   said = capsys.readouterr().out
   assert said.count("the devices waited for data 50% of the time") == 1 and "data_wait 4%" in said
+
+
+def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
+  """/dev/full is one; what it did not take is written as soon as there is room."""
+  log = Logbook(str(tmp_path), start_step=0, total_steps=10)
+  scalars = {"epoch": 0.1, "loss": 1.0, "top1": 0.5, "lr": 0.1}
+  there, full = os.dup(log._file.fileno()), os.open("/dev/full", os.O_WRONLY)
+  os.dup2(full, log._file.fileno())
+  log.train(1, scalars, {}, 1.0)
+  log.sync()
+  os.dup2(there, log._file.fileno())
+  log.train(2, scalars, {}, 1.0)
+  log.close()
+  os.close(there)
+  os.close(full)
+  assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left on device; training goes on") == 2
+  assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
