@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nfnets import models, optim
-from nfnets.agc import agc_metrics, named_leaves
+from nfnets.agc import agc, agc_metrics, named_leaves
 from nfnets.config import OptimConfig
 from tests import golden as golden_values
 
@@ -295,6 +295,17 @@ def test_official_step(golden):
     params, ema, state = train_step(params, ema, state, unpack(golden, gradient), step)
     assert_close(params, unpack(golden, golden["params"][step]), rtol=1e-6, atol=1e-6)
     assert_close(ema, unpack(golden, golden["ema"][step]), rtol=1e-6, atol=1e-6)
+
+
+def test_official_clipping():
+  """The published AGC's clipped gradients, on the tree that makes the most of its unit-wise norms."""
+  golden = golden_values.load("agc")
+  params = unpack(golden, golden["params"])
+  clip = agc(float(golden["clipping"]), eps=float(golden["eps"]), exclude=CLASSIFIER)
+  update = jax.jit(lambda gradient: clip.update(gradient, clip.init(params), params)[0])
+  for gradient, clipped in zip(golden["gradients"], golden["clipped"], strict=True):
+    assert not np.array_equal(gradient, clipped)
+    assert_close(update(unpack(golden, gradient)), unpack(golden, clipped), rtol=1e-6, atol=1e-9)
 
 
 def test_official_schedule_at_release_scale(golden):
