@@ -298,7 +298,7 @@ def test_official_step(golden):
 
 
 def test_official_clipping():
-  """The published AGC's clipped gradients, on the tree that makes the most of its unit-wise norms."""
+  """The published AGC's clipped gradients, on a tree of every kind of parameter."""
   golden = golden_values.load("agc")
   params = unpack(golden, golden["params"])
   clip = agc(float(golden["clipping"]), eps=float(golden["eps"]), exclude=CLASSIFIER)
