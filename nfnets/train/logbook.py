@@ -11,10 +11,13 @@ import numpy as np
 import rich.console
 import rich.progress
 import rich.table
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from nfnets.train import processes
 
+FLUSH_SECONDS = 30  # until TensorBoard sees what is new
 REDRAW_SECONDS = 600  # a long run's picture is drawn again at an evaluation after this time
 
 
@@ -54,7 +57,10 @@ class Logbook:
     path.with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in self._records), encoding="utf-8")
     os.replace(path.with_suffix(".new"), path)  # whole, old or new, whenever the power fails
     self._file = open(path, "a", encoding="utf-8")
-    self._events = SummaryWriter(str(self._dir / "tensorboard"), purge_step=step + 1)
+    (self._dir / "tensorboard").mkdir(exist_ok=True)
+    # Not SummaryWriter: its thread ends at the first error of the disk, after which its queue blocks who adds to it.
+    self._events, self._flushed = EventsWriter(str(self._dir / "tensorboard" / "events"), f".{step}"), time.monotonic()
+    self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # hides what came later
 
   def advance(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
@@ -108,26 +114,31 @@ class Logbook:
     with self._whatever_the_disk_does("metrics.jsonl"):
       self._file.flush()
       os.fsync(self._file.fileno())
+    with self._whatever_the_disk_does("tensorboard"):
+      self._events.flush()
 
   def close(self) -> None:
     """Ends the bar; after an error the picture still shows how far it went."""
     self._bar.stop()
     if self._drawn_records < len(self._records):
       self.draw()
-    with self._whatever_the_disk_does("metrics.jsonl"):
-      self._file.close()
-    self._events.close()
+    for name, file in (("metrics.jsonl", self._file), ("tensorboard", self._events)):
+      with self._whatever_the_disk_does(name):
+        file.close()
 
   def _write(self, record: dict[str, Any]) -> None:
     self._records.append(record)
     with self._whatever_the_disk_does("metrics.jsonl"):  # what is not written stays in the buffer for the next time
       self._file.write(json.dumps(record) + "\n")
       self._file.flush()
-    for key, value in record.items():
-      if key not in ("kind", "step", "clip"):
-        self._events.add_scalar(f"{record['kind']}/{key}", value, record["step"])
-    for layer, value in record.get("clip", {}).items():
-      self._events.add_scalar(f"clip/{layer}", value, record["step"])
+    scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step", "clip")}
+    scalars |= {f"clip/{layer}": value for layer, value in record.get("clip", {}).items()}
+    values = [value for name, number in scalars.items() for value in summary.scalar(name, number).value]
+    with self._whatever_the_disk_does("tensorboard"):
+      self._events.write_event(Event(step=record["step"], wall_time=time.time(), summary=summary.Summary(value=values)))
+      if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        self._events.flush()
+        self._flushed = time.monotonic()
 
   @contextlib.contextmanager
   def _whatever_the_disk_does(self, name: str) -> Iterator[None]:

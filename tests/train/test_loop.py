@@ -4,11 +4,13 @@ import json
 import os
 import random
 import signal
+import struct
 import threading
 
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.data import loader
@@ -60,7 +62,8 @@ def test_a_run_learns_and_leaves_its_records(uninterrupted):
   assert "fc" not in train[-1]["clip"] and "blocks/0/conv1b" in train[-1]["clip"]
   for name in ("curves.png", "config.json", "tensorboard"):
     assert (workdir / name).exists()
-  assert list((workdir / "tensorboard").glob("events.*"))
+  tags = {value.tag for event in read_events(workdir) for value in event.summary.value}
+  assert tags >= {"train/loss", "test/ema_top1", "clip/blocks/0/conv1b"}
 
 
 def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch):
@@ -175,14 +178,34 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
   """/dev/full is one; what it did not take is written as soon as there is room."""
   log = Logbook(str(tmp_path), start_step=0, total_steps=10)
   scalars = {"epoch": 0.1, "loss": 1.0, "top1": 0.5, "lr": 0.1}
-  there, full = os.dup(log._file.fileno()), os.open("/dev/full", os.O_WRONLY)
-  os.dup2(full, log._file.fileno())
-  log.train(1, scalars, {}, 1.0)
-  log.sync()
-  os.dup2(there, log._file.fileno())
-  log.train(2, scalars, {}, 1.0)
+  files = [log._file.fileno(), log._events._py_recordio_writer._writer.fileno()]
+  there, full = [os.dup(file) for file in files], os.open("/dev/full", os.O_WRONLY)
+  for file in files:
+    os.dup2(full, file)
+  for step in range(1, 20):  # more than a queue would take
+    log.train(step, scalars, {}, 1.0)
+    log.sync()
+  for file, back in zip(files, there, strict=True):
+    os.dup2(back, file)
+  log.train(20, scalars, {"stem/conv0": 0.25}, 1.0)
   log.close()
-  os.close(there)
-  os.close(full)
-  assert capsys.readouterr().out.count("metrics.jsonl cannot be written: No space left on device; training goes on") == 2
-  assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+  for file in (*there, full):
+    os.close(file)
+  said = capsys.readouterr().out
+  assert all(f"{name} cannot be written: No space left on device; training goes on" in said
+             for name in ("metrics.jsonl", "tensorboard"))
+  assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 21)]
+  assert [event.step for event in read_events(tmp_path) if event.HasField("summary")] == [*range(1, 21)]
+  assert {value.tag: value.simple_value for value in read_events(tmp_path)[-1].summary.value} == pytest.approx(
+      {"train/epoch": 0.1, "train/loss": 1, "train/top1": 0.5, "train/lr": 0.1, "clip/stem/conv0": 0.25})
+
+
+def read_events(workdir) -> list[Event]:
+  """The one event file's content: records of length, its checksum, data, its checksum."""
+  [path] = (workdir / "tensorboard").glob("events.out.tfevents.*")
+  data, found = path.read_bytes(), []
+  while data:
+    end = 12 + struct.unpack("<Q", data[:8])[0]
+    found.append(Event.FromString(data[12:end]))
+    data = data[end + 4:]
+  return found
