@@ -3,9 +3,10 @@
 SIGKILL, SIGTERM, SIGINT, SIGSTOP: the signal, from itself, while `step` is computed, once in the workdir's life.
 nan: {"step"}, the batch whose loss is NaN. lr: {"first", "last", "factor"}, steps with another learning rate.
 raise: {"step"}, an error in a decoding thread. slow: {"seconds"}, more for every batch.
-pid: the process writes its number to WORKDIR/pid-PROCESS.
+pid: the process writes its number to WORKDIR/pid-PROCESS. full: {"first", "last"}, while the workdir's disk is full.
 Every batch is written down by its hash, in WORKDIR/batches-PROCESS.jsonl.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,15 @@ from nfnets.train import step as steps
 POISON = 255  # an image of nothing else has a loss that is not a number
 
 
+def fill(ballast: pathlib.Path, full: bool) -> None:
+  if not full:
+    ballast.unlink()
+    return
+  with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+    while file.write(bytes(4096)):
+      pass
+
+
 def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
   start, normalise, make_optimizer = loader.TrainBatches.start, steps.normalise, optim.make_optimizer
   train_step_over = steps.train_step_over
@@ -42,7 +52,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     def noted():
       batch = result()
       line = {"step": at, "batch": hashlib.sha256(b"".join(batch[key].tobytes() for key in sorted(batch))).hexdigest()[:16]}
-      with open(workdir / f"batches-{jax.process_index()}.jsonl", "a", encoding="utf-8") as file:
+      with contextlib.suppress(OSError), open(workdir / f"batches-{jax.process_index()}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
       if at == faults.get("nan", {}).get("step"):
         batch["image"][:] = POISON
@@ -57,6 +67,8 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
       nonlocal at
       at = int(jax.device_get(state.step)) if at is None else at + 1
       result = step(state, batch)  # under way now
+      if "full" in faults and at in (faults["full"]["first"], faults["full"]["last"]):
+        fill(workdir / "ballast", at == faults["full"]["first"])
       for name, fault in faults.items():
         once = workdir / f"done-{name}-{jax.process_index()}"
         if name.startswith("SIG") and mine(fault) and at >= fault["step"] and not once.exists():

@@ -67,6 +67,23 @@ def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):
       f"without the fault {usual:.4f}")
 
 
+def test_a_run_on_a_full_disk(clean, tmp_path, row):
+  """Full from step 5 to 16: saves, records and an evaluation meet it. The run ends as if nothing had been."""
+  mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(tmp_path)], capture_output=True, text=True)
+  if mount.returncode:
+    pytest.skip(f"no tmpfs can be mounted: {mount.stderr}")
+  try:
+    ended = runs.run(tmp_path, {"full": {"first": 5, "last": 16}})
+    assert ended.status == 0, ended.output
+    failed = ended.output.count("could not be written to")
+    assert failed >= 2
+    assert runs.difference(tmp_path, clean) == 0
+    assert runs.records(tmp_path, "test") == runs.records(clean, "test")
+  finally:
+    subprocess.run(["umount", str(tmp_path)], check=True)
+  row("disk full for half of a run (tmpfs)", f"{failed} saves failed and said so, later ones worked; end equal to the bit")
+
+
 def test_a_process_that_does_not_come(tmp_path, row):
   command = [sys.executable, "-m", "launch.train", "--config=tests/faults/recipe.py", f"--workdir={tmp_path}",
              "--coordinator=127.0.0.1:29641", "--processes=2", "--process=0", "--start_timeout=4"]
