@@ -59,6 +59,7 @@ class Config:
   batch: int = 256
   eval_batch: int = 256
   # Parts that each device takes its share of a batch in, one after the other (gradient accumulation): less memory. 1 = at once.
+  # BatchNorm normalizes each part by itself.
   accumulate: int = 1
   # Divides parameters, optimizer state and averages among the devices (as ZeRO and FSDP do) instead of a copy on each.
   shard: bool = False

@@ -88,6 +88,11 @@ class _Decoder:
     return Pending([self._pool.submit(work, at, min(at + CHUNK, rows)) for at in range(0, rows, CHUNK)], finish)
 
 
+def shuffle_block(config: DataConfig, source: Source) -> int:
+  """Records that stay together in the shuffled order; the order of a run follows from it."""
+  return config.shuffle_block or (REMOTE_BLOCK if source.remote else 1)
+
+
 class TrainBatches(_Decoder):
   """`batches[step]` → {"image": uint8 [rows, S, S, 3], "label": int32 [rows]}; any step, in any order.
 
@@ -108,7 +113,7 @@ class TrainBatches(_Decoder):
       raise DataError("config.data.randaugment_layers and randaugment_magnitude are unset, and the model has none of its own")
     super().__init__(source, config, config.image_size, process, say, resized=config.train_crop != "none", field="image_size")
     self._batch, self._seed = batch, seed
-    block = config.shuffle_block or (REMOTE_BLOCK if source.remote else 1)
+    block = shuffle_block(config, source)
     self._order = Order(len(source), seed, block=block)
     self._partners = Order(len(source), seed, purpose=PARTNER, block=block)
     self._window, self._hinted = GROUP * block, 0

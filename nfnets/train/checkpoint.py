@@ -85,10 +85,17 @@ class Checkpoints:
     """{"top1", "loss", "ema_top1", …} of the evaluation of a good step; None if it has not been evaluated."""
     return manifest.read(self.path(step))["metrics"]
 
+  def evaluated(self, step: int) -> bool:
+    """Whether a good step has metrics; all processes get the same answer."""
+    return bool(_agree(jax.process_index() == 0 and self.metrics(step) is not None))
+
   def add_metrics(self, step: int, results: dict[str, dict[str, float]]) -> None:
     """For a step that was saved without them, by all processes after all have evaluated it."""
     if jax.process_index() == 0:
-      manifest.amend(self.path(step), metrics=_flat(results))
+      try:
+        manifest.amend(self.path(step), metrics=_flat(results))
+      except OSError as error:
+        self.say(f"{self.path(step)}: its metrics could not be noted: {error.strerror}")
 
   def choose(self, step: int | None = None) -> int | None:
     """The newest good step (or `step`, which must be good), all files verified; None if there is no checkpoint at all.
@@ -127,11 +134,11 @@ class Checkpoints:
   # ---- writing
 
   def save(self, state: TrainState, config: Config, *, num_classes: int, records: int,
-           results: dict[str, dict[str, float]] | None = None) -> None:
+           results: dict[str, dict[str, float]] | None = None, shuffle_block: int = 1, rows: int | None = None) -> None:
     """Copies the state to the host, then writes in the background; what goes wrong there is said, and raised by wait().
 
     A step that is saved already is left alone. records: length of the training set. results: this very state's evaluation,
-    {"params": {"top1", "loss", …}, "ema": …}; with it the step can be kept as the best.
+    {"params": {"top1", "loss", …}, "ema": …}; with it the step can be kept as the best. Others: see `check_same_data`.
     """
     if not self._writes:
       raise ValueError("Checkpoints(workdir) only reads; give keep=N to write")
@@ -144,7 +151,8 @@ class Checkpoints:
     facts = {**known, "metrics": _flat(results)}
     meta = {"schema": manifest.SCHEMA, **known, "previous_step": max(self.steps(), default=None), "num_classes": num_classes,
             "config": to_json(config), "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
-            "data": {"seed": config.seed, "records": records, "next_step": step + int(state.passed_over)},
+            "data": {"seed": config.seed, "records": records, "next_step": step + int(state.passed_over),
+                     "shuffle_block": shuffle_block, "rows": rows},
             "rng": origin.random_numbers(config), "processes": jax.process_count(), "devices": jax.device_count(),
             "commit": origin.commit()}
     self._committed.wait()  # Orbax writes one at a time; hashing the one before may still go on

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,19 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from nfnets.train import processes
+from nfnets.train import manifest, processes
 
+LINES, EVENTS = "metrics.jsonl", "tensorboard"
 FLUSH_SECONDS = 30  # until TensorBoard sees what is new
 REDRAW_SECONDS = 600  # a long run's picture is drawn again at an evaluation after this time
+
+
+class Terminal(rich.console.Console):
+  """Falls silent when nobody reads any more (Ctrl-C ends `… | tee log` too), instead of ending the run before it has saved."""
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own last flush changes the exit status
 
 
 class Logbook:
@@ -30,11 +40,11 @@ class Logbook:
 
   def __init__(self, workdir: str, *, start_step: int, total_steps: int, train_label: str = "train",
                console: rich.console.Console | None = None):
-    self.console = console or rich.console.Console(highlight=False, soft_wrap=True)
+    self.console = console or Terminal(highlight=False, soft_wrap=True)
     self._dir = pathlib.Path(workdir)
     self._total, self._train_label, self._hinted = total_steps, train_label, False
-    self._records = read_jsonl(self._dir / "metrics.jsonl")
-    self._file = self._events = None
+    self._records = read_jsonl(self._dir / LINES)
+    self._files: dict[str, Any] = {}  # what is open; an error closes it
     self._drawn, self._drawn_records = time.monotonic(), 0
     self.rewind(start_step)
     whole = rich.table.Column(no_wrap=True)
@@ -49,18 +59,26 @@ class Logbook:
 
   def rewind(self, step: int) -> None:
     """Drops what was written about later steps."""
-    for each in (self._file, self._events):
-      if each is not None:
-        each.close()
     self._records = [record for record in self._records if record["step"] <= step]
-    path = self._dir / "metrics.jsonl"
-    path.with_suffix(".new").write_text("".join(json.dumps(record) + "\n" for record in self._records), encoding="utf-8")
-    os.replace(path.with_suffix(".new"), path)  # whole, old or new, whenever the power fails
-    self._file = open(path, "a", encoding="utf-8")
-    (self._dir / "tensorboard").mkdir(exist_ok=True)
-    # Not SummaryWriter: its thread ends at the first error of the disk, after which its queue blocks who adds to it.
-    self._events, self._flushed = EventsWriter(str(self._dir / "tensorboard" / "events"), f".{step}"), time.monotonic()
-    self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))  # hides what came later
+    self._drop(LINES)
+    self._drop(EVENTS)
+    with self._whatever_the_disk_does(LINES):
+      self._open_lines()
+    with self._whatever_the_disk_does(EVENTS):
+      self._open_events(step + 1)
+
+  def _open_lines(self) -> None:
+    """Writes all records anew: metrics.jsonl is the old or the whole new one, whenever the power fails."""
+    path = self._dir / LINES
+    manifest.replace(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+    self._files[LINES] = open(path, "a", encoding="utf-8")
+
+  def _open_events(self, step: int) -> None:
+    """Not by SummaryWriter: its thread ends at the first error of the disk, after which its queue blocks who adds to it."""
+    (self._dir / EVENTS).mkdir(exist_ok=True)
+    self._files[EVENTS], self._flushed = EventsWriter(str(self._dir / EVENTS / "events"), f".{step}"), time.monotonic()
+    hides_what_came_later = SessionLog(status=SessionLog.START)
+    self._files[EVENTS].write_event(Event(step=step, session_log=hides_what_came_later))
 
   def advance(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
@@ -105,47 +123,62 @@ class Logbook:
     path = self._dir / "curves.png"
     if not any(record["kind"] == "train" for record in self._records):
       return None
-    with self._whatever_the_disk_does(path.name):
+    with self._whatever_the_disk_does("curves.png"):
       draw_curves(self._records, path, self._train_label)
     return path
 
   def sync(self) -> None:
     """Brings the records to the disk (or into the mounted bucket): as safe as the checkpoint that follows."""
-    with self._whatever_the_disk_does("metrics.jsonl"):
-      self._file.flush()
-      os.fsync(self._file.fileno())
-    with self._whatever_the_disk_does("tensorboard"):
-      self._events.flush()
+    with self._whatever_the_disk_does(LINES):
+      if LINES not in self._files:
+        self._open_lines()
+      os.fsync(self._files[LINES].fileno())
+    with self._whatever_the_disk_does(EVENTS):
+      if EVENTS in self._files:
+        self._files[EVENTS].flush()
 
   def close(self) -> None:
     """Ends the bar; after an error the picture still shows how far it went."""
     self._bar.stop()
     if self._drawn_records < len(self._records):
       self.draw()
-    for name, file in (("metrics.jsonl", self._file), ("tensorboard", self._events)):
-      with self._whatever_the_disk_does(name):
-        file.close()
+    self.sync()
+    self._drop(LINES)
+    self._drop(EVENTS)
 
   def _write(self, record: dict[str, Any]) -> None:
     self._records.append(record)
-    with self._whatever_the_disk_does("metrics.jsonl"):  # what is not written stays in the buffer for the next time
-      self._file.write(json.dumps(record) + "\n")
-      self._file.flush()
+    with self._whatever_the_disk_does(LINES):
+      if LINES not in self._files:
+        self._open_lines()
+      else:
+        self._files[LINES].write(json.dumps(record) + "\n")
+        self._files[LINES].flush()
     scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step", "clip")}
     scalars |= {f"clip/{layer}": value for layer, value in record.get("clip", {}).items()}
     values = [value for name, number in scalars.items() for value in summary.scalar(name, number).value]
-    with self._whatever_the_disk_does("tensorboard"):
-      self._events.write_event(Event(step=record["step"], wall_time=time.time(), summary=summary.Summary(value=values)))
+    with self._whatever_the_disk_does(EVENTS):
+      if EVENTS not in self._files:
+        self._open_events(record["step"])
+      self._files[EVENTS].write_event(Event(step=record["step"], wall_time=time.time(), summary=summary.Summary(value=values)))
       if time.monotonic() - self._flushed > FLUSH_SECONDS:
-        self._events.flush()
+        self._files[EVENTS].flush()
         self._flushed = time.monotonic()
 
   @contextlib.contextmanager
   def _whatever_the_disk_does(self, name: str) -> Iterator[None]:
+    """Training goes on without a record; the next one tries a new file."""
     try:
       yield
     except OSError as error:
+      self._drop(name)
       self.say(f"{self._dir / name} cannot be written: {error.strerror}; training goes on")
+
+  def _drop(self, name: str) -> None:
+    file = self._files.pop(name, None)
+    if file is not None:
+      with contextlib.suppress(OSError):
+        file.close()
 
 
 class Silence:

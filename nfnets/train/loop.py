@@ -24,7 +24,7 @@ from nfnets.data.pool import prefetch
 from nfnets.train import diagnose, evaluate, losses, mesh as meshes, processes, recipe, state as states, step as steps
 from nfnets.train.checkpoint import Checkpoints, check_same_data, check_same_run, to_json
 from nfnets.train.logbook import Logbook, Silence, results_table
-from nfnets.train.watch import Waits, Watchdog, stop_on_signals
+from nfnets.train.watch import FIRST_STEP, Waits, Watchdog, stop_on_signals
 
 
 class NonFiniteError(FloatingPointError):
@@ -77,9 +77,10 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
                             say=warn)
   opened.callback(checkpoints.close)
   found = checkpoints.choose()
+  order = {"shuffle_block": loader.shuffle_block(data_config, data), "rows": steps.rows_normalized(config, stats, mesh.size)}
   if found is not None:
     check_same_run(checkpoints.meta(found)["config"], config, workdir)
-    check_same_data(checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes)
+    check_same_data(checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes, **order)
   shared = {"process": (process, count), "say": warn}
   batches = loader.TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **shared)
   opened.callback(batches.close)
@@ -128,7 +129,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
 
   def save(state: states.TrainState, results: dict[str, dict[str, float]] | None = None) -> None:
     log.sync()
-    checkpoints.save(state, config, num_classes=data.num_classes, records=len(data), results=results)
+    checkpoints.save(state, config, num_classes=data.num_classes, records=len(data), results=results, **order)
     watchdog.kick(f"the step after {int(state.step)}")
 
   periods = lambda step, every: int(step / steps_per_epoch / every + 1e-9)
@@ -140,9 +141,11 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   under_way = collections.deque(maxlen=3)  # metrics of the last steps; the devices keep two steps of work
   stopping, rolled_back = False, True
   with stop_on_signals() as stop:
-    if found is not None and due(config.eval_every, step) and not checkpoints.metrics(step):  # a signal came before that
+    if found is not None and due(config.eval_every, step) and not checkpoints.evaluated(step):  # a signal came before that
       results = test(step, state)
       checkpoints.add_metrics(step, results)
+      watchdog.kick("the first step", FIRST_STEP)
+      since = time.perf_counter()
     while rolled_back:
       rolled_back = False
       ahead = prefetch(lambda at: batches.start(at + passed_over), step, total_steps, then=send)  # noqa: B023
@@ -219,7 +222,8 @@ def _summary(config: Config, state: states.TrainState, window: list[dict[str, An
   sums = {key: sum(metrics[key].item() for metrics in good) for key in ("loss_sum", "top1", "top5", "count")}
   means = losses.summarize(sums)
   del means["count"]
-  scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1)),
+  skipped = int(state.bad_steps) if config.on_bad_step == "skip" else 0  # the schedule counts updates
+  scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1 - skipped)),
              "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good]))}
   if seconds_per_step:  # not for a window of the first step alone, which compiled
     scalars["images_per_second"] = config.batch / seconds_per_step

@@ -14,10 +14,12 @@ import nfnets
 from nfnets.config import Config
 from nfnets.train.manifest import CheckpointError
 
-# Fields that may change between a run and its continuation: they alter neither the parameters (beyond rounding) nor the images.
-MAY_DIFFER = ("data.dir", "data.index_dir", "data.threads", "data.max_corrupt", "data.test_split", "data.test_crop",
-              "data.test_image_size", "eval_batch", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-              "accumulate", "shard", "keep_every", "keep_best", "on_bad_step", "spike", "max_bad_steps", "watchdog")
+# Fields that may change between a run and its continuation: they alter neither the parameters (beyond rounding) nor the images,
+# or `check_same_data` looks at what they do alter.
+MAY_DIFFER = ("data.dir", "data.index_dir", "data.threads", "data.max_corrupt", "data.shuffle_block", "data.test_split",
+              "data.test_crop", "data.test_image_size", "eval_batch", "log_every", "eval_every", "checkpoint_every",
+              "keep_checkpoints", "accumulate", "shard", "keep_every", "keep_best", "on_bad_step", "spike", "max_bad_steps",
+              "watchdog")
 _LIBRARIES = {"jax": "jax", "jaxlib": "jaxlib", "flax": "flax", "orbax": "orbax-checkpoint", "optax": "optax", "numpy": "numpy"}
 
 
@@ -37,12 +39,17 @@ def check_same_run(saved: dict[str, Any], config: Config, where: str, *, only: t
                           "directory, or the configuration it was started with")
 
 
-def check_same_data(meta: dict[str, Any], config: Config, where: str, *, records: int, num_classes: int) -> None:
+def check_same_data(meta: dict[str, Any], config: Config, where: str, *, records: int, num_classes: int, shuffle_block: int,
+                    rows: int | None) -> None:
   """Raises CheckpointError where the images or random numbers that a checkpoint's run saw are not those this one would see.
 
-  meta: `Checkpoints.meta`. records: length of the training set, which the order of the images follows from.
+  meta: `Checkpoints.meta`. records: length of the training set, which the order of the images follows from, as it does from
+  shuffle_block. rows: images that BatchNorm normalizes together; changes with the devices and config.accumulate.
   """
-  pairs = {"training images": (meta["data"]["records"], records), "classes": (meta["num_classes"], num_classes),
+  data = {"shuffle_block": shuffle_block, "rows": rows, **meta["data"]}
+  pairs = {"training images": (data["records"], records), "classes": (meta["num_classes"], num_classes),
+           "config.data.shuffle_block (unset: 32 for a bucket, 1 for a disk)": (data["shuffle_block"], shuffle_block),
+           "images normalized together (config.accumulate, or devices with config.batch_stats='device')": (data["rows"], rows),
            "jax_default_prng_impl": (meta["rng"]["implementation"], random_numbers(config)["implementation"])}
   odd = [f"{name} {before}, now {now}" for name, (before, now) in pairs.items() if before != now]
   if odd:

@@ -118,6 +118,13 @@ def needs_all_rows(config: Config, stats: nnx.State) -> bool:
   return bool(jax.tree.leaves(stats)) and config.batch_stats == "global" and not config.optim.sam_rho
 
 
+def rows_normalized(config: Config, stats: nnx.State, devices: int) -> int | None:
+  """How many images of a batch are normalized by one mean and variance; None without BatchNorm."""
+  if not jax.tree.leaves(stats):
+    return None
+  return config.batch // config.accumulate // (devices if config.batch_stats == "device" else 1)
+
+
 def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   """The devices' mean: all of it on each, or where `spec` divides it each device's part."""
   if AXIS not in spec:
@@ -225,8 +232,11 @@ def train_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef, optimizer: 
                     like: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The step compiled over the mesh, for a state that lies as `like` says (`meshes.place`) and a batch split over the devices.
 
-  The old state's memory becomes the new one's.
+  The old state's memory becomes the new one's. Raises ValueError for SAM with BatchNorm over the global batch.
   """
+  if config.optim.sam_rho and jax.tree.leaves(like.stats) and config.batch_stats == "global" and mesh.size > 1:
+    raise ValueError("config.batch_stats='global' with config.optim.sam_rho: each device climbs by itself, with statistics of "
+                     "its own images; expected config.batch_stats='device'")
   places = jax.tree.map(lambda x: x.sharding, like)
   step = make_train_step(config, graph, optimizer, mesh=mesh)
   return jax.jit(step, in_shardings=(places, batch_sharding(mesh)), out_shardings=(places, replicated(mesh)), donate_argnums=0)

@@ -23,7 +23,8 @@ def stop_on_signals() -> Iterator[list[str]]:
 
   def handle(number, frame):
     received.append(signal.Signals(number).name)
-    os.write(2, f"\n{received[0]}: saving after this step; once more to end at once\n".encode())
+    with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that read it
+      os.write(2, f"\n{received[0]}: saving after this step; once more to end at once\n".encode())
     for each, handler in before.items():
       signal.signal(each, handler or signal.SIG_DFL)
   try:
@@ -79,9 +80,9 @@ class Watchdog:
     if seconds:
       self._thread.start()
 
-  def kick(self, what: str) -> None:
-    """Something was finished; `what` is to be finished next."""
-    self._what, self._due = what, time.monotonic() + self._seconds
+  def kick(self, what: str, more: float = 0.0) -> None:
+    """Something was finished; `what` is to be finished next, for which `more` seconds are given."""
+    self._what, self._due = what, time.monotonic() + self._seconds + more
 
   def close(self) -> None:
     self._closed.set()

@@ -52,7 +52,7 @@ def difference(a: pathlib.Path, b: pathlib.Path) -> float:
   """The largest difference between two runs' last weights, which must be of one step."""
   one, other = weights(a), weights(b)
   assert one.keys() == other.keys() and one["step"] == other["step"]
-  return max(float(np.max(np.abs(one[path] - other[path]))) for path in one)
+  return float(np.max([np.max(np.abs(one[path] - other[path])) for path in one]))  # not Python's max, which may miss a NaN
 
 
 def batches(workdir: pathlib.Path, process: int = 0) -> dict[int, set[str]]:

@@ -249,9 +249,15 @@ def test_another_network_or_state_is_refused_with_what_differs(tmp_path):
 
 def test_other_configurations_and_data_are_refused_and_what_changes_nothing_is_not(tmp_path):
   meta = {"data": {"records": 1000}, "num_classes": 10, "rng": origin.random_numbers(Config())}
-  check_same_data(meta, Config(), "runs/a", records=1000, num_classes=10)
+  known = {"records": 1000, "num_classes": 10, "shuffle_block": 1, "rows": None}
+  check_same_data(meta, Config(), "runs/a", **known)  # the checkpoint of a version that did not note the last two
+  meta["data"] |= {"shuffle_block": 32, "rows": 256}
+  check_same_data(meta, Config(), "runs/a", **known | {"shuffle_block": 32, "rows": 256})
+  with pytest.raises(CheckpointError, match=r"config.data.shuffle_block .* 32, now 1; images normalized together .* 256, now 64"):
+    check_same_data(meta, Config(), "runs/a", **known | {"rows": 64})
+  meta["data"] = {"records": 1000}
   with pytest.raises(CheckpointError, match="runs/a saw other data: training images 1000, now 999; classes 10, now 11"):
-    check_same_data(meta, Config(), "runs/a", records=999, num_classes=11)
+    check_same_data(meta, Config(), "runs/a", **known | {"records": 999, "num_classes": 11})
   same_run = Config(accumulate=2, shard=True, keep_every=1.0, keep_best="top1", on_bad_step="skip", spike=3.0, max_bad_steps=2,
                     watchdog=1.0, keep_checkpoints=1)
   check_same_run(to_json(Config()), same_run, "runs/a")

@@ -138,6 +138,13 @@ def test_statistics_of_each_device():
     same(after.stats, other.stats)
 
 
+def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
+  config = make_config(model=ModelConfig(name="resnet_tiny"))
+  config.optim = dataclasses.replace(config.optim, sam_rho=0.1)
+  with pytest.raises(ValueError, match="config.batch_stats='global' with config.optim.sam_rho: .* expected"):
+    train(config, 2, count=0)
+
+
 def test_sharpness_aware_steps():
   """SAM by hand, on two devices: each climbs by itself on the first quarter of its rows; the gradients there are averaged."""
   config = make_config()
