@@ -2,9 +2,9 @@
 # NAME=nf ZONE=us-central2-b TYPE=v4-32 BUCKET=mine REPO=https://github.com/me/nfnets launch/pods/tpu_vm.sh --config=configs/nfnet.py --workdir=/mnt/bucket/f0
 #
 # Asks for a spot TPU as a queued resource, waits, installs on all workers, mounts the Cloud Storage bucket at /mnt/bucket, trains on
-# all of them, and asks again when the TPU is taken away. Run it anywhere with gcloud (tmux, a small VM). --dry-run as the first
-# argument prints the commands. Optional: RUNTIME (VM image), BRANCH, MOST_RESTARTS. The TPU is deleted when training is done, not
-# when it failed.
+# all of them, and asks again when the TPU is taken away. Runs anywhere with gcloud; started again, it goes on with the TPU of that name.
+# --dry-run as the first argument prints the commands. Optional: RUNTIME (VM image), BRANCH, MOST_RESTARTS. The TPU is deleted when
+# training is done, not when it failed.
 set -euo pipefail
 
 run() { "$@"; }
@@ -18,40 +18,42 @@ dry() { [ "$(run true)" != "" ]; }
 
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE"; }
 ssh_all() { tpus tpu-vm ssh "$NAME" --worker=all --command="$1"; }
-state() { gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format="value(state.state)" 2> /dev/null || echo NONE; }
+# NONE: there is no such TPU; nothing: gcloud could not say
+state() { tpus queued-resources describe "$NAME" --format="value(state.state)" 2>&1 | sed 's/.*NOT_FOUND.*/NONE/; /ERROR/d' || true; }
 
-install="rm -rf nfnets-run && git clone --depth=1 --branch=${BRANCH:-main} $(printf %q "$REPO") nfnets-run && cd nfnets-run &&
-python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' gcsfs && { command -v gcsfuse > /dev/null || {
+# What an ssh that broke off has left running is ended first.
+install="if read -r loop python < pids; then kill \$loop \$python; while kill -0 \$python; do sleep 1; done; fi 2> /dev/null
+rm -rf nfnets-run status pids && git clone --depth=1 --branch=${BRANCH:-main} $(printf %q "$REPO") nfnets-run && cd nfnets-run &&
+curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv -q --python 3.12 .venv &&
+~/.local/bin/uv pip install -q --python .venv -r requirements.txt 'jax[tpu]' gcsfs && { command -v gcsfuse > /dev/null || {
 curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc > /dev/null &&
 echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-\$(lsb_release -cs) main\" |
 sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get -q update && sudo apt-get -qy install gcsfuse; }; } &&
 { mountpoint -q /mnt/bucket || { sudo install -d -o \"\$USER\" /mnt/bucket && gcsfuse --implicit-dirs --rename-dir-limit=100000 \\
 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(printf %q "$BUCKET") /mnt/bucket; }; }"
 # Each worker starts again by itself after 75, 76 and death by a signal, so that all meet anew; never after 1 and 2.
-train="rm -f status; cd nfnets-run && for i in \$(seq ${MOST_RESTARTS:-50}); do .venv/bin/python -m launch.train $(printf '%q ' "$@"); s=\$?
-[ \$s -eq 75 ] || [ \$s -eq 76 ] || { [ \$s -gt 128 ] && [ \$s -ne 130 ]; } || break; done; echo \$s > ../status; exit \$s"
+train="cd nfnets-run && for i in \$(seq ${MOST_RESTARTS:-50}); do .venv/bin/python -m launch.train $(printf '%q ' "$@") &
+echo \$\$ \$! > ../pids; wait \$!; s=\$?; [ \$s -eq 75 ] || [ \$s -eq 76 ] || { [ \$s -gt 128 ] && [ \$s -ne 130 ]; } || break; done
+echo \$s > ../status; exit \$s"
 
 for ((attempt = 0; attempt <= ${MOST_RESTARTS:-50}; attempt++)); do
-  tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}" --spot
-  until dry || [ "$(state)" = ACTIVE ]; do
-    case $(state) in FAILED | SUSPENDED | SUSPENDING | NONE) break ;; esac
+  if dry || [ "$(state)" = NONE ]; then
+    tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-tpu-ubuntu2204-base}" --spot
+  fi
+  until dry; do case $(state) in ACTIVE | FAILED | SUSPEND* | NONE) break ;; *) sleep 30 ;; esac; done
+  for tries in 1 2 3 4 5; do
+    if ssh_all "$install" && ssh_all "$train"; then
+      tpus queued-resources delete "$NAME" --force --quiet; exit 0
+    fi
+    # gcloud's own status does not tell an ssh that broke off from a training that ended: the workers' files do
+    case $(state) in FAILED | SUSPEND* | NONE) break ;; esac
+    if [ -n "$(ssh_all "cat status" 2> /dev/null || true)" ] || [ "$tries" = 5 ]; then
+      echo "error: installing or training failed; the TPU is still there: gcloud compute tpus queued-resources delete $NAME --force --zone=$ZONE" >&2
+      exit 1
+    fi
     sleep 30
   done
-  if ssh_all "$install"; then
-    status=0
-    ssh_all "$train" || status=$?
-    # gcloud's own status does not tell a worker's apart, so the TPU's state decides: still ours means that training has ended
-    if dry || [ "$(state)" = ACTIVE ]; then
-      if [ "$status" -ne 0 ]; then
-        ssh_all "cat status" || true
-        echo "error: training failed; the TPU is still there: gcloud compute tpus queued-resources delete $NAME --force --zone=$ZONE" >&2
-        exit 1
-      fi
-      tpus queued-resources delete "$NAME" --force --quiet
-      exit 0
-    fi
-  fi
-  echo "the TPU was taken away ($(state)); asking again" >&2
+  echo "the TPU was taken away; asking again" >&2
   tpus queued-resources delete "$NAME" --force --quiet || true
 done
 echo "error: given up after ${MOST_RESTARTS:-50} restarts" >&2

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from nfnets.config import Config
-from nfnets.train import arrays, manifest, origin
+from nfnets.train import arrays, manifest, origin, shared
 from nfnets.train.manifest import CheckpointError, SaveError
 from nfnets.train.origin import check_same_data, check_same_run, to_json
 from nfnets.train.state import TrainState
@@ -53,6 +53,7 @@ class Checkpoints:
     if self._writes:
       self.directory.mkdir(parents=True, exist_ok=True)
       logging.getLogger("absl").addFilter(_not_from_orbax)
+      shared.check(self.directory)
       if jax.process_index() == 0:
         self._tidy()
 
@@ -87,7 +88,7 @@ class Checkpoints:
 
   def evaluated(self, step: int) -> bool:
     """Whether a good step has metrics; all processes get the same answer."""
-    return bool(_agree(jax.process_index() == 0 and self.metrics(step) is not None))
+    return bool(shared.agree(jax.process_index() == 0 and self.metrics(step) is not None))
 
   def add_metrics(self, step: int, results: dict[str, dict[str, float]]) -> None:
     """For a step that was saved without them, by all processes after all have evaluated it."""
@@ -109,12 +110,12 @@ class Checkpoints:
         found = self._choose(step)
       except CheckpointError as reason:
         found, error = -2, reason
-    found = _agree(found)
+    found = shared.agree(found)
     if found == -2:
       raise error or CheckpointError(f"{self.directory}: no good checkpoint; process 0 says why")
     if found >= 0:
       self._verified.add(found)
-      _check_seen(self.path(found))
+      shared.check_seen(self.path(found))
     return found if found >= 0 else None
 
   def _choose(self, step: int | None) -> int:
@@ -143,7 +144,7 @@ class Checkpoints:
     if not self._writes:
       raise ValueError("Checkpoints(workdir) only reads; give keep=N to write")
     step = int(state.step)
-    if _agree(self._has(step)):
+    if shared.agree(self._has(step)):
       return
     epoch = step * config.batch / records
     trees = arrays.split(state)
@@ -305,24 +306,6 @@ class Checkpoints:
   def _check_good(self, step: int) -> None:
     if step not in self._verified:
       self.choose(step)
-
-
-def _agree(value: int) -> int:
-  """Process 0's value, in all processes."""
-  if jax.process_count() == 1:
-    return value
-  from jax.experimental import multihost_utils
-  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _check_seen(path: pathlib.Path) -> None:
-  """Raises CheckpointError in all processes where one of them does not see `path`."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-    seen = np.ravel(multihost_utils.process_allgather(np.int32(path.is_dir())))
-    if not seen.all():
-      blind = ", ".join(map(str, np.flatnonzero(seen == 0)))
-      raise CheckpointError(f"process {blind} does not see {path}: the workdir must be on storage that all processes share")
 
 
 def _flat(results: dict[str, dict[str, float]] | None) -> dict[str, float] | None:

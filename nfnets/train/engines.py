@@ -6,12 +6,19 @@
 import dataclasses
 import importlib.util
 import re
+import socket
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 
 SKYPILOT_PORT = 8476
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX wants to see
 _VARIABLES = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
+
+
+class LostPeer(ConnectionError):
+  """Another process is not there, or no longer; running the same command again is the remedy."""
 
 
 class ProcessError(ValueError):
@@ -33,14 +40,26 @@ class Plan:
 
 
 def tpu_workers() -> int:
-  """Hosts of this TPU VM's slice by its metadata server; 1 where none answers within 2 s."""
-  request = urllib.request.Request("http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-                                   "worker-network-endpoints", headers={"Metadata-Flavor": "Google"})
-  try:
-    with urllib.request.urlopen(request, timeout=2) as answer:
-      return len(answer.read().decode().split(","))
-  except OSError:
-    return 1
+  """Hosts of this TPU VM's job, those of all slices, by its metadata server; 1 where none answers, three times, within 2 s."""
+  hosts, environment = _metadata("worker-network-endpoints"), _metadata("tpu-env")
+  slices = re.search(r"MEGASCALE_NUM_SLICES\W+(\d+)", environment)
+  return len(hosts.split(",")) * (int(slices[1]) if slices else 1)
+
+
+def _metadata(name: str) -> str:
+  request = urllib.request.Request(f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}",
+                                   headers={"Metadata-Flavor": "Google"})
+  for _ in range(3):
+    try:
+      with urllib.request.urlopen(request, timeout=2) as answer:
+        return answer.read().decode()
+    except urllib.error.HTTPError as error:
+      if error.code == 404:
+        break
+    except OSError as error:
+      if isinstance(getattr(error, "reason", None), socket.gaierror):  # no such name: this is no machine of Google's
+        break
+  return ""
 
 
 def detect(environ: Mapping[str, str], *, coordinator: str | None = None, count: int | None = None, index: int | None = None,
@@ -67,16 +86,21 @@ def detect(environ: Mapping[str, str], *, coordinator: str | None = None, count:
 def complete(plan: Plan, timeout_s: float) -> tuple[Plan, list[int] | None]:
   """Asks JAX for what `plan` lacks: (the plan with everything known, local device ids that JAX would give this process).
 
-  Raises ProcessError with what JAX's detection said.
+  Raises ProcessError with what JAX's detection said; LostPeer where process 0's host has no address within `timeout_s`.
   """
   if plan.ask is None or (plan.count == 1 and plan.ask in ("slurm", "ompi")):
     return plan, None
   from jax._src import clusters  # the public initialize() kills the process where a peer is missing, so it comes after we met
+  deadline = time.monotonic() + timeout_s
   try:
     coordinator, count, index, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         plan.coordinator, plan.count, plan.index, None, None if plan.ask == "k8s" else plan.ask, int(timeout_s))
   except (RuntimeError, ValueError, KeyError, OSError) as error:
     said = " ".join(str(error).split())
+    if "Failed to recognize coordinator" in said or isinstance(error.__cause__, socket.gaierror):  # its pod has not started yet
+      if time.monotonic() < deadline:
+        return complete(plan, deadline - time.monotonic())
+      raise LostPeer(f"{plan.engine}: process 0's host has no address after {timeout_s:g} s ({said})") from error
     raise ProcessError(f"{plan.engine}: JAX's detection failed: {type(error).__name__}: {said}; "
                        "give --coordinator, --processes and --process") from error
   return _checked(dataclasses.replace(plan, coordinator=coordinator, count=count, index=index, ask=None)), local
@@ -90,8 +114,10 @@ def local_devices(environ: Mapping[str, str], suggested: list[int] | None) -> li
   """
   if "JAX_LOCAL_DEVICE_IDS" in environ:
     return None  # JAX reads it
-  visible = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES", ",")).split(",")
-  return None if len(visible) == 1 or _tasks_on_node(environ) == 1 else suggested
+  tasks, visible = _tasks_on_node(environ), environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
+  shown = None if visible is None else len(visible.split(","))
+  each_its_own = shown == 1 or "SLURM_GPUS_PER_TASK" in environ or None not in (shown, tasks) and shown < tasks
+  return None if each_its_own or tasks == 1 else suggested
 
 
 def _by_jax(environ: Mapping[str, str], tpu_workers: Callable[[], int], has_kubernetes: Callable[[], bool]) -> Plan | None:
@@ -103,14 +129,16 @@ def _by_jax(environ: Mapping[str, str], tpu_workers: Callable[[], int], has_kube
     ask = "ompi" if "OMPI_MCA_orte_hnp_uri" in environ else None
     return Plan(engine="Open MPI", coordinator=where, ask=ask, **known)
   if all(name in environ for name in _SLURM):
-    known = {"count": _number(environ, "SLURM_NTASKS"), "index": _number(environ, "SLURM_PROCID")}
+    # an interactive shell is a step of one task in an allocation of many
+    many = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    known = {"count": _number(environ, many), "index": _number(environ, "SLURM_PROCID")}
     return Plan(engine="SLURM", coordinator=where, ask="slurm", **known)
   if environ.get("TPU_ML_PLATFORM") == "JAX":  # `import jax` sets it where it finds TPU chips and libtpu
     names = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     slices = _number(environ, "MEGASCALE_NUM_SLICES") if environ.get("MEGASCALE_NUM_SLICES") else 1
     if names is None and "TPU_SKIP_MDS_QUERY" in environ:
       return None
-    if slices * (len(names.split(",")) if names is not None else tpu_workers()) == 1:
+    if max(slices, len(names.split(",")) if names is not None else tpu_workers()) == 1:
       return Plan(engine="TPU, one host", count=1)
     return Plan(engine="TPU pod", coordinator=where, ask="gketpu" if names is not None else "gcetpu")
   indexed = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ

@@ -13,15 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from nfnets.train.engines import ProcessError
+from nfnets.train.engines import LostPeer, ProcessError
 
 BEAT_S = 5.0  # between two signs of life
 SILENCE_S = 40.0  # after which a process counts as lost
 BUSY_S = 10.0  # how long a predecessor on the port may take to die
-
-
-class LostPeer(ConnectionError):
-  """Another process is not there, or no longer; running the same command again is the remedy."""
 
 
 class Wire:
@@ -158,6 +154,10 @@ def _join(coordinator: str, me: dict, deadline: float, timeout_s: float) -> Wire
     try:
       wire.send(**me)
       answer = wire.first(time.monotonic() + timeout_s + 5)  # process 0 may have come later than this one
+    except TimeoutError as error:
+      wire.close()
+      raise LostPeer(f"what listens at {coordinator} accepted a connection and then said nothing: process 0 of before may "
+                     "hang there; end it") from error
     except (OSError, EOFError, ValueError) as error:
       wire.close()
       why = "it hung up or does not speak as process 0 does"

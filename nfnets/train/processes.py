@@ -19,8 +19,7 @@ from jax.experimental import multihost_utils
 
 import nfnets
 from nfnets.train import engines, lifeline
-from nfnets.train.engines import ProcessError
-from nfnets.train.lifeline import LostPeer
+from nfnets.train.engines import LostPeer, ProcessError
 
 __all__ = ["LOST", "STOPPED", "LostPeer", "ProcessError", "Processes", "agree", "fail", "label", "shutdown", "start"]
 
@@ -120,7 +119,8 @@ def fail(error: object, status: int, text: str) -> None:
     time.sleep(1)  # a collective that failed because a process was lost: the watch hears of it too, and knows better
   sys.stderr.write(text)
   _watch.fail(f"process {_me.index} failed (status {status}): {' '.join(str(error).split())[:500]}", status)
-  time.sleep(0.3)  # for the words to get out before the connections close
+  # For the words to get out before the connections close; and JAX would abort the others if process 0 went before them.
+  time.sleep(0.3 if _me.index else 1.5)
   _leave(status)
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +37,17 @@ def run(workdir: pathlib.Path, faults: dict | None = None, *, epochs: float = 2,
   done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                         timeout=timeout)
   return Ended(done.returncode, time.monotonic() - begin, done.stdout)
+
+
+def resumed(ended: Ended) -> int | None:
+  """The step that the run went on from."""
+  found = re.search(r"resumed from \S+/checkpoints/(\d+)", ended.output)
+  return found and int(found[1])
+
+
+def steps_lost(stopped: Ended, again: Ended) -> int:
+  """Between the step at which a run says that it was stopped and the one that the next run went on from."""
+  return int(re.search(r"stopped by .* at step (\d+) of", stopped.output)[1]) - resumed(again)
 
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:

@@ -30,10 +30,13 @@ def test_every_way_to_share_the_work_is_the_same_run(clean, tmp_path, processes,
 
 
 def test_other_numbers_of_devices_go_on_with_the_same_run(clean, tmp_path, row):
+  before = None
   for step, devices in ((5, 1), (12, 2), (None, 4)):
     (tmp_path / "done-SIGTERM-0").unlink(missing_ok=True)
     ended = runs.run(tmp_path, {"SIGTERM": {"step": step}} if step else {}, devices=devices)
     assert ended.status == (75 if step else 0), ended.output
+    assert before is None or runs.steps_lost(before, ended) == 0
+    before = ended
   losses = [[record["loss"] for record in runs.records(each, "test")] for each in (tmp_path, clean)]
   np.testing.assert_allclose(*losses, rtol=1e-4)
   mismatches = runs.mismatches(tmp_path, clean)
@@ -49,8 +52,10 @@ def test_sigterm_to_all_processes(clean_pair, tmp_path, row):
   step = int(runs.weights(tmp_path)["step"])
   again = runs.run(tmp_path, processes=2)
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
+  lost = runs.steps_lost(ended, again)
+  assert lost == 0
   row("SIGTERM and SIGINT, one to each of 2 processes", f"both saved step {step}, ended with 75, resume equal to the bit",
-      steps_lost=0)
+      steps_lost=lost)
 
 
 def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):

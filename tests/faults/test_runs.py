@@ -1,4 +1,5 @@
 """Whole runs with faults in them: what is lost, how long it takes, and whether the end is the one of a run without."""
+import itertools
 import random
 import shutil
 import time
@@ -17,19 +18,19 @@ EVERY = 4  # steps between two checkpoints of the recipe
 @pytest.mark.long
 def test_stopped_five_times_and_resumed_equals_never_having_stopped(clean, tmp_path, row):
   """At steps drawn anew each time, while the parts of one are computed; at 12 the first epoch has ended."""
-  stops, steps = sorted([10, *random.sample([0, 2, 4, 6, 8, 12, 14, 16, 18], 4)]), []
+  stops, runs_of_it = sorted([10, *random.sample([0, 2, 4, 6, 8, 12, 14, 16, 18], 4)]), []
   for at in stops:
-    ended = runs.run(tmp_path, {"SIGTERM": {"step": at}})
-    assert ended.status == 75 and "the same command goes on from there" in ended.output, (stops, ended.output)
-    steps.append(int(runs.weights(tmp_path)["step"]))
+    runs_of_it.append(runs.run(tmp_path, {"SIGTERM": {"step": at}}))
+    assert runs_of_it[-1].status == 75 and "the same command goes on from there" in runs_of_it[-1].output, runs_of_it[-1].output
+    assert runs.weights(tmp_path)["step"] == at + 2  # another one was under way
     (tmp_path / "done-SIGTERM-0").unlink()
-  assert 12 in steps
-  again = runs.run(tmp_path)
-  assert again.status == 0, again.output
-  assert runs.difference(tmp_path, clean) == 0 and runs.mismatches(tmp_path, clean) == 0, stops
+  runs_of_it.append(runs.run(tmp_path))
+  assert runs_of_it[-1].status == 0, runs_of_it[-1].output
+  lost = sum(runs.steps_lost(before, after) for before, after in itertools.pairwise(runs_of_it))
+  assert lost == 0 and runs.difference(tmp_path, clean) == 0 and runs.mismatches(tmp_path, clean) == 0, stops
   assert runs.records(tmp_path, "test") == runs.records(clean, "test")
-  row(f"SIGTERM at 5 random steps ({', '.join(map(str, steps))}), resume each time",
-      "parameter difference 0, batch mismatches 0, evaluations equal", steps_lost=0)
+  row(f"SIGTERM at 5 random steps ({', '.join(str(at + 2) for at in stops)}), resume each time",
+      "parameter difference 0, batch mismatches 0, evaluations equal", steps_lost=lost)
 
 
 @pytest.mark.long
@@ -55,6 +56,7 @@ def test_a_killed_process_ends_all_and_a_restart_goes_on(clean_pair, tmp_path, r
   assert lost <= EVERY + 4  # those that were on their way ahead
   again = runs.run(tmp_path, processes=2)
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
+  assert reached - runs.resumed(again) == lost
   row(f"SIGKILL of process {rank} of 2", f"all ended in {seconds:.1f} s, restart equal to the bit", steps_lost=int(lost))
 
 
@@ -77,10 +79,12 @@ def test_sigterm_to_one_process_saves_the_same_step_everywhere(clean_pair, tmp_p
   alone = shutil.copytree(tmp_path, tmp_path.with_name("alone"))
   again = runs.run(tmp_path, processes=2)
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
-  row("SIGTERM to process 1 of 2", f"both saved step {step}, ended with 75, resume equal to the bit", steps_lost=0)
+  lost = runs.steps_lost(ended, again)
+  assert lost == 0
+  row("SIGTERM to process 1 of 2", f"both saved step {step}, ended with 75, resume equal to the bit", steps_lost=lost)
   other = runs.run(alone)
   difference = runs.difference(alone, clean_pair)
-  assert other.status == 0 and difference < 1e-5, other.output
+  assert other.status == 0 and runs.steps_lost(ended, other) == 0 and difference < 1e-5, other.output
   row("resumed on 1 process instead of 2", f"largest difference of a parameter {difference:.1e}", steps_lost=0)
 
 

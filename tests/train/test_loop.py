@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -69,7 +70,7 @@ def test_a_run_learns_and_leaves_its_records(uninterrupted):
   assert tags >= {"train/loss", "test/ema_top1", "clip/blocks/0/conv1b"}
 
 
-def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch):
+def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, capsys):
   """SIGTERM while the parts of a step are computed, at an epoch's edge too: same images, keys, state, metrics, to the bit."""
   original = loader.TrainBatches.start
   one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
@@ -87,6 +88,7 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
   monkeypatch.setattr(loader.TrainBatches, "start", original)
   ended = loop.train(tiny_config(), str(tmp_path))
   assert ended.finished and ended.results == uninterrupted[1].results
+  assert re.findall(r"resumed from \S+/checkpoints/(\d+)", capsys.readouterr().out) == [str(at + 1) for at in stops]
   for a, b in zip(final_arrays(tmp_path), final_arrays(uninterrupted[0]), strict=True):
     np.testing.assert_array_equal(a, b)
   records, reference = (read_jsonl(workdir / "metrics.jsonl") for workdir in (tmp_path, uninterrupted[0]))

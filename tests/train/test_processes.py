@@ -1,5 +1,6 @@
 """Which engine is found in which environment, what is refused, and that processes meet, part and miss each other; threads do."""
 import concurrent.futures
+import io
 import json
 import pathlib
 import re
@@ -39,6 +40,7 @@ def one(engine: str) -> Plan:
     (SLURM, dict(coordinator="h:9"), Plan(engine="SLURM", coordinator="h:9", count=4, index=1, ask="slurm")),
     (SLURM | KUBEFLOW, {}, Plan(engine="SLURM", coordinator="c:1", count=4, index=1, ask="slurm")),
     (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, one("SLURM")),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, one("SLURM")),  # the shell of an salloc
     ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}, {}, one("by default")),  # no srun
     (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"} | SKY, {}, Plan(engine="TPU pod", ask="gketpu")),
     (TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, {}, one("TPU, one host")),
@@ -98,11 +100,62 @@ def test_jax_is_asked_where_the_coordinator_is(monkeypatch):
   assert engines.complete(one("SLURM"), 5) == (one("SLURM"), None)
 
 
+def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
+  """A pod that has not started: JAX gives up by itself, on Kubernetes before the time that it was given."""
+  from jax._src import clusters
+  answers = []
+
+  def ask(*_):
+    answer = answers.pop(0)
+    if isinstance(answer, Exception):
+      raise answer
+    return answer
+  monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", ask)
+  tired = RuntimeError("Retry failed with all attempts exhausted")
+  tired.__cause__ = socket.gaierror(-2, "Name or service not known")
+  unknown = RuntimeError("Failed to recognize coordinator address a")
+  answers[:] = [tired, unknown, ("a:1", 2, 1, None)]
+  found, _ = engines.complete(Plan(engine="Kubernetes", ask="k8s"), 60)
+  assert found == Plan(engine="Kubernetes", coordinator="a:1", count=2, index=1)
+  answers[:] = [unknown]
+  with pytest.raises(lifeline.LostPeer, match="TPU pod: process 0's host has no address after 0 s"):
+    engines.complete(Plan(engine="TPU pod", ask="gketpu"), 0)
+  answers[:] = [RuntimeError("something else")]
+  with pytest.raises(ProcessError, match="JAX's detection failed: RuntimeError: something else"):
+    engines.complete(Plan(engine="TPU pod", ask="gketpu"), 60)
+
+
+def test_hosts_of_all_slices_are_counted_and_a_hiccup_is_none(monkeypatch):
+  known = {"worker-network-endpoints": "a,b", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n"}
+  answers = [OSError("timed out")]
+
+  def urlopen(request, timeout):
+    if answers:
+      raise answers.pop()
+    return io.BytesIO(known[request.full_url.rpartition("/")[2]].encode())
+  monkeypatch.setattr(engines.urllib.request, "urlopen", urlopen)
+  assert engines.tpu_workers() == 6
+  known["tpu-env"] = "ZONE: 'z'"
+  assert engines.tpu_workers() == 2
+  answers[:] = [engines.urllib.error.URLError(socket.gaierror(-2, "unknown"))] * 2
+  assert engines.tpu_workers() == 1
+
+
+def test_a_silent_coordinator_is_a_lost_one():
+  """A process 0 of before that hangs: the kernel still takes connections for it."""
+  with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(lifeline.LostPeer, match="and then said nothing"):
+    lifeline.meet(f"127.0.0.1:{silent.getsockname()[1]}", 2, 1, bind=None, timeout_s=0.5)
+
+
 def test_a_task_gets_one_gpu_only_where_several_share_a_node():
   two_here = {"SLURM_STEP_TASKS_PER_NODE": "1(x2),2", "SLURM_NODEID": "2"}
   assert engines.local_devices(two_here, [1]) == [1]
   assert engines.local_devices(two_here | {"SLURM_NODEID": "0"}, [0]) is None
   assert engines.local_devices(two_here | {"CUDA_VISIBLE_DEVICES": "3"}, [1]) is None
+  assert engines.local_devices(two_here | {"CUDA_VISIBLE_DEVICES": "0,1"}, [1]) == [1]
+  assert engines.local_devices(two_here | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, [1]) is None
+  assert engines.local_devices(two_here | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "CUDA_VISIBLE_DEVICES": "0,1"},
+                               [3]) is None
   assert engines.local_devices({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, [0]) is None
   assert engines.local_devices(two_here | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, [1]) is None
 
