@@ -113,7 +113,7 @@ def test_goodput_of_ten_minutes_with_faults(tmp_path, row):
       faults.append(number.name)
   striker = threading.Thread(target=strike)
   striker.start()
-  steps = int(os.environ.get("NFNETS_CHAOS_STEPS", 3900))
+  steps = int(os.environ.get("NFNETS_CHAOS_STEPS", 2000))
   try:
     done = runs.run(tmp_path, {"pid": {}}, epochs=steps / 11.2265625, processes=2, restarts=100, grace=20, timeout=3600,
                     overrides=("--config.checkpoint_every=4", "--config.eval_every=1000", "--config.log_every=10"))
