@@ -97,7 +97,8 @@ def test_meta_says_what_wrote_it(tmp_path):
   writer.close()
   meta = writer.meta(4)
   assert meta["config"] == to_json(Config()) and (meta["step"], meta["num_classes"], meta["schema"]) == (4, 10, manifest.SCHEMA)
-  assert meta["data"] == {"seed": 0, "records": 1000, "next_step": 4 + int(small_state(4).passed_over)}
+  assert meta["data"] == {"seed": 0, "records": 1000, "next_step": 4 + int(small_state(4).passed_over), "shuffle_block": 1,
+                          "rows": None}
   assert meta["rng"] == {"seed": 0, "implementation": "threefry2x32"} and (meta["processes"], meta["devices"]) == (1, 8)
   assert set(meta["versions"]) == {"nfnets", "jax", "jaxlib", "flax", "orbax", "optax", "numpy", "python"}
   assert writer.metrics(4) == {"top1": 0.5, "loss": 1.0, "ema_top1": 0.75, "ema_loss": 0.5}
