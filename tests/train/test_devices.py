@@ -60,6 +60,11 @@ def same(a, b, tolerance: float = 1e-5) -> None:
   jax.tree.map(close, jax.device_get(a), jax.device_get(b))
 
 
+def furthest(a, b) -> float:
+  """The largest absolute difference between two trees."""
+  return max(float(np.max(np.abs(x - y))) for x, y in zip(*map(jax.tree.leaves, jax.device_get((a, b))), strict=True))
+
+
 @pytest.fixture(scope="module")
 def one_device():
   return train(make_config(), 1)
@@ -120,6 +125,7 @@ def test_statistics_of_each_device():
   """batch_stats="device": the gradient is the mean of what each half of the batch gives, and so are the statistics."""
   small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
   config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small), batch_stats="device")
+  config.optim = dataclasses.replace(config.optim, warmup_epochs=0)  # else the first learning rate is 0
   graph, optimizer, state = prepare(config)
   mesh, batch = meshes.make_mesh(jax.devices()[:2]), batch_of(0)
   like = meshes.place(mesh, state)
@@ -130,12 +136,10 @@ def test_statistics_of_each_device():
             for part in (slice(0, 16), slice(16, 32))]
   grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
   updates, _ = optimizer.update(grads, state.opt_state, state.params)
-  same(after.params, jax.tree.map(jnp.add, state.params, updates))
-  same(after.stats, stats)
+  assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5 and furthest(after.stats, stats) < 1e-5
   other = steps.train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
       meshes.put(state, like), meshes.put_batch(mesh, batch_of(0)))[0]
-  with pytest.raises(AssertionError):
-    same(after.stats, other.stats)
+  assert furthest(after.stats, other.stats) > 1e-4 and furthest(after.params, other.params) > 1e-4
 
 
 def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
@@ -147,9 +151,9 @@ def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
 
 def test_sharpness_aware_steps():
   """SAM by hand, on two devices: each climbs by itself on the first quarter of its rows; the gradients there are averaged."""
-  config = make_config()
-  config.optim = dataclasses.replace(config.optim, sam_rho=0.1, sam_share=0.25)
   plain = make_config()
+  plain.optim = dataclasses.replace(plain.optim, warmup_epochs=0)  # else the first learning rate is 0
+  config = dataclasses.replace(plain, optim=dataclasses.replace(plain.optim, sam_rho=0.1, sam_share=0.25))
   graph, optimizer, state = prepare(config)
   mesh, batch = meshes.make_mesh(jax.devices()[:2]), batch_of(0)
   like = meshes.place(mesh, state)
@@ -159,11 +163,15 @@ def test_sharpness_aware_steps():
   descents = []
   for rows in (slice(0, 16), slice(16, 32)):
     mine = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-    ascent = gradients(state.params, jax.tree.map(lambda x: x[:4], mine))
+    first = {**jax.tree.map(lambda x: x[:4], mine), "key": layers.fold_in(mine["key"][:4], 1 << 31)}  # a dropout of its own
+    ascent = gradients(state.params, first)
     norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(jax.device_get(ascent))))
     descents.append(gradients(jax.tree.map(lambda p, g, norm=norm: p + 0.1 / norm * g, state.params, ascent), mine))
   updates, _ = optimizer.update(jax.tree.map(lambda a, b: (a + b) / 2, *descents), state.opt_state, state.params)
-  same(after.params, jax.tree.map(jnp.add, state.params, updates))
+  assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5
+  batch = meshes.put_batch(mesh, batch_of(0))
+  without, _ = steps.train_step_over(plain, mesh, graph, optimizer, like)(meshes.put(state, like), batch)
+  assert furthest(after.params, without.params) > 1e-3 and furthest(after.params, state.params) > 1e-3
 
 
 def test_bad_steps_are_left_out_and_counted():
