@@ -45,8 +45,8 @@ def step(values: flags.FlagValues) -> int:
   if values.image_size is not None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
   file = cli.writable("json", values.json)
-  from nfnets.train import benchmark
-  report = benchmark.benchmark_step(config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc,
+  from nfnets.measure.step import benchmark_step
+  report = benchmark_step(config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc,
                                     say=lambda line: print(line, flush=True))
   print(f"\n{report}\n")
   cli.hand_out(report.to_json(), file)
@@ -56,37 +56,39 @@ def step(values: flags.FlagValues) -> int:
 def data(values: flags.FlagValues) -> int:
   config = cli.parse_config(values)
   file = cli.writable("json", values.json)
-  from nfnets.data import benchmark, peers
-  if values.against and peers.missing():
+  from nfnets.data.batches.prefetch import cores
+  from nfnets.measure import data as data_benchmark, tfdata
+  from nfnets.measure.data_report import RECIPE, Measured, Measurement
+  if values.against and tfdata.missing():
     raise cli.UsageError("--against=tf.data needs TensorFlow: pip install 'nfnets[peers]' (or tensorflow-cpu)")
-  from nfnets.data import sources
-  from nfnets.train import recipe
+  from nfnets.data.sources.open import open_source
+  from nfnets.train import resolve
   console = rich.console.Console(highlight=False, soft_wrap=True)
-  filled = recipe.data_config(config)
-  source = sources.load(filled, train=True, progress=console.print)  # what is wrong with it, and its index, before the clock
+  filled = resolve.data_config(config)
+  source = open_source(filled, train=True, progress=console.print)  # what is wrong with it, and its index, before the clock
   source.close()
   if values.against:
-    peers.check(filled)
-  jobs = benchmark.plan(filled, batch=values.batch or 64, images=values.images, seed=config.seed,
-                        threads=values.threads or filled.threads or benchmark.cores(), against=bool(values.against))
+    tfdata.check(filled)
+  jobs = data_benchmark.measurements(filled, batch=values.batch or 64, images=values.images, seed=config.seed,
+                        threads=values.threads or filled.threads or cores(), against=bool(values.against))
   columns = [rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}"),
              rich.progress.TimeElapsedColumn()]
   with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
     task, last = bar.add_task("", total=values.rounds * len(jobs)), ""
 
-    def show(number: int, job: benchmark.Job, result: benchmark.Result | None) -> None:
+    def show(number: int, job: Measurement, result: Measured | None) -> None:
       nonlocal last
       if result is not None:
         last = f" (last: {result.figures['images_per_s']:,.0f} images/s)"
         bar.advance(task)
       bar.update(task, description=f"round {number + 1}/{values.rounds}  {job.pipeline}, {job.group}{last}")
 
-    report = benchmark.compare(jobs, rounds=values.rounds, progress=show)
+    report = data_benchmark.compare(jobs, rounds=values.rounds, progress=show)
   rich.console.Console(highlight=False, width=None if console.is_terminal else 130).print(report.table())
   for ratio in report.ratios:
     console.print(str(ratio))
   if values.against and len(report.ratios) == 1:
-    console.print(f"{benchmark.RECIPE}: no tf.data pipeline for config.data.mix={filled.mix}, augment={filled.augment}, "
+    console.print(f"{RECIPE}: no tf.data pipeline for config.data.mix={filled.mix}, augment={filled.augment}, "
                   f"augment_before_mix={filled.augment_before_mix}; the official structure mixes up and cuts, then RandAugment")
   cli.hand_out(report.to_json(), file)
   return 0

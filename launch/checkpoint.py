@@ -21,6 +21,7 @@ import rich.table
 from absl import flags
 
 from launch import cli
+from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManifestError
 
 
 def define(values: flags.FlagValues) -> None:
@@ -44,8 +45,8 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 
 def show(values: flags.FlagValues, where: str) -> int:
-  from nfnets.train import manifest
-  kinds = {manifest.NoManifestError: "no manifest", manifest.NewerError: "of a newer nfnets"}
+  from nfnets.train.checkpoints import manifest, retention
+  kinds = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
   directory, steps = _steps(where)
   good, states, problems = {}, {}, []
   for step in steps:
@@ -53,11 +54,11 @@ def show(values: flags.FlagValues, where: str) -> int:
     try:
       good[step], wrong = manifest.read(path), manifest.verify(path, hashes=False)
       states[step] = "damaged" if wrong else "good"
-    except manifest.CheckpointError as error:
+    except CheckpointError as error:
       wrong, states[step] = [str(error)], kinds.get(type(error), "damaged")
     problems += [f"{step}: {each}" for each in wrong]
   keep = good[max(good)]["keep"] if good else {"newest": 0}
-  kept = manifest.kept(good.values(), **keep)
+  kept = retention.kept(good.values(), **keep)
   shown = [*dict.fromkeys(name for name in ("top1", "ema_top1", keep.get("best")) if name)]
   columns = ("step", "epoch", "saved (UTC)", "size", "metrics", "kept", "state")
   table = rich.table.Table(*(rich.table.Column(name, no_wrap=name not in ("metrics", "kept")) for name in columns),
@@ -81,7 +82,7 @@ def show(values: flags.FlagValues, where: str) -> int:
 
 
 def verify(values: flags.FlagValues, where: str) -> int:
-  from nfnets.train import manifest
+  from nfnets.train.checkpoints import manifest
   directory, steps = _steps(where)
   console, paths = _console(), [directory / str(step) for step in steps]
   total = sum(path.stat().st_size for step in paths for path in step.rglob("*") if path.is_file())
@@ -117,10 +118,10 @@ def export(values: flags.FlagValues, where: str) -> int:
     raise cli.UsageError(f"--out={out} is there already; " + ("it is a directory" if out.is_dir() else "--force writes over it"))
   import safetensors.numpy
 
-  from nfnets.train import manifest
-  from nfnets.train.checkpoint import Checkpoints
+  from nfnets.train.checkpoints import retention
+  from nfnets.train.checkpoints.store import Checkpoints
   directory, _ = _steps(where)
-  _, one = manifest.locate(where)
+  _, one = retention.locate(where)
   with contextlib.closing(Checkpoints(str(directory))) as checkpoints:
     step = checkpoints.choose(one)
     meta = {**checkpoints.meta(step), "metrics": checkpoints.metrics(step)}
@@ -147,9 +148,9 @@ SUBCOMMANDS = {"list": show, "verify": verify, "export": export}
 
 def _steps(where: str) -> tuple[pathlib.Path, list[int]]:
   """(directory of checkpoints, its steps or the one asked for)."""
-  from nfnets.train import manifest
-  directory, step = manifest.locate(where)
-  found = manifest.steps(directory)
+  from nfnets.train.checkpoints import retention
+  directory, step = retention.locate(where)
+  found = retention.steps(directory)
   if not found or step not in (None, *found):
     raise cli.UsageError(f"{where}: no checkpoint there; give a workdir that training has written to")
   return directory, found if step is None else [step]

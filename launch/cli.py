@@ -17,8 +17,11 @@ from absl import flags
 from ml_collections import config_flags
 
 import nfnets
+from nfnets import distributed
 from nfnets.config import Config
-from nfnets.train import manifest, processes
+from nfnets.distributed.errors import LostPeer
+from nfnets.train.checkpoints import retention
+from nfnets.train.checkpoints.errors import SaveError
 
 
 class UsageError(ValueError):
@@ -36,13 +39,13 @@ def define_processes(values: flags.FlagValues) -> None:
   flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens for the others.", flag_values=values)
   flags.DEFINE_integer("processes", None, "How many processes run this same command.", flag_values=values)
   flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=values)
-  flags.DEFINE_float("start_timeout", processes.TIMEOUT_S, "Seconds in which all of them must have come.", lower_bound=0.1,
+  flags.DEFINE_float("start_timeout", distributed.TIMEOUT_S, "Seconds in which all of them must have come.", lower_bound=0.1,
                      flag_values=values)
 
 
-def start_processes(values: flags.FlagValues) -> processes.Processes:
+def start_processes(values: flags.FlagValues) -> distributed.Processes:
   """Joins the other processes, before the configuration is looked at: so that a mistake in it ends them all alike."""
-  return processes.start(coordinator=values.coordinator, count=values.processes, index=values.process,
+  return distributed.start(coordinator=values.coordinator, count=values.processes, index=values.process,
                          timeout_s=values.start_timeout)
 
 
@@ -60,7 +63,7 @@ def parse_workdir(values: flags.FlagValues) -> str:
   """`--workdir`, made if it is not there."""
   if not values.workdir:
     raise UsageError("--workdir is missing: a directory for this run, e.g. --workdir=runs/first")
-  manifest.locate(values.workdir)
+  retention.locate(values.workdir)
   try:
     pathlib.Path(values.workdir).mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -91,15 +94,15 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
     if len(rest) > 1 and not arguments:
       raise UsageError(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     status = program(values, *rest[1:])
-    processes.shutdown()
-  except processes.LostPeer as error:
-    fail(error, processes.LOST)
+    distributed.shutdown()
+  except LostPeer as error:
+    fail(error, distributed.LOST)
   except ValueError as error:
     if not _raised_here(error):
       _fail_with_traceback(error)
       raise
     fail(error, 2)
-  except (FloatingPointError, manifest.SaveError) as error:
+  except (FloatingPointError, SaveError) as error:
     fail(error, 1)
   except KeyboardInterrupt:
     fail("interrupted", 130)
@@ -143,8 +146,8 @@ def hand_out(report: dict, file: pathlib.Path | None) -> None:
 
 def fail(error: object, status: int) -> None:
   """One line on stderr, with the process's number where there are several, then exit."""
-  text = f"{processes.label()}error: {error}\n"
-  processes.fail(error, status, text)
+  text = f"{distributed.label()}error: {error}\n"
+  distributed.fail(error, status, text)
   sys.stderr.write(text)
   sys.exit(status)
 
@@ -152,7 +155,7 @@ def fail(error: object, status: int) -> None:
 def _fail_with_traceback(error: Exception) -> None:
   """In a run of several processes: every line with the process's number, and the end of them all. Otherwise nothing."""
   lines = "".join(traceback.format_exception(error)).splitlines()
-  processes.fail(error, 1, "".join(f"{processes.label()}{line}\n" for line in lines))
+  distributed.fail(error, 1, "".join(f"{distributed.label()}{line}\n" for line in lines))
 
 
 def _raised_here(error: BaseException) -> bool:

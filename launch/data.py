@@ -41,13 +41,14 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 def describe(values: flags.FlagValues) -> int:
   config, console = cli.parse_config(values), _console()
-  from nfnets.data import inspect, sources
-  from nfnets.train import recipe
-  data, out = recipe.data_config(config), values.out or "grid.png"
+  from nfnets.data.sources.open import open_source
+  from nfnets.data.tools import inspect
+  from nfnets.train import resolve
+  data, out = resolve.data_config(config), values.out or "grid.png"
   if not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
-  train = sources.load(data, train=True, progress=console.print)
-  test = sources.load(data, train=False, progress=console.print)
+  train = open_source(data, train=True, progress=console.print)
+  test = open_source(data, train=False, progress=console.print)
   with contextlib.closing(train), contextlib.closing(test):
     known = inspect.known_splits(data)
     if known:
@@ -68,11 +69,12 @@ def describe(values: flags.FlagValues) -> int:
 
 def verify(values: flags.FlagValues) -> int:
   config, console = cli.parse_config(values), _console()
-  from nfnets.data import inspect, sources
+  from nfnets.data.sources.open import open_source
+  from nfnets.data.tools import inspect
   splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
   checked = []
   for split in splits:
-    with contextlib.closing(sources.load(dataclasses.replace(config.data, train_split=split), train=True,
+    with contextlib.closing(open_source(dataclasses.replace(config.data, train_split=split), train=True,
                                          progress=console.print)) as source:
       with _meter(console, split, len(source), "records") as progress:
         checked.append(inspect.verify(source, threads=config.data.threads, progress=progress,
@@ -88,8 +90,8 @@ def prepare(values: flags.FlagValues) -> int:
   config, console = cli.parse_config(values), _console()
   if not values.out:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
-  from nfnets.data import prepare as preparing
-  with contextlib.closing(preparing.Job(config.data, values.out, short_side=values.short_side, quality=values.quality,
+  from nfnets.data.tools.prepare import Preparation
+  with contextlib.closing(Preparation(config.data, values.out, short_side=values.short_side, quality=values.quality,
                                         shards=values.shards, say=console.print)) as job:
     if job.done:
       console.print(f"{job.done:,} of {job.total:,} records are there already")

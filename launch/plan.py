@@ -31,8 +31,9 @@ def run(values: flags.FlagValues) -> int:
   if values.topology is not None:
     with contextlib.suppress(RuntimeError):  # too late, JAX has started
       jax.config.update("jax_platforms", "cpu")  # shapes are all that is made here: leaves a local TPU or GPU to others
-  from nfnets.train import plan as plans, plan_report
-  plan = plans.make_plan(config, topology=values.topology, advise=values.advise, say=lambda line: print(line, flush=True))
+  from nfnets.measure.plan import make_plan
+  from nfnets.measure.plan_report import picture
+  plan = make_plan(config, topology=values.topology, advise=values.advise, say=lambda line: print(line, flush=True))
   console = rich.console.Console(highlight=False)
   console = console if console.is_terminal else rich.console.Console(highlight=False, width=130)
   print()
@@ -45,7 +46,7 @@ def run(values: flags.FlagValues) -> int:
     print(f"- {note}")
   print()
   if picture_file is not None and len(plan.steps) > 1:
-    plan_report.picture(plan, str(picture_file))
+    picture(plan, str(picture_file))
     print(f"drawn: {picture_file}")
   elif picture_file is not None:
     picture_file.unlink()

@@ -8,7 +8,7 @@ On several machines, or for several processes on one, see docs/pods.md.
 from absl import flags
 
 from launch import cli
-from nfnets.train import processes
+from nfnets import distributed
 
 
 def define(values: flags.FlagValues) -> None:
@@ -22,7 +22,7 @@ def run(values: flags.FlagValues) -> int:
   config = cli.parse_config(values)
   workdir = cli.parse_workdir(values)
   from nfnets.train import loop
-  return 0 if loop.train(config, workdir).finished else processes.STOPPED
+  return 0 if loop.train(config, workdir).finished else distributed.STOPPED
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 import json
 import struct
 
-from nfnets.data.records import masked_crc
+from nfnets.data.storage import tfrecord
 
 
 def varint(value: int) -> bytes:
@@ -34,7 +34,7 @@ def example(packed: bool = True, **features) -> bytes:
 
 def framed(payload: bytes) -> bytes:
   length = struct.pack("<Q", len(payload))
-  return length + struct.pack("<I", masked_crc(length)) + payload + struct.pack("<I", masked_crc(payload))
+  return length + struct.pack("<I", tfrecord.masked_crc(length)) + payload + struct.pack("<I", tfrecord.masked_crc(payload))
 
 
 def write_shard(path, payloads) -> None:

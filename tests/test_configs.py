@@ -11,8 +11,8 @@ from PIL import Image
 
 from nfnets import models, optim
 from nfnets.config import Config
-from nfnets.train import loop, recipe
-from nfnets.train.logbook import read_jsonl
+from nfnets.train import loop, resolve
+from nfnets.train.logs.logbook import read_jsonl
 from tests import shards
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def test_every_argument_builds(file, argument):
   """The model is known, and what follows from the variant is filled in."""
   config = get(file, argument)
   config.validate()
-  data, variant = recipe.data_config(config), models.variant(config.model.name, **config.model.all_overrides())
+  data, variant = resolve.data_config(config), models.variant(config.model.name, **config.model.all_overrides())
   sizes = variant.train_resolution, variant.test_resolution
   assert data.train_crop == "none" or (data.image_size, data.test_image_size) == sizes
   steps = int(1000 * config.epochs)
@@ -49,7 +49,7 @@ def test_every_argument_builds(file, argument):
 
 def test_papers_hyperparameters_follow_from_the_variant():
   strength = {name: (data.randaugment_layers, data.randaugment_magnitude, data.image_size, data.test_image_size)
-              for name in ("F0", "F1", "F3", "F7") for data in [recipe.data_config(get("nfnet", name))]}
+              for name in ("F0", "F1", "F3", "F7") for data in [resolve.data_config(get("nfnet", name))]}
   assert strength == {"F0": (4, 5, 192, 256), "F1": (4, 10, 224, 320), "F3": (4, 15, 320, 416), "F7": (4, 15, 480, 608)}
   decay = [get("nf_regnet", f"B{level}").optim.weight_decay for level in range(6)]
   assert decay == pytest.approx([5e-5, 6e-5, 7e-5, 8e-5, 9e-5, 1e-4])

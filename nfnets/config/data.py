@@ -9,7 +9,7 @@ from nfnets.config.checks import check_choice, check_number, invalid
 class DataConfig:
   """Which images, and what is done to them before the network sees them.
 
-  None leaves a field to what it follows from: the data, or the row of the model's variant (see `nfnets.train.recipe`).
+  None leaves a field to what it follows from: the data, or the row of the model's variant (see `nfnets.train.resolve`).
   """
 
   # "digits" (scikit-learn's, in the wheel), "synthetic", "folder" (a directory per class), or a prepared TFDS dataset.

@@ -1,1 +1,1 @@
-"""Images on their way to the device: sources of uint8 images and labels, and batches that are a function of the step."""
+"""Images on their way to the device: records → uint8 batches that are a function of (seed, step). Knows nothing of training."""

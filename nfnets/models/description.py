@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnets import models
 from nfnets.models import layers
+from nfnets.models.registry import create, variant
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +65,12 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
 
   Raises what `models.create` raises.
   """
-  config = models.variant(name, **overrides)
+  config = variant(name, **overrides)
   if resolutions is None:
     same = config.train_resolution == config.test_resolution
     resolutions = ({"train and test": config.train_resolution} if same else
                    {"train": config.train_resolution, "test": config.test_resolution})
-  network = nnx.eval_shape(lambda: models.create(name, num_classes, **overrides))
+  network = nnx.eval_shape(lambda: create(name, num_classes, **overrides))
   stage_of = _stage_names(config.depth)
   parameters = collections.Counter()
   for path, param in nnx.to_flat_state(nnx.state(network, nnx.Param)):

@@ -3,12 +3,14 @@ import operator
 from collections.abc import Callable
 
 import jax
+import rich.console
+import rich.progress
+import rich.table
 from flax import nnx
 from jax.sharding import Mesh
 
-from nfnets.data.loader import EvalBatches
-from nfnets.train import losses
-from nfnets.train.mesh import put_batch
+from nfnets.data.batches.evaluation import EvalBatches
+from nfnets.train.step import losses, sharding
 
 Weights = dict[str, tuple[nnx.State, nnx.State]]  # name → (params, running statistics)
 
@@ -22,9 +24,19 @@ def evaluate(eval_step: Callable, mesh: Mesh, weights: Weights, batches: EvalBat
   """
   sums, before = None, None
   for done, part in enumerate(batches, start=1):
-    batch = put_batch(mesh, part)
+    batch = sharding.put_batch(mesh, part)
     found = {name: eval_step(params, stats, batch) for name, (params, stats) in weights.items()}
     jax.block_until_ready(before)  # one step ahead is enough; more would only hold their batches
     sums, before = found if sums is None else jax.tree.map(operator.add, sums, found), found
     progress(min(len(batches.source), done * batches.batch))
   return {name: losses.summarize(each) for name, each in jax.device_get(sums).items()}
+
+
+def results_table(title: str, results: dict[str, dict[str, float]]) -> rich.table.Table:
+  """Rows of top-1, top-5, loss and images for "params" and "ema"."""
+  table = rich.table.Table(title=title, title_justify="left")
+  for column in ("weights", "top-1", "top-5", "loss", "images"):
+    table.add_column(column, justify="left" if column == "weights" else "right")
+  for name, found in results.items():
+    table.add_row(name, f"{found['top1']:.2%}", f"{found['top5']:.2%}", f"{found['loss']:.4f}", f"{found['count']:,}")
+  return table

@@ -16,15 +16,26 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nfnets import optim
+from nfnets import distributed, optim
 from nfnets.agc import agc_metrics
 from nfnets.config import Config
-from nfnets.data import loader, sources
-from nfnets.data.pool import prefetch
-from nfnets.train import diagnose, evaluate, losses, mesh as meshes, processes, recipe, state as states, step as steps
-from nfnets.train.checkpoint import Checkpoints, check_same_data, check_same_run, to_json
-from nfnets.train.logbook import Logbook, Silence, results_table
-from nfnets.train.watch import FIRST_STEP, Waits, Watchdog, stop_on_signals
+from nfnets.data.batches.evaluation import EvalBatches
+from nfnets.data.batches.prefetch import prefetch
+from nfnets.data.batches.training import TrainBatches, shuffle_block
+from nfnets.data.sources.base import Source
+from nfnets.data.sources.open import open_source
+from nfnets.distributed.signals import stop_on_signals
+from nfnets.distributed.watchdog import FIRST_STEP, Watchdog
+from nfnets.train import evaluate, resolve
+from nfnets.train.checkpoints import compatibility
+from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.logs.logbook import Logbook, Silence
+from nfnets.train.logs.window import Waits
+from nfnets.train.recovery import first_nonfinite
+from nfnets.train.step import losses, sharding
+from nfnets.train.step.gradients import rows_normalized
+from nfnets.train.step.state import TrainState, build_network, init_state, split_network
+from nfnets.train.step.step import eval_step_over, train_step_over
 
 
 class NonFiniteError(FloatingPointError):
@@ -55,21 +66,21 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   # ---- what is to be trained, on what
   config.validate()
   process, count = jax.process_index(), jax.process_count()
-  mesh = meshes.make_mesh()
-  meshes.check_batch(config.batch, mesh, config.accumulate)
-  data_config = recipe.data_config(config)
+  mesh = sharding.make_mesh()
+  sharding.check_batch(config.batch, mesh, config.accumulate)
+  data_config = resolve.data_config(config)
   tell = functools.partial(print, flush=True) if process == 0 else lambda line: None
-  data, test_data = (opened.enter_context(contextlib.closing(sources.load(data_config, train=train, progress=tell)))
+  data, test_data = (opened.enter_context(contextlib.closing(open_source(data_config, train=train, progress=tell)))
                      for train in (True, False))
-  processes.agree({"config": json.dumps(to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}, tell)
-  abstract = nnx.eval_shape(lambda: states.build_network(config.model, data.num_classes))
+  distributed.require_equal({"config": json.dumps(compatibility.to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}, tell)
+  abstract = nnx.eval_shape(lambda: build_network(config.model, data.num_classes))
   steps_per_epoch = len(data) / config.batch
   total_steps = max(1, round(config.epochs * steps_per_epoch))
-  graph, params, stats = states.split(abstract)
+  graph, params, stats = split_network(abstract)
   schedule_args = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
   schedule = optim.make_schedule(config.optim, **schedule_args)
   optimizer = optim.make_optimizer(config.optim, params, **schedule_args)
-  like = meshes.place(mesh, jax.eval_shape(lambda p, s: states.init_state(p, s, optimizer, config), params, stats),
+  like = sharding.place(mesh, jax.eval_shape(lambda p, s: init_state(p, s, optimizer, config), params, stats),
                       shard=config.shard)
   log: Logbook | Silence = Silence()
   warn = lambda text: log.warn(text)
@@ -77,33 +88,33 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
                             say=warn)
   opened.callback(checkpoints.close)
   found = checkpoints.choose()
-  order = {"shuffle_block": loader.shuffle_block(data_config, data), "rows": steps.rows_normalized(config, stats, mesh.size)}
+  order = {"shuffle_block": shuffle_block(data_config, data), "rows": rows_normalized(config, stats, mesh.size)}
   if found is not None:
-    check_same_run(checkpoints.meta(found)["config"], config, workdir)
-    check_same_data(checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes, **order)
+    compatibility.check_same_run(checkpoints.meta(found)["config"], config, workdir)
+    compatibility.check_same_data(checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes, **order)
   shared = {"process": (process, count), "say": warn}
-  batches = loader.TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **shared)
+  batches = TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **shared)
   opened.callback(batches.close)
-  test_batches = loader.EvalBatches(test_data, data_config, batch=meshes.whole_batch(config.eval_batch, mesh), **shared)
+  test_batches = EvalBatches(test_data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), **shared)
   opened.callback(test_batches.close)
 
   # ---- the state, new or restored
   if found is None:
-    network = states.build_network(config.model, data.num_classes, seed=config.seed)
-    state = meshes.put(states.init_state(*states.split(network)[1:], optimizer, config), like)
+    network = build_network(config.model, data.num_classes, seed=config.seed)
+    state = sharding.put(init_state(*split_network(network)[1:], optimizer, config), like)
     del network
   else:
     state = checkpoints.restore(found, like)
   step, passed_over = int(state.step), int(state.passed_over)
-  train_step = steps.train_step_over(config, mesh, graph, optimizer, like)
-  eval_step = steps.eval_step_over(config, mesh, graph)
+  train_step = train_step_over(config, mesh, graph, optimizer, like)
+  eval_step = eval_step_over(config, mesh, graph)
 
   # ---- say what is going to happen
   label = f"train, labels smoothed {config.label_smoothing:g}" if config.label_smoothing else "train"
   if process == 0:
     log = Logbook(workdir, start_step=step, total_steps=total_steps, train_label=label)
     opened.callback(log.close)
-    pathlib.Path(workdir, "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n", encoding="utf-8")
+    pathlib.Path(workdir, "config.json").write_text(json.dumps(compatibility.to_json(config), indent=2) + "\n", encoding="utf-8")
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
   log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
@@ -115,7 +126,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   watchdog = Watchdog(config.watchdog, workdir, process)
   opened.callback(watchdog.close)
 
-  def test(step: int, state: states.TrainState) -> dict[str, dict[str, float]]:
+  def test(step: int, state: TrainState) -> dict[str, dict[str, float]]:
     weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
     kick = lambda images: watchdog.kick(f"the evaluation at step {step}, after {images} images,")
     results = evaluate.evaluate(eval_step, mesh, weights, test_batches, progress=kick)
@@ -125,9 +136,9 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   def send(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     host = np.zeros((len(mesh.local_devices), 2), np.int32)
     host[0] = bool(stop), len(batches.corrupt)
-    return meshes.put_batch(mesh, {**batch, "host": host})
+    return sharding.put_batch(mesh, {**batch, "host": host})
 
-  def save(state: states.TrainState, results: dict[str, dict[str, float]] | None = None) -> None:
+  def save(state: TrainState, results: dict[str, dict[str, float]] | None = None) -> None:
     log.sync()
     checkpoints.save(state, config, num_classes=data.num_classes, records=len(data), results=results, **order)
     watchdog.kick(f"the step after {int(state.step)}")
@@ -200,7 +211,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   picture = log.draw()
   finished = step >= total_steps and not stopping
   if finished:
-    log.console.print(results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
+    log.console.print(evaluate.results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
   else:
     log.say(f"stopped by {stop[0] if stop else 'a signal to another process'} at step {step} of {total_steps}; saved "
             f"{checkpoints.path(step)}; the same command goes on from there")
@@ -208,14 +219,14 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   return Result(step=step, finished=finished, results=results)
 
 
-def _fingerprint(data: sources.Source) -> str:
+def _fingerprint(data: Source) -> str:
   """What two processes' data must have in common, as JSON; looks at names and lengths, not at images."""
   classes = hashlib.sha256("\n".join(data.class_names).encode()).hexdigest()[:12]
   first = data.address(0).rpartition(os.sep)[2]
   return json.dumps({"name": data.name, "split": data.split, "records": len(data), "classes": classes, "first record": first})
 
 
-def _summary(config: Config, state: states.TrainState, window: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
+def _summary(config: Config, state: TrainState, window: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
              seconds_per_step: float | None) -> tuple[dict[str, float], dict[str, float]]:
   """(means over the window's steps that were not bad, clip fraction of each layer's kernel at the last step)."""
   good = [metrics for metrics in window if not metrics["bad"]] or window
@@ -245,7 +256,7 @@ def _layer_order(path: str) -> tuple:
   return places.get(top, 2), [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in rest]
 
 
-def _check_bad_steps(config: Config, state: states.TrainState, window: list[dict[str, Any]], step: int, log: Logbook) -> None:
+def _check_bad_steps(config: Config, state: TrainState, window: list[dict[str, Any]], step: int, log: Logbook) -> None:
   """Says which steps of the window were skipped. Raises NonFiniteError where there have been too many."""
   total = int(state.bad_steps)
   for back, metrics in enumerate(reversed(window)):
@@ -256,9 +267,9 @@ def _check_bad_steps(config: Config, state: states.TrainState, window: list[dict
     raise NonFiniteError(f"{total} bad steps up to step {step}, more than config.max_bad_steps={config.max_bad_steps}")
 
 
-def _roll_back(config: Config, graph: nnx.GraphDef, state: states.TrainState, pending: list[dict[str, Any]],
-               batches: loader.TrainBatches, mesh, checkpoints: Checkpoints, like: states.TrainState,
-               log: Logbook) -> states.TrainState:
+def _roll_back(config: Config, graph: nnx.GraphDef, state: TrainState, pending: list[dict[str, Any]],
+               batches: TrainBatches, mesh, checkpoints: Checkpoints, like: TrainState,
+               log: Logbook) -> TrainState:
   """The last checkpoint's state, to go on with the batches that follow the bad one.
 
   Raises NonFiniteError where that is not asked for, or was done too often, or there is no checkpoint.
@@ -266,7 +277,7 @@ def _roll_back(config: Config, graph: nnx.GraphDef, state: states.TrainState, pe
   step, bad = int(state.step), int(state.bad_steps)  # `step` is the bad one, counted from 0 as the schedule does
   taken = step + int(state.passed_over)
   what = _what_was_bad(config, graph, state, next(metrics for metrics in jax.device_get(pending) if metrics["bad"]),
-                       lambda: meshes.put_batch(mesh, batches[taken]))
+                       lambda: sharding.put_batch(mesh, batches[taken]))
   last = checkpoints.choose()
   saved = f"last good checkpoint: {checkpoints.path(last) if last is not None else 'none yet'}"
   if config.on_bad_step == "rollback" and bad > config.max_bad_steps:
@@ -275,16 +286,16 @@ def _roll_back(config: Config, graph: nnx.GraphDef, state: states.TrainState, pe
     log.warn(f"{what}; back to step {last}, on with other images (time {bad} of at most {config.max_bad_steps})")
     numbers = {"bad_steps": np.int32(bad), "passed_over": np.int32(taken + 1 - last)}
     restored = checkpoints.restore(last, like)
-    return dataclasses.replace(restored, **{name: meshes.put(value, getattr(like, name)) for name, value in numbers.items()})
+    return dataclasses.replace(restored, **{name: sharding.put(value, getattr(like, name)) for name, value in numbers.items()})
   raise NonFiniteError(f"{what}; {saved}")
 
 
-def _what_was_bad(config: Config, graph: nnx.GraphDef, state: states.TrainState, metrics: dict[str, Any], batch) -> str:
+def _what_was_bad(config: Config, graph: nnx.GraphDef, state: TrainState, metrics: dict[str, Any], batch) -> str:
   loss, mean, step = metrics["loss_sum"] / metrics["count"], float(state.loss_mean), int(state.step) + 1
   if np.isfinite(loss) and 0 < config.spike * mean < loss:
     return f"loss {loss:.4g} at step {step} is above config.spike={config.spike:g} × its running mean {mean:.4g}"
   try:
-    where = diagnose.first_nonfinite(config, graph, state, batch())
+    where = first_nonfinite(config, graph, state, batch())
   except jax.errors.JaxRuntimeError as error:  # looking at every layer needs more memory than training
     where = f"the layer could not be found ({str(error).splitlines()[0]})"
   return f"loss or gradient not finite at step {step}: {where}"

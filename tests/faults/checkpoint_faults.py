@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets.config import Config
-from nfnets.train import manifest
-from nfnets.train.checkpoint import Checkpoints, SaveError
-from nfnets.train.state import TrainState
+from nfnets.train.checkpoints import manifest, retention
+from nfnets.train.checkpoints.errors import SaveError
+from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.step.state import TrainState
 
 RUN = {"config": Config(), "num_classes": 10, "records": 1000}
 
@@ -249,4 +250,4 @@ def lost_manifests(workdir: pathlib.Path) -> list[int]:
   for step in (10, 20):
     (workdir / "checkpoints" / str(step) / manifest.NAME).unlink()
   Checkpoints(str(workdir), keep=2, say=lambda line: None).close()
-  return manifest.steps(workdir / "checkpoints")
+  return retention.steps(workdir / "checkpoints")

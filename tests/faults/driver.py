@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from launch import cli, train as program
 from nfnets import optim
-from nfnets.data import loader
-from nfnets.train import step as steps
+from nfnets.data.batches.training import TrainBatches
+from nfnets.train import loop
+from nfnets.train.step import gradients
 
 POISON = 255  # an image of nothing else has a loss that is not a number
 
@@ -36,8 +37,8 @@ def fill(ballast: pathlib.Path, full: bool) -> None:
 
 
 def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
-  start, normalise, make_optimizer = loader.TrainBatches.start, steps.normalise, optim.make_optimizer
-  train_step_over = steps.train_step_over
+  start, normalise, make_optimizer = TrainBatches.start, gradients.normalise, optim.make_optimizer
+  train_step_over = loop.train_step_over
   mine = lambda fault: fault.get("process", 0) == jax.process_index()
 
   def faulty_start(self, at):
@@ -93,9 +94,9 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     finally:
       optim.make_schedule = schedule
 
-  loader.TrainBatches.start, steps.train_step_over = faulty_start, faulty_step_over
+  TrainBatches.start, loop.train_step_over = faulty_start, faulty_step_over
   if "nan" in faults:
-    steps.normalise = faulty_normalise
+    gradients.normalise = faulty_normalise
   if "lr" in faults:
     optim.make_optimizer = faulty_optimizer
 

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from nfnets.train.checkpoint import Checkpoints
+from nfnets.train.checkpoints.store import Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

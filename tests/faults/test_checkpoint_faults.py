@@ -1,7 +1,8 @@
 """Checkpoints killed, damaged and without a disk to lie on; the figures are those of the table that launch.chaos prints."""
 import pytest
 
-from nfnets.train.checkpoint import CheckpointError, Checkpoints
+from nfnets.train.checkpoints.errors import CheckpointError
+from nfnets.train.checkpoints.store import Checkpoints
 from tests.faults import checkpoint_faults as faults
 
 

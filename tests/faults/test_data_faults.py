@@ -11,9 +11,9 @@ from fsspec.registry import register_implementation
 from PIL import Image
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.data import buckets
+from nfnets.data.storage import buckets
 from nfnets.train import loop
-from nfnets.train.logbook import read_jsonl
+from nfnets.train.logs.logbook import read_jsonl
 from tests import shards
 from tests.faults.recipe import SMALL
 

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from nfnets.train import manifest
-from nfnets.train.checkpoint import Checkpoints
-from nfnets.train.processes import LOST
+from nfnets import distributed
+from nfnets.train.checkpoints import manifest
+from nfnets.train.checkpoints.store import Checkpoints
 from tests.faults import runs
 
 EVERY = 4  # steps between two checkpoints of the recipe
@@ -66,7 +66,7 @@ def test_a_stopped_process_is_noticed(tmp_path, row):
   ended = runs.run(tmp_path, {"SIGSTOP": {"process": 1, "step": 14}}, processes=2, grace=2, overrides=("--config.watchdog=8",))
   seconds = time.time() - (tmp_path / "done-SIGSTOP-1").stat().st_mtime
   stacks = [path for path in tmp_path.glob("stacks-*.txt") if "loop.py" in path.read_text()]
-  assert ended.status == LOST and seconds < 60, ended.output
+  assert ended.status == distributed.LOST and seconds < 60, ended.output
   row("SIGSTOP of process 1 of 2", f"ended in {seconds:.0f} s (watchdog 8 s), {len(stacks)} stacks written")
   assert stacks
 

@@ -17,10 +17,13 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.data import loader
-from nfnets.train import loop, state as states, watch
-from nfnets.train.checkpoint import CheckpointError, Checkpoints
-from nfnets.train.logbook import Logbook, read_jsonl
+from nfnets.data.batches.training import TrainBatches
+from nfnets.train import loop
+from nfnets.train.checkpoints.errors import CheckpointError
+from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.logs import window
+from nfnets.train.logs.logbook import Logbook, read_jsonl
+from nfnets.train.step.state import build_network, split_network
 
 TINY = {"width": (16, 16), "group_width": 8, "stem_width": (4, 4, 8), "stem_strides": (1, 1, 1, 2), "stage_strides": (1, 2),
         "depth": (1, 1)}
@@ -38,7 +41,7 @@ def tiny_config(**changes) -> Config:
 def final_arrays(workdir) -> list[np.ndarray]:
   """Everything a run's last checkpoint holds, in one order."""
   config = tiny_config()
-  graph, params, stats = states.split(states.build_network(config.model, 10))
+  graph, params, stats = split_network(build_network(config.model, 10))
   checkpoints = Checkpoints(str(workdir))
   found = checkpoints.restore_model(checkpoints.latest(), params, stats)
   checkpoints.close()
@@ -72,7 +75,7 @@ def test_a_run_learns_and_leaves_its_records(uninterrupted):
 
 def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, capsys):
   """SIGTERM while the parts of a step are computed, at an epoch's edge too: same images, keys, state, metrics, to the bit."""
-  original = loader.TrainBatches.start
+  original = TrainBatches.start
   one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
   monkeypatch.setattr(loop, "prefetch", one_by_one)
   stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # at 12 the first epoch is evaluated
@@ -81,11 +84,11 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
       if step == at:
         os.kill(os.getpid(), signal.SIGTERM)
       return original(self, step)
-    monkeypatch.setattr(loader.TrainBatches, "start", interrupting)
+    monkeypatch.setattr(TrainBatches, "start", interrupting)
     assert threading.current_thread() is threading.main_thread()
     ended = loop.train(tiny_config(), str(tmp_path))
     assert not ended.finished and ended.step == at + 1
-  monkeypatch.setattr(loader.TrainBatches, "start", original)
+  monkeypatch.setattr(TrainBatches, "start", original)
   ended = loop.train(tiny_config(), str(tmp_path))
   assert ended.finished and ended.results == uninterrupted[1].results
   assert re.findall(r"resumed from \S+/checkpoints/(\d+)", capsys.readouterr().out) == [str(at + 1) for at in stops]
@@ -146,7 +149,7 @@ def test_an_update_that_overflows_is_never_saved(tmp_path):
   with pytest.raises(loop.NonFiniteError, match="learning rate is too high|not finite"):
     loop.train(config, str(tmp_path))
   checkpoints = Checkpoints(str(tmp_path))
-  graph, params, stats = states.split(states.build_network(config.model, 10))
+  graph, params, stats = split_network(build_network(config.model, 10))
   for step in [checkpoints.latest()] if checkpoints.latest() else []:
     found = checkpoints.restore_model(step, params, stats)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
@@ -155,14 +158,14 @@ def test_an_update_that_overflows_is_never_saved(tmp_path):
 
 def test_waiting_counts_only_while_the_devices_are_idle(monkeypatch):
   clock = [0.0]
-  monkeypatch.setattr(watch.time, "perf_counter", lambda: clock[0])
+  monkeypatch.setattr(window.time, "perf_counter", lambda: clock[0])
 
   def slow(seconds):
     for batch in seconds:
       clock[0] += batch
       yield batch
   idle = iter([True, False, True])
-  waits = watch.Waits(slow([1.0, 2.0, 3.0]), lambda: next(idle))
+  waits = window.Waits(slow([1.0, 2.0, 3.0]), lambda: next(idle))
   for _ in waits:
     clock[0] += 1.0  # the step
   assert waits.share() == pytest.approx((1.0 + 3.0) / 9.0)
@@ -205,7 +208,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
   """As Ctrl-C does with `… | tee log`: the run still saves, and its status says "run me again"."""
-  program = ("import os, signal, sys; from nfnets.train.logbook import Logbook; from nfnets.train.watch import stop_on_signals\n"
+  program = ("import os, signal, sys; from nfnets.train.logs.logbook import Logbook; from nfnets.distributed.signals import stop_on_signals\n"
              "with stop_on_signals() as stop:\n"
              "  log = Logbook(sys.argv[1], start_step=0, total_steps=10)\n"
              "  sys.stdin.read()\n"

@@ -1,0 +1,32 @@
+"""Which network to train."""
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ModelConfig:
+  """Which network; None leaves a field to the variant's row in `nfnets.models`."""
+
+  # Name as in nfnets.models.names().
+  name: str = "nfnet_f0"
+  # What convolutions compute in: "float32" or "bfloat16"; parameters, statistics and logits are float32.
+  dtype: str = "float32"
+  # Dropout before the classifier, in [0, 1).
+  drop_rate: float | None = None
+  # Probability to drop the last block's residual branch, in [0, 1).
+  stochastic_depth: float | None = None
+  # Activation, one of nfnets.models.layers.ACTIVATIONS.
+  activation: str | None = None
+  # Recompute each block's activations in the backward pass: less memory, about a third more time.
+  remat: bool = False
+  # Any other field of the variant's row, e.g. {"stem_strides": (1, 1, 1, 1)}.
+  overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def all_overrides(self) -> dict[str, Any]:
+    """What to hand to `models.create` beside the name."""
+    named = {field: getattr(self, field) for field in ("drop_rate", "stochastic_depth", "activation")}
+    return {**self.overrides, **{k: v for k, v in named.items() if v is not None}, **({"remat": True} if self.remat else {})}
+
+  def validate(self) -> None:
+    if self.dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"ModelConfig.dtype = {self.dtype!r}: expected 'float32' or 'bfloat16'.")

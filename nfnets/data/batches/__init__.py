@@ -1,0 +1,1 @@
+"""Which record stands where in which batch, and the threads that decode it."""

@@ -1,0 +1,101 @@
+"""A source's images as squares, decoded by a pool of threads, with corrupt records counted."""
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from nfnets.config import DataConfig
+from nfnets.data.batches.prefetch import Batch, Pending, cores
+from nfnets.data.errors import CorruptRecord, DataError
+from nfnets.data.sources.base import Source
+
+
+class Timer:
+  """Adds this thread's CPU seconds to an entry; two threads may rarely lose an addition to each other, never a key."""
+
+  def __init__(self, times: dict[str, float], name: str):
+    self._times, self._name = times, name
+
+  def __enter__(self) -> None:
+    self._start = time.thread_time()
+
+  def __exit__(self, *_) -> None:
+    self._times[self._name] += time.thread_time() - self._start
+
+
+Process = tuple[int, int]  # index, count
+
+
+CHUNK = 8  # rows that one task of a thread fills
+
+
+class ImageDecoder:
+  """A source's images as squares, decoded by a pool of threads; corrupt records are counted, and too many of them end it."""
+
+  def __init__(self, source: Source, config: DataConfig, size: int | None, process: Process, say: Callable[[str], None], *,
+               resized: bool, field: str):
+    self.source, self.config, self._say = source, config, say
+    self._process, self._local = process, threading.local()
+    self.corrupt: dict[int, str] = {}
+    # CPU seconds of all threads by what they were spent on
+    self.times = {"read": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
+    self._lock = threading.Lock()
+    cv2.setNumThreads(1)  # the threads are ours
+    threads = config.threads or cores()
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    stored = None if resized else self._stored_size()
+    if stored and size not in (None, stored):
+      self.close()
+      raise DataError(f"config.data.{field}={size}, but the images of {source.name} are {stored}×{stored} (leave it unset "
+                      "to take them as they are, or let train_crop and test_crop resize them)")
+    self.size = size or stored
+
+  def close(self) -> None:
+    """Ends the threads, waiting for what they are doing."""
+    self._pool.shutdown(wait=True, cancel_futures=True)
+
+  def _stored_size(self) -> int:
+    for index in range(len(self.source)):
+      try:
+        height, width = self._pixels(index)[0].shape[:2]
+      except CorruptRecord:
+        continue
+      if height != width:
+        self.close()
+        raise DataError(f"the images of {self.source.name} are not square (record 0 is {height}×{width}); set "
+                        "config.data.train_crop=inception and test_crop=squash, say, which make them so")
+      return height
+    raise DataError(f"no image of {self.source.name} can be decoded")
+
+  def _pixels(self, index: int) -> tuple[np.ndarray, int]:
+    """(uint8 [H, W, 3], label). Raises CorruptRecord."""
+    with self._timed("read"):
+      record = self.source[index]
+    with self._timed("decode"):
+      return self.source.pixels(index, record), record.label
+
+  def _note_corrupt(self, index: int, error: CorruptRecord, then: str) -> None:
+    with self._lock:
+      if index in self.corrupt:
+        return
+      self.corrupt[index] = str(error)
+      found = len(self.corrupt)
+    if found > self.config.max_corrupt * len(self.source):
+      raise DataError(f"{found} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
+                      f"max_corrupt={self.config.max_corrupt:g} allows; the last: {error}")
+    self._say(f"corrupt record, {then}: {error}")
+
+  def _timed(self, name: str) -> Timer:
+    return Timer(self.times, name)
+
+  def _as_stored(self, image: np.ndarray, index: int, field: str) -> np.ndarray:
+    if image.shape[:2] != (self.size, self.size):
+      raise DataError(f"{self.source.address(index)} is {image.shape[0]}×{image.shape[1]}, not {self.size}×{self.size}; set "
+                      f"config.data.{field} to what resizes images, or the image size to theirs")
+    return image
+
+  def _run(self, work: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> "Pending":
+    return Pending([self._pool.submit(work, at, min(at + CHUNK, rows)) for at in range(0, rows, CHUNK)], finish)

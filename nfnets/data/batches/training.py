@@ -1,0 +1,171 @@
+"""Batches as a pure function of (seed, step): the same images, crops and mixtures for every number of processes and threads."""
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from nfnets.config import DataConfig
+from nfnets.data.batches.decoder import ImageDecoder, Process
+from nfnets.data.batches.order import GROUP, PARTNER, Order, Streams
+from nfnets.data.batches.prefetch import Batch, Pending
+from nfnets.data.errors import CorruptRecord, DataError
+from nfnets.data.images import augment, decode, mix
+from nfnets.data.sources.base import Source
+
+REMOTE_BLOCK = 32
+
+
+def shuffle_block(config: DataConfig, source: Source) -> int:
+  """Records that stay together in the shuffled order; the order of a run follows from it."""
+  return config.shuffle_block or (REMOTE_BLOCK if source.remote else 1)
+
+
+class TrainBatches(ImageDecoder):
+  """`batches[step]` → {"image": uint8 [rows, S, S, 3], "label": int32 [rows]}; any step, in any order.
+
+  Where images are mixed also "mix_label" int32 [rows] and "ratio" float32 [rows], the share of "label". `rows` are this
+  process's of the global batch. An image's crop, mixture and augmentation depend on (seed, epoch, record) alone.
+  Raises DataError where there is nothing to be replaced with.
+  """
+
+  def __init__(self, source: Source, config: DataConfig, *, batch: int, seed: int, process: Process = (0, 1),
+               say: Callable[[str], None] = print):
+    if config.mix != "none" and batch % 2:
+      raise DataError(f"config.batch={batch} is odd, but images are mixed with their neighbours (config.data.mix={config.mix})")
+    if batch % config.repeats or config.repeats > 1 and batch // config.repeats < 2:
+      raise DataError(f"config.batch={batch} does not hold images config.data.repeats={config.repeats} times each")
+    if batch % process[1]:
+      raise DataError(f"config.batch={batch} is not divisible by the {process[1]} processes")
+    if config.augment == "randaugment" and None in (config.randaugment_layers, config.randaugment_magnitude):
+      raise DataError("config.data.randaugment_layers and randaugment_magnitude are unset, and the model has none of its own")
+    super().__init__(source, config, config.image_size, process, say, resized=config.train_crop != "none", field="image_size")
+    self._batch, self._seed = batch, seed
+    block = shuffle_block(config, source)
+    self._order = Order(len(source), seed, block=block)
+    self._partners = Order(len(source), seed, purpose=PARTNER, block=block)
+    self._window, self._hinted = GROUP * block, 0
+
+  def __getitem__(self, step: int) -> Batch:
+    return self.start(step).result()
+
+  def start(self, step: int) -> Pending:
+    """Lets the threads begin with a batch; `result()` waits for it."""
+    per_process = self._batch // self._process[1]
+    first = self._process[0] * per_process
+    skipped, missing = (first % 2, (first + per_process) % 2) if self.config.mix != "none" else (0, 0)
+    rows = np.arange(first - skipped, first + per_process + missing)  # whole pairs
+    epochs, records = self._order.at(self._positions(step, rows))
+    copies = rows // (self._batch // self.config.repeats)
+    others = self._partners.at(self._positions(step, rows)) if self._second else None
+    if self.source.remote:
+      self._hint(step, rows)
+    made = {"image": np.empty((len(rows), self.size, self.size, 3), np.uint8), "label": np.empty(len(rows), np.int32)}
+    if self.config.mix != "none":
+      made |= {"mix_label": np.empty(len(rows), np.int32), "ratio": np.ones(len(rows), np.float32)}
+
+    def work(start: int, stop: int) -> None:
+      streams = self._streams()
+      pairs = range(start, stop, 2) if self.config.mix != "none" else ()
+      keys = [(self._seed, int(epochs[i]), int(records[i]), int(copies[i])) for i in range(start, stop)]
+      if not pairs:
+        for i in range(start, stop):
+          image, made["label"][i] = self._load(int(records[i]), keys[i - start], streams, made["image"][i])
+          self._augment(image, streams.of(*keys[i - start][:3], keys[i - start][3] + AUGMENT), made["image"][i])
+      for i in pairs:
+        seconds = None if others is None else [(self._seed, int(others[0][j]), int(others[1][j]), PARTNERS + int(copies[j]))
+                                                for j in (i, i + 1)]
+        self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start:i - start + 2], seconds, streams)
+    finish = lambda: {name: value[skipped:skipped + per_process] for name, value in made.items()}
+    return self._run(work, len(rows), finish)
+
+  @property
+  def _second(self) -> bool:
+    return self.config.mix != "none" and self.config.mix_with == "second"
+
+  def _positions(self, step: int, rows: np.ndarray) -> np.ndarray:
+    distinct = self._batch // self.config.repeats
+    return step * distinct + rows % distinct
+
+  def _hint(self, step: int, rows: np.ndarray) -> None:
+    """Tells the source of a bucket what comes next, whole windows of the shuffle at a time: their blocks lie together."""
+    distinct, n = self._batch // self.config.repeats, len(self.source)
+    ahead = 1 + -(-self._window // distinct)  # steps
+    now, until = step * distinct, (step + 3 * ahead) * distinct
+    until -= until % n % self._window
+    begin = self._hinted if now < self._hinted <= until else now
+    if begin < now + ahead * distinct:
+      order = [self._order] + [self._partners] * self._second
+      steps = [self._positions(at, rows) for at in range(begin // distinct, -(-until // distinct))]
+      positions = [at[(at >= begin) & (at < until)] for at in steps]
+      self.source.prefetch(np.concatenate([each.at(at)[1] for at in positions for each in order]))
+      self._hinted = until
+
+  def _streams(self) -> Streams:
+    if not hasattr(self._local, "streams"):
+      self._local.streams = Streams()
+    return self._local.streams
+
+  def _load(self, index: int, key: tuple[int, int, int, int], streams: Streams, out: np.ndarray) -> tuple[np.ndarray, int]:
+    """Writes the cropped, shifted and mirrored image of a record into `out`; (out, label).
+
+    A corrupt record's place is taken by the next one that can be read, cropped as the corrupt one would have been.
+    """
+    for at in range(index, index + len(self.source)):
+      try:
+        image, label = self._pixels(at % len(self.source))
+        break
+      except CorruptRecord as error:
+        self._note_corrupt(at % len(self.source), error, "replaced by the next")
+    else:
+      raise DataError(f"no image of {self.source.name} can be decoded")
+    rng, config = streams.of(*key), self.config
+    with self._timed("decode"):
+      if config.train_crop == "inception":
+        box = decode.inception_box(*image.shape[:2], self.size, rng, config.crop_area, config.crop_aspect)
+        decode.crop_and_resize(image, box, out)
+      else:
+        image = self._as_stored(image, at % len(self.source), "train_crop")
+        out[:] = decode.shift(image, *rng.integers(-config.shift, config.shift + 1, 2)) if config.shift else image
+      if config.flip and rng.random() < 0.5:
+        cv2.flip(out, 1, dst=out)
+    return out, label
+
+  def _augment(self, image: np.ndarray, rng: np.random.Generator, out: np.ndarray) -> None:
+    config = self.config
+    if config.augment == "none":
+      return
+    with self._timed("augment"):
+      if config.augment == "randaugment":
+        out[:] = augment.randaugment(image, rng, layers=config.randaugment_layers, magnitude=config.randaugment_magnitude)
+      else:
+        out[:] = augment.autoaugment(image, rng)
+
+  def _mix_pair(self, made: Batch, i: int, pair: int, keys: list[tuple], seconds: list[tuple] | None, streams: Streams) -> None:
+    """Rows i and i + 1: each mixed with the other one or with an image of the second stream."""
+    shape = (self.size, self.size, 3)
+    images, labels = zip(*(self._load(key[2], key, streams, np.empty(shape, np.uint8)) for key in keys), strict=True)
+    if seconds is None:
+      partners, mix_labels, partner_keys = images[::-1], labels[::-1], keys[::-1]
+    else:
+      partners, mix_labels = zip(*(self._load(key[2], key, streams, np.empty(shape, np.uint8)) for key in seconds), strict=True)
+      partner_keys = seconds
+    if self.config.augment_before_mix:
+      for image, key in [*zip(images, keys, strict=True), *([] if seconds is None else zip(partners, partner_keys, strict=True))]:
+        self._augment(image, streams.of(*key[:3], key[3] + AUGMENT), image)
+    kind = self.config.mix if self.config.mix != "mixup_cutmix" else ("mixup", "cutmix")[pair % 2]
+    for n, (image, partner, key) in enumerate(zip(images, partners, keys, strict=True)):
+      rng = streams.of(*key[:3], key[3] + MIX)
+      with self._timed("mix"):
+        if kind == "mixup":
+          ratio = mix.mixup_ratio(rng, self.config.mixup_alpha)
+          mixed = mix.mixup(image, partner, ratio)
+        else:
+          mixed, ratio = mix.cutmix(image, partner, mix.cutmix_box(self.size, self.size, rng))
+        made["image"][i + n] = mixed
+      made["label"][i + n], made["mix_label"][i + n], made["ratio"][i + n] = labels[n], mix_labels[n], ratio
+      if not self.config.augment_before_mix:
+        self._augment(made["image"][i + n], streams.of(*key[:3], key[3] + AUGMENT), made["image"][i + n])
+
+
+# Added to a copy's number, which is below 2**20: a stream of its own for what is done after the crop, and for partners.
+AUGMENT, MIX, PARTNERS = 1 << 20, 1 << 21, 1 << 22

@@ -1,0 +1,1 @@
+"""Pixels: decoding, cropping, augmenting, mixing of single images. Knows nothing of where they come from."""

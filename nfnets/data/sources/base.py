@@ -1,0 +1,85 @@
+"""What a source of images is, and one of arrays in memory."""
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from nfnets.data.errors import CorruptRecord
+from nfnets.data.images import decode
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+  """image: the bytes of a JPEG, PNG …, or uint8 [height, width, 3]; label: in [0, num_classes)."""
+
+  image: bytes | np.ndarray
+  label: int
+
+
+class Source(abc.ABC):
+  """len(source) records by number. Any thread may read; `close` when none does any more.
+
+  remote: whether reading waits for a network, so that `prefetch` pays.
+  """
+
+  remote: bool = False
+
+  def __init__(self, name: str, split: str, class_names: Sequence[str]):
+    self.name, self.split, self.class_names = name, split, tuple(class_names)
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+  @abc.abstractmethod
+  def __len__(self) -> int:
+    ...
+
+  @abc.abstractmethod
+  def __getitem__(self, index: int) -> Record:
+    """Raises CorruptRecord when this record cannot be read, DataError when its label is not one of the classes."""
+    ...
+
+  @abc.abstractmethod
+  def address(self, index: int) -> str:
+    """Where a record lies, for messages: "PATH at byte N (record I of M)", I from 1."""
+    ...
+
+  def pixels(self, index: int, record: Record) -> np.ndarray:
+    """The record's image, uint8 [height, width, 3]. Raises CorruptRecord."""
+    if isinstance(record.image, np.ndarray):
+      return record.image
+    try:
+      return decode.pixels(record.image)
+    except decode.UnreadableImage as error:
+      raise CorruptRecord(self.address(index), str(error)) from error
+
+  def prefetch(self, indices: np.ndarray) -> None:
+    """The records needed next, in this order; fetched ahead where reading waits for a network."""
+    return None
+
+  def verify(self, index: int) -> None:
+    """Reads a record and checks its checksums where it has any. Raises CorruptRecord."""
+    self[index]
+
+  def close(self) -> None:
+    """Closes files and connections; may be called twice."""
+    return None
+
+
+class ArraySource(Source):
+  """images: uint8 [n, height, width, 3]; labels: int [n]."""
+
+  def __init__(self, name: str, split: str, class_names: Sequence[str], images: np.ndarray, labels: np.ndarray):
+    super().__init__(name, split, class_names)
+    self._images, self._labels = images, labels
+
+  def __len__(self) -> int:
+    return len(self._labels)
+
+  def __getitem__(self, index: int) -> Record:
+    return Record(self._images[index], int(self._labels[index]))
+
+  def address(self, index: int) -> str:
+    return f"{self.name} {self.split} (record {index + 1} of {len(self)})"

@@ -1,0 +1,127 @@
+"""The features of a serialized tf.Example, by hand: no protobuf library, and bytes are copied once.
+
+Example.features = 1; Features.feature = 1, a map of key = 1 and value = 2; Feature: bytes_list = 1, float_list = 2,
+int64_list = 3; the lists: value = 1. A field starts with its number << 3 | kind; kind 2 is a length and bytes, 0 a varint.
+https://protobuf.dev/programming-guides/encoding/
+"""
+import functools
+from collections.abc import Iterator
+
+_NO_EXAMPLE = "its bytes are no tf.Example"
+
+
+def parse_example(payload: bytes, keys: tuple[str, ...]) -> dict[str, bytes | int]:
+  """The features `keys` of a serialized tf.Example, each of exactly one value, bytes or an integer; the rest is skipped.
+
+  Raises ValueError when a feature is missing, holds floats or not one value, or the bytes are no tf.Example.
+  """
+  wanted, found = _encoded(keys), {}
+  try:
+    for tag, start, end in _fields(payload, 0, len(payload)):
+      if tag != 0o12:
+        continue
+      for entry_tag, entry, entry_end in _fields(payload, start, end):
+        if entry_tag != 0o12:
+          continue
+        key, value = None, (0, 0)
+        for part, at, stop in _fields(payload, entry, entry_end):
+          if part == 0o12:
+            key = wanted.get(payload[at:stop])
+          elif part == 0o22:
+            value = at, stop
+        if key is not None:
+          found[key] = _value(payload, *value, key)
+  except IndexError:
+    raise ValueError(f"{_NO_EXAMPLE}: they end too early") from None
+  if len(found) < len(wanted):
+    raise ValueError(f"it has no feature {next(key for key in keys if key not in found)!r}")
+  return found
+
+
+@functools.cache
+def _encoded(keys: tuple[str, ...]) -> dict[bytes, str]:
+  return {key.encode(): key for key in keys}
+
+
+def _encode_varint(data: bytes, at: int) -> tuple[int, int]:
+  """The number at `at`, seven bits a byte, lowest first, and where it ends."""
+  value = data[at]
+  if value < 128:
+    return value, at + 1
+  value, shift = value & 127, 7
+  while shift < 70:
+    at += 1
+    byte = data[at]
+    value |= (byte & 127) << shift
+    if byte < 128:
+      return value & 0xFFFFFFFFFFFFFFFF, at + 1
+    shift += 7
+  raise ValueError(f"{_NO_EXAMPLE}: a number has more than ten bytes")
+
+
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+  """(tag, start, end) of the fields of the message in data[at:end]; of a varint (tag, value, end)."""
+  while at < end:
+    tag = data[at]  # nearly always one byte; a call for each would double the time
+    at += 1
+    if tag > 127:
+      tag, at = _encode_varint(data, at - 1)
+    kind = tag & 7
+    if kind == 2:
+      size = data[at]
+      start = at + 1
+      if size > 127:
+        size, start = _encode_varint(data, at)
+      at = start + size
+    elif kind == 0:
+      start, at = _encode_varint(data, at)
+    elif kind in (1, 5):
+      start = at
+      at += 8 if kind == 1 else 4
+    else:
+      raise ValueError(f"{_NO_EXAMPLE}: a field of kind {kind}")
+    if at > end or tag < 8:
+      raise ValueError(f"{_NO_EXAMPLE}: {'a field goes beyond its message' if at > end else 'a field of number 0'}")
+    yield tag, start, at
+
+
+def _value(data: bytes, at: int, end: int, key: str) -> bytes | int:
+  values = []
+  for kind, start, stop in _fields(data, at, end):
+    if kind == 0o12:
+      values += [data[a:b] for tag, a, b in _fields(data, start, stop) if tag == 0o12]
+    elif kind == 0o32:
+      for tag, a, b in _fields(data, start, stop):
+        if tag == 0o10:
+          values.append(a)
+        elif tag == 0o12:
+          while a < b:
+            number, a = _encode_varint(data, a)
+            values.append(number)
+    elif kind == 0o22:
+      raise ValueError(f"its feature {key!r} holds floats, not bytes or integers")
+  if len(values) != 1:
+    raise ValueError(f"its feature {key!r} holds {len(values)} values, not one")
+  value = values[0]
+  return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
+def serialize_example(features: dict[str, bytes | int]) -> bytes:
+  """A serialized tf.Example of one value a feature; laid out as the module's docstring says."""
+  entries = b""
+  for key, value in features.items():
+    kind, values = (1, _encode_field(1, value)) if isinstance(value, bytes) else (3, _encode_field(1, _encode_varint(value)))
+    entries += _encode_field(1, _encode_field(1, key.encode()) + _encode_field(2, _encode_field(kind, values)))
+  return _encode_field(1, entries)
+
+
+def _encode_field(number: int, content: bytes) -> bytes:
+  return _encode_varint(number << 3 | 2) + _encode_varint(len(content)) + content
+
+
+def _encode_varint(value: int) -> bytes:
+  data = bytearray()
+  while value > 127:
+    data.append(value & 127 | 128)
+    value >>= 7
+  return bytes([*data, value])

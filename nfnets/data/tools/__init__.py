@@ -1,0 +1,1 @@
+"""What `launch.data` does: looking at a dataset, checking it, writing it smaller."""

@@ -1,0 +1,1 @@
+"""What a run writes down for people. Knows nothing of the step."""

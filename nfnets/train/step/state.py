@@ -1,0 +1,52 @@
+"""The state of a training run, and the one seam between NNX modules and pure functions."""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from nfnets import models
+from nfnets.config import Config, ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+  """A pytree. params and stats are nnx.States (stats: BatchNorm's running ones, else empty); ema averages both, or is None.
+
+  step: int32 [], updates done, those left out included. halted: bool [], True once a step was bad and config.on_bad_step does
+  not skip: from then on nothing changes, so that `step` names the update that failed and the state is the one before it.
+  loss_mean: float32 [], running mean of the loss, which a spike is measured against; 0 before the first step.
+  bad_steps: int32 [], updates skipped or rolled back so far. passed_over: int32 [], batches that rollbacks left out: the next
+  step takes batch step + passed_over.
+  """
+
+  step: jax.Array
+  params: nnx.State
+  stats: nnx.State
+  opt_state: Any
+  ema: tuple[nnx.State, nnx.State] | None
+  halted: jax.Array
+  loss_mean: jax.Array
+  bad_steps: jax.Array
+  passed_over: jax.Array
+
+
+def build_network(config: ModelConfig, num_classes: int, *, seed: int = 0) -> models.Network:
+  """The network of a config; raises what `models.create` raises."""
+  return models.create(config.name, num_classes, rngs=seed, dtype=config.dtype, **config.all_overrides())
+
+
+def split_network(network: models.Network) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """(graph, params, stats); `nnx.merge(graph, params, stats)` is the network again."""
+  return nnx.split(network, nnx.Param, nnx.BatchStat)
+
+
+def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+  """The state before the first step; also on jax.eval_shape's abstract values. EMA starts as a copy of the parameters."""
+  average = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, (params, stats))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(step=zero, params=params, stats=stats, opt_state=optimizer.init(params), ema=average,
+                    halted=jnp.zeros((), bool), loss_mean=jnp.zeros(()), bad_steps=zero, passed_over=zero)

@@ -1,0 +1,181 @@
+"""Augmentation against the release's own pixels, and what it promises besides."""
+
+import concurrent.futures
+
+import numpy as np
+import pytest
+
+from nfnets.data.images import augment
+from tests import golden
+
+GOLDEN = golden.load("augment")
+CASES = [key for key in GOLDEN if key.startswith(("photo/", "low/"))]
+GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+SHAPES = [(1, 1), (1, 7), (2, 3), (3, 2), (5, 1), (17, 31), (64, 48)]
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+class Fixed:
+  """A generator that picks `index`, applies what has a probability above 0, and gives every argument its plus sign."""
+
+  def __init__(self, index: int):
+    self.index = index
+
+  def integers(self, *_, **__):
+    return self.index
+
+  def random(self, shape):
+    return np.zeros(shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operation_is_the_releases(case):
+  kind, name, level, drawn = case.split("/")
+  image, operation = GOLDEN[f"image/{kind}"], augment.OPERATIONS[name]
+  if operation.draw == "centre":
+    reach = operation.argument(float(level), augment.RANDAUGMENT_REACH)
+    got = operation.function(image, reach, *(int(entry) for entry in drawn.split(",")))
+  else:
+    got = operation.apply(image, float(level), 0 if int(drawn) > 0 else 0.9, 0, augment.RANDAUGMENT_REACH)
+  apart = np.abs(got.astype(int) - GOLDEN[case])
+  if name == "Rotate":  # Its sines may differ in the last bit, and with them which of two pixels is the nearer.
+    assert apart.mean() < 0.1, f"{np.count_nonzero(apart)} values differ"
+  else:
+    np.testing.assert_array_equal(got, GOLDEN[case])
+
+
+def test_golden_has_every_operation_and_both_signs():
+  assert {case.split("/")[1] for case in CASES} == set(augment.OPERATIONS)
+  for name in GEOMETRIC:
+    assert augment.OPERATIONS[name].draw == "sign"
+    assert {case[-2:] for case in CASES if f"/{name}/" in case} == {"/1", "-1"}
+
+
+@pytest.mark.parametrize("index", range(25))
+def test_policy_is_the_releases(index):
+  got = augment.autoaugment(GOLDEN["image/small"], Fixed(index))
+  assert np.abs(got.astype(int) - GOLDEN[f"policy/{index}"]).mean() < 0.1
+
+
+def test_policy_has_the_releases_probabilities_and_levels():
+  ours = [", ".join(f"{name} {probability} {level}" for name, probability, level in pair) for pair in augment.POLICY_V0]
+  assert ours == GOLDEN["policy"].tolist()
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_size_and_level(name, shape):
+  image = picture(*shape)
+  before = image.copy()
+  for level in (0, 2.5, 5, 10, 15, 22.5, 30):
+    for reach in (augment.RANDAUGMENT_REACH, augment.AUTOAUGMENT_REACH):
+      got = augment.OPERATIONS[name](image, level, np.random.default_rng(1), reach)
+      assert got.dtype == np.uint8 and got.shape == image.shape and got.flags.c_contiguous
+  np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+def test_read_only_images_are_fine(name):
+  image = picture(20, 24)
+  expected = augment.OPERATIONS[name](image.copy(), 10, np.random.default_rng(0))
+  image.setflags(write=False)
+  np.testing.assert_array_equal(augment.OPERATIONS[name](image, 10, np.random.default_rng(0)), expected)
+
+
+@pytest.mark.parametrize("value", [0, 90, 255])
+def test_flat_images_stay_flat(value):
+  """No division by an empty range or step."""
+  image = np.full((20, 30, 3), value, np.uint8)
+  np.testing.assert_array_equal(augment.autocontrast(image), image)
+  np.testing.assert_array_equal(augment.equalize(image), image)
+
+
+def test_geometry_by_hand():
+  image = picture(6, 8)
+  np.testing.assert_array_equal(augment.translate_x(image, 3)[:, :5], image[:, 3:])
+  assert (augment.translate_x(image, 3)[:, 5:] == augment.GREY).all()
+  np.testing.assert_array_equal(augment.translate_y(image, -2)[2:], image[:-2])
+  assert (augment.translate_y(image, 6) == augment.GREY).all()
+  np.testing.assert_array_equal(augment.rotate(image, 180), image[::-1, ::-1])
+  square = picture(7, 7)
+  np.testing.assert_array_equal(augment.rotate(square, 90), np.rot90(square))
+  np.testing.assert_array_equal(augment.shear_x(image, 1)[2, :6], image[2, 2:])
+  np.testing.assert_array_equal(augment.shear_y(image, -1)[3:, 3], image[:3, 3])
+
+
+def test_cutout_is_clipped():
+  image = np.zeros((10, 12, 3), np.uint8)
+  grey = (augment.cutout(image, 3, 1, 11) == augment.GREY).all(axis=-1)
+  assert grey[:4, 8:].all() and grey.sum() == 16
+  assert (augment.cutout(image, 0, 5, 5) == 0).all()
+
+
+def test_levels_beyond_a_byte_wrap_as_in_the_release():
+  image = picture(9, 9)
+  np.testing.assert_array_equal(augment.solarize(image, 256), augment.invert(image))
+  np.testing.assert_array_equal(augment.solarize(image, 384), augment.solarize(image, 128))
+  np.testing.assert_array_equal(augment.posterize(image, 9), image & 0x80)
+  np.testing.assert_array_equal(augment.posterize(image, 0), image & 0x80)
+
+
+def test_contrast_is_towards_the_number_of_pixels():
+  for side, grey in ((192, 144), (224, 196), (320, 255)):
+    image = np.full((side, side, 3), 10, np.uint8)
+    assert (augment.contrast(image, 0.5) == (10 + grey) // 2).all()
+
+
+@pytest.mark.parametrize("policy", [
+  lambda image, rng: augment.randaugment(image, rng, layers=4, magnitude=15),
+  augment.autoaugment,
+], ids=["randaugment", "autoaugment"])
+def test_a_function_of_the_generator_alone(policy):
+  image = picture(40, 56)
+  before = image.copy()
+  serial = [policy(image, np.random.default_rng(seed)) for seed in range(60)]
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    parallel = list(pool.map(lambda seed: policy(image, np.random.default_rng(seed)), reversed(range(60))))
+  for one, other in zip(serial, reversed(parallel), strict=True):
+    np.testing.assert_array_equal(one, other)
+    assert one.dtype == np.uint8 and one.shape == image.shape and one.flags.c_contiguous
+  assert len({one.tobytes() for one in serial}) > 15
+  np.testing.assert_array_equal(image, before)
+  # An image seen through a view with gaps, or upside down, is the same image.
+  view = np.ascontiguousarray(image[::-1])[::-1]
+  np.testing.assert_array_equal(policy(view, np.random.default_rng(7)), serial[7])
+
+
+def test_every_operation_and_both_signs_come_up(monkeypatch):
+  seen = {name: [] for name in augment.OPERATIONS}
+
+  def recorder(name):
+    def record(image, *arguments):
+      seen[name].append(arguments)
+      return image
+    return record
+
+  for name, operation in augment.OPERATIONS.items():
+    monkeypatch.setitem(augment.OPERATIONS, name, operation._replace(function=recorder(name)))
+  rng, image = np.random.default_rng(0), picture(30, 50)
+  for _ in range(1600):
+    augment.randaugment(image, rng, layers=2, magnitude=9)
+  counts = np.array([len(calls) for calls in seen.values()])
+  assert counts.sum() == 3200
+  assert ((counts - 200) ** 2 / 200).sum() < 37.7  # chi-squared, 15 degrees of freedom, 0.1%
+  for name in GEOMETRIC:
+    positive = np.mean([call[0] > 0 for call in seen[name]])
+    assert 0.36 < positive < 0.64 and len({call[0] for call in seen[name]}) == 2
+  _, rows, columns = np.array(seen["Cutout"]).T
+  assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 29, 0, 49)
+
+
+@pytest.mark.parametrize("image", [
+  np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8),
+], ids=lambda image: f"{image.dtype}{image.shape}")
+def test_refuses_other_images(image):
+  with pytest.raises(ValueError, match="expected uint8"):
+    augment.randaugment(image, np.random.default_rng(0), layers=1, magnitude=5)
+  with pytest.raises(ValueError, match="expected uint8"):
+    augment.autoaugment(image, np.random.default_rng(0))

@@ -1,0 +1,88 @@
+"""Pixels and crops against TensorFlow's (tests/golden/README.md), and bytes that are no image."""
+import io
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nfnets.data.images import decode
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[2] / "golden" / "decode.npz")
+FILES = sorted(name.removeprefix("file_") for name in GOLDEN.files if name.startswith("file_"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_are_tensorflows(name):
+  """Baseline, progressive, grey, EXIF-rotated (left as it lies) JPEG, PNG of any kind: equal; CMYK within one grey level."""
+  found, wanted = decode.pixels(GOLDEN[f"file_{name}"].tobytes()), GOLDEN[f"pixels_{name}"]
+  assert found.dtype == np.uint8 and found.shape == wanted.shape
+  assert np.abs(found.astype(int) - wanted).max() <= (1 if name == "cmyk" else 0)
+
+
+@pytest.mark.parametrize("name", ["squash", "crop"])
+def test_evaluation_crops_are_tensorflows_rounded(name):
+  found = decode.TEST_CROPS[name](GOLDEN["pixels_plain"], 32)
+  wanted = GOLDEN[f"{name}_32"] / 8  # stored in eighths
+  assert np.abs(found - np.clip(wanted, 0, 255)).max() <= 0.5 + 1 / 16
+
+
+def test_short_side_keeps_the_shape():
+  """An image that needs no resizing is only cropped."""
+  image = GOLDEN["pixels_plain"]  # 80×120
+  np.testing.assert_array_equal(decode.short_side(image, 70), image[5:75, 25:95])
+  assert decode.short_side(image, 33).shape == (33, 33, 3)
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (300, 900)])
+def test_training_crops_are_distributed_as_tensorflows(height, width):
+  """Deciles of area, aspect, top, left and height of 20,000 boxes, in both."""
+  rng = np.random.default_rng(0)
+  boxes = np.array([decode.inception_box(height, width, 192, rng, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(20_000)])
+  top, left, h, w = boxes.T
+  assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+  found = np.quantile(np.stack([h * w / (height * width), w / h, top, left, h], axis=1), np.linspace(0, 1, 11), axis=0)
+  wanted = GOLDEN[f"boxes_{height}x{width}"]
+  assert (np.abs(found - wanted)[1:-1] <= 0.03 * np.ptp(wanted, axis=0)).all()
+
+
+def test_impossible_crops_fall_back_to_the_centre():
+  rng = np.random.default_rng(0)
+  assert decode.inception_box(1000, 10, 64, rng, (0.5, 1.0), (1.0, 1.0)) == decode.centre_box(1000, 10, 64)
+  assert decode.inception_box(1, 1, 64, rng, (0.08, 1.0), (3 / 4, 4 / 3))[2:] == (1, 1)
+
+
+def test_a_crop_of_the_right_size_is_not_resized():
+  image = GOLDEN["pixels_plain"]
+  out = np.zeros((20, 20, 3), np.uint8)
+  decode.crop_and_resize(image, (3, 4, 20, 20), out)
+  np.testing.assert_array_equal(out, image[3:23, 4:24])
+
+
+def test_shifted_images_move_and_repeat_their_edge():
+  image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+  moved = decode.shift(image, 1, -2)
+  np.testing.assert_array_equal(moved[1:, :3], image[:-1, 2:])
+  np.testing.assert_array_equal(moved[0, :3], image[0, 2:])
+  np.testing.assert_array_equal(moved[1:, 4], image[:-1, 4])
+
+
+def jpeg(**options) -> bytes:
+  out = io.BytesIO()
+  Image.fromarray(GOLDEN["pixels_plain"]).save(out, "JPEG", **options)
+  return out.getvalue()
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"", "no bytes"), (b"hello, world", "not an image"), (jpeg()[:len(jpeg()) // 2], "truncated"), (jpeg()[:10], "."),
+    (GOLDEN["file_png"].tobytes()[:200], "."), (b"\xff\xd8\xff" + bytes(500), ".")])
+def test_what_is_no_image_is_said_so(data, message):
+  with pytest.raises(decode.UnreadableImage, match=message):
+    decode.pixels(data)
+
+
+def test_a_harmless_warning_is_no_corruption():
+  """ImageNet has JPEGs with bytes between their data and their end marker; TensorFlow reads them."""
+  data = jpeg()
+  odd = data[:-2] + b"\x12\x34\x56" + data[-2:]
+  assert np.abs(decode.pixels(odd).astype(int) - decode.pixels(data)).max() <= 1

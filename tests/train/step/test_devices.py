@@ -1,0 +1,201 @@
+"""However the devices share the work, the step is the same: copied or split state, parts of a batch, a loop of one's own."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from nfnets import optim
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.models import layers
+from nfnets.train.step import sharding
+from nfnets.train.step.gradients import local_gradients, row_keys, step_key
+from nfnets.train.step.state import build_network, init_state, split_network
+from nfnets.train.step.step import make_train_step, train_step_over
+
+STEPS = 20
+TINY = {"width": (16, 32), "group_width": 8, "stem_width": (4, 4, 8), "depth": (1, 1), "stem_strides": (1, 1, 1, 2),
+        "stage_strides": (1, 2)}  # two blocks: compiling takes most of the time
+
+
+def make_config(**changes) -> Config:
+  """AGC, Nesterov, EMA, dropout and stochastic depth on."""
+  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
+                  data=DataConfig(name="digits"), batch=32, epochs=2,
+                  optim=OptimConfig(base_lr=0.8, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9))
+  return dataclasses.replace(config, **changes)
+
+
+def batch_of(step: int, rows: int = 32) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(step)
+  label = rng.integers(0, 10, rows).astype(np.int32)
+  image = rng.integers(0, 60, (rows, 8, 8, 3)) + 20 * label[:, None, None, None]
+  return {"image": image.astype(np.uint8), "label": label}
+
+
+def prepare(config: Config):
+  graph, params, stats = split_network(build_network(config.model, 10))
+  optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=20, total_steps=40)
+  return graph, optimizer, init_state(params, stats, optimizer, config)
+
+
+def train(config: Config, devices: int, count: int = STEPS):
+  """(losses, state) after `count` steps on so many devices."""
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  graph, optimizer, state = prepare(config)
+  like = sharding.place(mesh, state, shard=config.shard)
+  state, losses = sharding.put(state, like), []
+  step = train_step_over(config, mesh, graph, optimizer, like)
+  for i in range(count):
+    hosts = np.array([[i == 1, 3]] * devices, np.int32)  # what hosts say to each other through the step
+    state, metrics = step(state, sharding.put_batch(mesh, {**batch_of(i), "host": hosts}))
+    assert (int(metrics["stop"]), int(metrics["corrupt"])) == (i == 1, 3 * devices)
+    losses.append(float(metrics["loss_sum"]) / float(metrics["count"]))
+  assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
+  return losses, state
+
+
+def same(a, b, tolerance: float = 1e-5) -> None:
+  close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+  jax.tree.map(close, jax.device_get(a), jax.device_get(b))
+
+
+def furthest(a, b) -> float:
+  """The largest absolute difference between two trees."""
+  return max(float(np.max(np.abs(x - y))) for x, y in zip(*map(jax.tree.leaves, jax.device_get((a, b))), strict=True))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return train(make_config(), 1)
+
+
+def test_the_reference_learns(one_device):
+  losses, state = one_device
+  assert np.mean(losses[-3:]) < 0.9 * losses[0] and int(state.step) == STEPS and not state.halted
+
+
+@pytest.mark.parametrize("devices, shard, accumulate", [(2, True, 1), (8, False, 2)])
+def test_shared_work_is_the_same_work(one_device, devices, shard, accumulate):
+  """Losses, parameters, momentum, AGC's statistics and averages after 20 steps."""
+  losses, state = train(make_config(shard=shard, accumulate=accumulate), devices)
+  np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+  same((state.params, state.ema), (one_device[1].params, one_device[1].ema))
+  same(state.opt_state, one_device[1].opt_state, 1e-4)  # AGC's largest ratios, of 40 and more, among them
+
+
+@pytest.mark.parametrize("wrap", ["pmap", "shard_map"])
+def test_a_loop_of_ones_own(one_device, wrap):
+  """The pure step inside a user's jax.pmap or jax.shard_map, each device with its part of the batch."""
+  config, devices = make_config(), jax.devices()[:2]
+  graph, optimizer, state = prepare(config)
+  core = make_train_step(config, graph, optimizer, axis="replicas")
+  if wrap == "pmap":
+    step = jax.pmap(core, axis_name="replicas", devices=devices)
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    divide, first = (lambda batch: {name: x.reshape(2, -1, *x.shape[1:]) for name, x in batch.items()}), lambda x: x[0]
+  else:
+    mesh = jax.make_mesh((2,), ("replicas",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = PartitionSpec(), PartitionSpec("replicas")
+    step = jax.jit(jax.shard_map(core, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False))
+    divide = first = lambda x: x
+  losses = []
+  for i in range(STEPS):
+    state, metrics = step(state, divide(batch_of(i)))
+    losses.append(float(first(metrics["loss_sum"])) / float(first(metrics["count"])))
+  np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+  same(jax.tree.map(first, (state.params, state.ema)), (one_device[1].params, one_device[1].ema))
+
+
+def test_weights_are_standardized_once_however_many_parts(monkeypatch):
+  """Counted in the traced program: a standardization is the one rsqrt of a convolution."""
+  counts = []
+  for accumulate in (1, 4):
+    config = make_config(accumulate=accumulate)
+    graph, optimizer, state = prepare(config)
+    program = jax.make_jaxpr(make_train_step(config, graph, optimizer))(state, batch_of(0))
+    convolutions = sum(path[-1] == "gain" for path, _ in jax.tree_util.tree_flatten_with_path(state.params.to_pure_dict())[0]
+                       for path in [[str(getattr(part, "key", part)) for part in path]])
+    counts.append(str(program).count(" rsqrt "))
+    assert convolutions > 10 and counts[-1] == convolutions
+  assert counts[0] == counts[1]
+
+
+def test_statistics_of_each_device():
+  """batch_stats="device": the gradient is the mean of what each half of the batch gives, and so are the statistics."""
+  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
+  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small), batch_stats="device")
+  config.optim = dataclasses.replace(config.optim, warmup_epochs=0)  # else the first learning rate is 0
+  graph, optimizer, state = prepare(config)
+  mesh, batch = sharding.make_mesh(jax.devices()[:2]), batch_of(0)
+  like = sharding.place(mesh, state)
+  after, _ = train_step_over(config, mesh, graph, optimizer, like)(sharding.put(state, like), sharding.put_batch(mesh, batch))
+  gradients = jax.jit(functools.partial(local_gradients, config, graph))
+  batch["key"] = row_keys(step_key(config, 0), 32)
+  halves = [gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch))
+            for part in (slice(0, 16), slice(16, 32))]
+  grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+  updates, _ = optimizer.update(grads, state.opt_state, state.params)
+  assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5 and furthest(after.stats, stats) < 1e-5
+  other = train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
+      sharding.put(state, like), sharding.put_batch(mesh, batch_of(0)))[0]
+  assert furthest(after.stats, other.stats) > 1e-4 and furthest(after.params, other.params) > 1e-4
+
+
+def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
+  config = make_config(model=ModelConfig(name="resnet_tiny"))
+  config.optim = dataclasses.replace(config.optim, sam_rho=0.1)
+  with pytest.raises(ValueError, match="config.batch_stats='global' with config.optim.sam_rho: .* expected"):
+    train(config, 2, count=0)
+
+
+def test_sharpness_aware_steps():
+  """SAM by hand, on two devices: each climbs by itself on the first quarter of its rows; the gradients there are averaged."""
+  plain = make_config()
+  plain.optim = dataclasses.replace(plain.optim, warmup_epochs=0)  # else the first learning rate is 0
+  config = dataclasses.replace(plain, optim=dataclasses.replace(plain.optim, sam_rho=0.1, sam_share=0.25))
+  graph, optimizer, state = prepare(config)
+  mesh, batch = sharding.make_mesh(jax.devices()[:2]), batch_of(0)
+  like = sharding.place(mesh, state)
+  after, _ = train_step_over(config, mesh, graph, optimizer, like)(sharding.put(state, like), sharding.put_batch(mesh, batch))
+  batch["key"] = row_keys(step_key(config, 0), 32)
+  gradients = jax.jit(lambda params, batch: local_gradients(plain, graph, params, state.stats, batch)[0])
+  descents = []
+  for rows in (slice(0, 16), slice(16, 32)):
+    mine = jax.tree.map(lambda x, rows=rows: x[rows], batch)
+    first = {**jax.tree.map(lambda x: x[:4], mine), "key": layers.fold_in(mine["key"][:4], 1 << 31)}  # a dropout of its own
+    ascent = gradients(state.params, first)
+    norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(jax.device_get(ascent))))
+    descents.append(gradients(jax.tree.map(lambda p, g, norm=norm: p + 0.1 / norm * g, state.params, ascent), mine))
+  updates, _ = optimizer.update(jax.tree.map(lambda a, b: (a + b) / 2, *descents), state.opt_state, state.params)
+  assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5
+  batch = sharding.put_batch(mesh, batch_of(0))
+  without, _ = train_step_over(plain, mesh, graph, optimizer, like)(sharding.put(state, like), batch)
+  assert furthest(after.params, without.params) > 1e-3 and furthest(after.params, state.params) > 1e-3
+
+
+def test_bad_steps_are_left_out_and_counted():
+  """A loss of eight times its running mean, where the policy is to skip; for "stop" see test_step.py."""
+  config = make_config(on_bad_step="skip", spike=3.0)
+  graph, optimizer, state = prepare(config)
+  step = jax.jit(make_train_step(config, graph, optimizer))
+  for i in range(2):
+    state, metrics = step(state, batch_of(i))
+    assert not metrics["bad"]
+  before = state
+  state, metrics = step(dataclasses.replace(state, loss_mean=state.loss_mean / 8), batch_of(2))
+  assert metrics["bad"] and (int(state.bad_steps), int(state.step), bool(state.halted)) == (1, 3, False)
+  same((state.params, state.opt_state, state.ema), (before.params, before.opt_state, before.ema), 0)
+  state, metrics = step(dataclasses.replace(state, loss_mean=before.loss_mean), batch_of(3))
+  assert not metrics["bad"] and (int(state.bad_steps), int(state.step)) == (1, 4)
+
+
+def test_standardized_kernels_are_taken_as_they_are():
+  conv = layers.WSConv(3, 8, 3, rngs=layers.ParamKeys(jax.random.key(0)))
+  expected = conv.weight()
+  layers.standardize(conv)
+  with layers.standardized():
+    np.testing.assert_array_equal(conv.weight(), expected)

@@ -1,0 +1,120 @@
+"""The step: the same on 1 and 8 devices, nothing changes once a number is not finite, exact evaluation on any batch."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfnets import optim
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.data.batches.evaluation import EvalBatches
+from nfnets.data.batches.training import TrainBatches
+from nfnets.data.sources.open import open_source
+from nfnets.train import evaluate
+from nfnets.train.step import sharding
+from nfnets.train.step.gradients import batch_loss, normalise, row_keys
+from nfnets.train.step.state import build_network, init_state, split_network
+from nfnets.train.step.step import eval_step_over, train_step_over
+
+
+def make_config(model: str) -> Config:
+  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
+  return Config(model=ModelConfig(name=model, drop_rate=0.2, overrides=small), data=DataConfig(name="digits", shift=1),
+                optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9),
+                batch=64, epochs=2)
+
+
+def prepare(config: Config, devices: int):
+  """(mesh, step, evaluation step, state, batches) on the first `devices` devices."""
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  data = open_source(config.data, train=True)
+  graph, params, stats = split_network(build_network(config.model, 10))
+  optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=22, total_steps=44)
+  state = init_state(params, stats, optimizer, config)
+  like = sharding.place(mesh, state, shard=config.shard)
+  return (mesh, train_step_over(config, mesh, graph, optimizer, like), eval_step_over(config, mesh, graph),
+          sharding.put(state, like), TrainBatches(data, config.data, batch=config.batch, seed=config.seed))
+
+
+def test_eight_devices_equal_one():
+  """Losses, parameters, running statistics and EMA after 4 steps, with the global batch's BatchNorm; without: test_devices.py."""
+  assert jax.device_count() == 8
+  finals = []
+  for devices in (1, 8):
+    mesh, step, _, state, batches = prepare(make_config("resnet_tiny"), devices)
+    losses = []
+    for i in range(4):
+      state, metrics = step(state, sharding.put_batch(mesh, batches[i]))
+      losses.append(float(metrics["loss_sum"]))
+    finals.append((losses, jax.device_get((state.params, state.stats, state.ema))))
+  np.testing.assert_allclose(finals[0][0], finals[1][0], rtol=1e-5)
+  # BatchNorm divides by deviations that may be tiny, and so amplifies float32's rounding
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), finals[0][1], finals[1][1])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
+  mesh, step, _, state, batches = prepare(make_config("nf_resnet_tiny"), 2)
+  state, _ = step(state, sharding.put_batch(mesh, batches[0]))
+  before = jax.device_get(state)
+  nans = lambda x: jax.device_put(np.full(x.shape, np.nan, np.float32), sharding.replicated(mesh))
+  poisoned = dataclasses.replace(state, params=jax.tree.map(lambda x: x, state.params))
+  poisoned.params["fc"]["bias"] = jax.tree.map(nans, before.params["fc"]["bias"])
+  expected = jax.device_get(poisoned)
+  for i in (1, 2):
+    poisoned, _ = step(poisoned, sharding.put_batch(mesh, batches[i]))
+  after = jax.device_get(poisoned)
+  assert bool(after.halted) and int(after.step) == 1
+  for field in ("params", "opt_state", "ema"):
+    jax.tree.map(np.testing.assert_array_equal, getattr(expected, field), getattr(after, field))
+
+
+def test_the_state_is_donated():
+  mesh, step, _, state, batches = prepare(make_config("nf_resnet_tiny"), 1)
+  before = jax.tree.leaves(state.params)
+  step(state, sharding.put_batch(mesh, batches[0]))
+  assert all(leaf.is_deleted() for leaf in before)
+
+
+def test_evaluation_is_exact_on_any_devices_and_batch():
+  config = make_config("nf_resnet_tiny")
+  data = open_source(config.data, train=False)
+  found = []
+  for devices, batch in ((1, 360), (8, 50), (3, 7)):
+    mesh, _, eval_step, state, _ = prepare(config, devices)
+    heard = []
+    batches = EvalBatches(data, config.data, batch=sharding.whole_batch(batch, mesh))
+    weights = {"params": (state.params, state.stats), "again": (state.params, state.stats)}
+    both = evaluate.evaluate(eval_step, mesh, weights, batches, progress=heard.append)
+    assert both["params"] == both["again"]
+    found.append(both["params"])
+    batches.close()
+    assert heard[-1] == found[-1]["count"] == 360
+  assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"] and found[0]["top5"] == found[1]["top5"]
+  assert [each["loss"] for each in found] == pytest.approx([found[0]["loss"]] * 3, rel=1e-5)
+  network = build_network(config.model, 10)
+  images, labels = (np.stack(part) for part in zip(*((data[i].image, data[i].label) for i in range(360)), strict=True))
+  logits = np.asarray(network(normalise(jnp.asarray(images), config.data)), np.float64)
+  assert found[0]["top1"] == (logits.argmax(-1) == labels).mean()
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  assert found[0]["loss"] == pytest.approx(-logp[np.arange(360), labels].mean(), rel=1e-5)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+  with pytest.raises(ValueError, match="batch=100 is not divisible by the 8 devices; use 96 or 104"):
+    sharding.check_batch(100, sharding.make_mesh())
+
+
+def test_mixed_labels_reach_the_loss():
+  config = dataclasses.replace(make_config("nf_resnet_tiny"), label_smoothing=0.0)
+  config.model.drop_rate = 0.0
+  graph, params, stats = split_network(build_network(config.model, 10))
+  data = open_source(config.data, train=False)
+  labels = jnp.asarray([data[i].label for i in range(16)])
+  batch, other = {"image": jnp.asarray(np.stack([data[i].image for i in range(8)])), "label": labels[:8]}, labels[8:]
+  batch["key"] = row_keys(jax.random.key(0), 8)
+  loss = lambda **extra: float(batch_loss(config, graph, params, stats, batch | extra)[0])
+  mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
+  assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)
+  assert isinstance(nnx.merge(graph, params, stats), nnx.Module)
