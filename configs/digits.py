@@ -4,6 +4,7 @@
 
 The published recipe (AGC, Nesterov, warm-up and cosine, label smoothing, EMA) on a small NFNet that keeps its resolution longer.
 """
+
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
 
@@ -11,7 +12,13 @@ def get_config(arg: str = "") -> Config:
   if arg:
     raise ValueError(f"configs/digits.py takes no argument, got {arg!r}")
   return Config(
-      model=ModelConfig(name="nfnet_digits"),
-      data=DataConfig(name="digits", shift=1, mean=(77.8,) * 3, std=(95.9,) * 3),
-      optim=OptimConfig(base_lr=0.8, warmup_epochs=3, clipping=0.04, agc_track=True, ema_decay=0.99),
-      batch=128, eval_batch=360, epochs=45, log_every=20, eval_every=5, checkpoint_every=15)
+    model=ModelConfig(name="nfnet_digits"),
+    data=DataConfig(name="digits", shift=1, mean=(77.8,) * 3, std=(95.9,) * 3),
+    optim=OptimConfig(base_lr=0.8, warmup_epochs=3, clipping=0.04, agc_track=True, ema_decay=0.99),
+    batch=128,
+    eval_batch=360,
+    epochs=45,
+    log_every=20,
+    eval_every=5,
+    checkpoint_every=15,
+  )

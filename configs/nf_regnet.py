@@ -5,6 +5,7 @@
 Arguments: the variant (B0 to B5), then `minival` (train without train[:10000], evaluate on it). 1,024 images a step, e.g. 8 GPUs.
 Not yet run to its end here.
 """
+
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
 
@@ -14,10 +15,27 @@ def get_config(arg: str = "B0") -> Config:
     raise ValueError(f"configs/nf_regnet.py takes B0 to B5, and minival, e.g. B0,minival; got {arg!r}")
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(
-      model=ModelConfig(name=f"nf_regnet_{variant.lower()}"),
-      data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception",
-                      test_crop="crop", flip=True,
-                      mix="mixup_cutmix"),
-      optim=OptimConfig(base_lr=0.4, scale_lr=False, end_lr=0.001, warmup_epochs=5, weight_decay=5e-5 + 1e-5 * int(variant[1]),
-                        clipping=None, ema_decay=0.99999),
-      batch=1024, eval_batch=1024, epochs=360, label_smoothing=0.1)
+    model=ModelConfig(name=f"nf_regnet_{variant.lower()}"),
+    data=DataConfig(
+      name="imagenet2012",
+      train_split=train,
+      test_split=test,
+      train_crop="inception",
+      test_crop="crop",
+      flip=True,
+      mix="mixup_cutmix",
+    ),
+    optim=OptimConfig(
+      base_lr=0.4,
+      scale_lr=False,
+      end_lr=0.001,
+      warmup_epochs=5,
+      weight_decay=5e-5 + 1e-5 * int(variant[1]),
+      clipping=None,
+      ema_decay=0.99999,
+    ),
+    batch=1024,
+    eval_batch=1024,
+    epochs=360,
+    label_smoothing=0.1,
+  )

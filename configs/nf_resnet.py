@@ -7,6 +7,7 @@ train[:10000], evaluate on it). Give the batch as `bs=`: AGC's threshold follows
 each halving (ours: larger thresholds do at smaller batches, figure 2 of 2102.06171). 8 GPUs of 80 GB hold 1,024 images.
 Not yet run to its end here.
 """
+
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
 DEPTHS = ("50", "101", "152", "200", "288", "600")
@@ -20,8 +21,11 @@ def get_config(arg: str = "50") -> Config:
   batch = int(sizes[0])
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(
-      model=ModelConfig(name=f"nf_resnet{depth}", dtype="bfloat16"),
-      data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception",
-                      test_crop="crop", flip=True),
-      optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=5e-5, clipping=0.01 * 4096 / batch, ema_decay=0.9999),
-      batch=batch, eval_batch=1024, epochs=90, label_smoothing=0.1)
+    model=ModelConfig(name=f"nf_resnet{depth}", dtype="bfloat16"),
+    data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception", test_crop="crop", flip=True),
+    optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=5e-5, clipping=0.01 * 4096 / batch, ema_decay=0.9999),
+    batch=batch,
+    eval_batch=1024,
+    epochs=90,
+    label_smoothing=0.1,
+  )

@@ -5,6 +5,7 @@
 Arguments: the depth, then `minival` (train without train[:10000], evaluate on it). 1,024 images a step, e.g. 8 GPUs.
 Not yet run to its end here.
 """
+
 from nfnets import models
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
@@ -16,8 +17,11 @@ def get_config(arg: str = "50") -> Config:
     raise ValueError(f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival; got {arg!r}")
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(
-      model=ModelConfig(name=f"resnet{depth}"),
-      data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception",
-                      test_crop="crop", flip=True),
-      optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=1e-4, clipping=None, ema_decay=None),
-      batch=1024, eval_batch=1024, epochs=90, label_smoothing=0.1)
+    model=ModelConfig(name=f"resnet{depth}"),
+    data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception", test_crop="crop", flip=True),
+    optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=1e-4, clipping=None, ema_decay=None),
+    batch=1024,
+    eval_batch=1024,
+    epochs=90,
+    label_smoothing=0.1,
+  )

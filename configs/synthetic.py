@@ -4,12 +4,16 @@
 
 32 images a step, as in the published times of one device (2102.06171); `--batch` counts the images of all devices.
 """
+
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
 
 def get_config(arg: str = "nfnet_f0") -> Config:
   return Config(
-      model=ModelConfig(name=arg or "nfnet_f0", dtype="bfloat16"),
-      data=DataConfig(name="synthetic"),
-      optim=OptimConfig(name="sgd", base_lr=0.1, warmup_epochs=5, weight_decay=2e-5, clipping=0.01, ema_decay=0.99999),
-      batch=32, epochs=360, label_smoothing=0.1)
+    model=ModelConfig(name=arg or "nfnet_f0", dtype="bfloat16"),
+    data=DataConfig(name="synthetic"),
+    optim=OptimConfig(name="sgd", base_lr=0.1, warmup_epochs=5, weight_decay=2e-5, clipping=0.01, ema_decay=0.99999),
+    batch=32,
+    epochs=360,
+    label_smoothing=0.1,
+  )

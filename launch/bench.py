@@ -8,6 +8,7 @@ data: making training images ready on the host, each pipeline in a process of it
 CPU-second, time to the first batch, memory, and what the time goes to. --against=tf.data measures two tf.data pipelines beside
 it, one tuned for decoding alone and one with the structure of the official recipe. The last line is JSON.
 """
+
 import dataclasses
 
 import rich.console
@@ -24,8 +25,7 @@ def define(values: flags.FlagValues) -> None:
   whole("image_size", None, "Pixels a side; instead of config.data.image_size and of the model's training resolution.")
   whole("steps", 50, "Timed steps, one by one and then again in a row.")
   whole("warmup", 5, "Steps before these that are not timed.")
-  flags.DEFINE_boolean("without_agc", False, "Also time the step without AGC, in turn with the one with it.",
-                       flag_values=values)
+  flags.DEFINE_boolean("without_agc", False, "Also time the step without AGC, in turn with the one with it.", flag_values=values)
   flags.DEFINE_alias("without-agc", "without_agc", flag_values=values)
   whole("images", 4000, "data: images that each pipeline makes a round, rounded up to whole batches.")
   whole("rounds", 3, "data: times that each pipeline is measured, in turn; the medians are shown.")
@@ -46,8 +46,10 @@ def step(values: flags.FlagValues) -> int:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
   file = cli.writable("json", values.json)
   from nfnets.measure.step import benchmark_step
-  report = benchmark_step(config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc,
-                                    say=lambda line: print(line, flush=True))
+
+  report = benchmark_step(
+    config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc, say=lambda line: print(line, flush=True)
+  )
   print(f"\n{report}\n")
   cli.hand_out(report.to_json(), file)
   return 0
@@ -59,20 +61,32 @@ def data(values: flags.FlagValues) -> int:
   from nfnets.data.batches.prefetch import cores
   from nfnets.measure import data as data_benchmark, tfdata
   from nfnets.measure.data_report import RECIPE, Measured, Measurement
+
   if values.against and tfdata.missing():
     raise cli.UsageError("--against=tf.data needs TensorFlow: pip install 'nfnets[peers]' (or tensorflow-cpu)")
   from nfnets.data.sources.open import open_source
   from nfnets.train import resolve
+
   console = rich.console.Console(highlight=False, soft_wrap=True)
   filled = resolve.data_config(config)
   source = open_source(filled, train=True, progress=console.print)  # what is wrong with it, and its index, before the clock
   source.close()
   if values.against:
     tfdata.check(filled)
-  jobs = data_benchmark.measurements(filled, batch=values.batch or 64, images=values.images, seed=config.seed,
-                        threads=values.threads or filled.threads or cores(), against=bool(values.against))
-  columns = [rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}"),
-             rich.progress.TimeElapsedColumn()]
+  jobs = data_benchmark.measurements(
+    filled,
+    batch=values.batch or 64,
+    images=values.images,
+    seed=config.seed,
+    threads=values.threads or filled.threads or cores(),
+    against=bool(values.against),
+  )
+  columns = [
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.BarColumn(20),
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.TimeElapsedColumn(),
+  ]
   with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
     task, last = bar.add_task("", total=values.rounds * len(jobs)), ""
 
@@ -88,8 +102,10 @@ def data(values: flags.FlagValues) -> int:
   for ratio in report.ratios:
     console.print(str(ratio))
   if values.against and len(report.ratios) == 1:
-    console.print(f"{RECIPE}: no tf.data pipeline for config.data.mix={filled.mix}, augment={filled.augment}, "
-                  f"augment_before_mix={filled.augment_before_mix}; the official structure mixes up and cuts, then RandAugment")
+    console.print(
+      f"{RECIPE}: no tf.data pipeline for config.data.mix={filled.mix}, augment={filled.augment}, "
+      f"augment_before_mix={filled.augment_before_mix}; the official structure mixes up and cuts, then RandAugment"
+    )
   cli.hand_out(report.to_json(), file)
   return 0
 

@@ -5,6 +5,7 @@ disk, batches that are not numbers, corrupt images, storage that fails, and a lo
 each as it ends, then the table, with goodput (useful steps over all steps made). --only=EXPRESSION runs those that pytest -k
 would; --json=FILE keeps the rows. Exit status 1 if anything was not as it must be.
 """
+
 import json
 import os
 import pathlib
@@ -32,8 +33,19 @@ def run(values: flags.FlagValues) -> int:
   console = rich.console.Console(highlight=False)
   with tempfile.TemporaryDirectory() as directory:
     report = pathlib.Path(directory, "rows.jsonl")
-    command = [sys.executable, "-m", "pytest", "tests/faults", "-v", "--no-header", "--tb=short", "--durations=0", "-p",
-               "no:cacheprovider", *(["-k", values.only] if values.only else [])]
+    command = [
+      sys.executable,
+      "-m",
+      "pytest",
+      "tests/faults",
+      "-v",
+      "--no-header",
+      "--tb=short",
+      "--durations=0",
+      "-p",
+      "no:cacheprovider",
+      *(["-k", values.only] if values.only else []),
+    ]
     status = subprocess.run(command, cwd=ROOT, env={**os.environ, "NFNETS_CHAOS": str(report)}, check=False).returncode
     rows = [json.loads(line) for line in report.read_text(encoding="utf-8").splitlines()] if report.exists() else []
   if values.json:
@@ -46,8 +58,9 @@ def run(values: flags.FlagValues) -> int:
   console.print(table)
   for row in rows:
     if "goodput" in row:
-      console.print(f"goodput {row['goodput']:.1%} (useful steps over all steps made), {row['lost_per_fault']:.1f} steps lost a "
-                    "fault")
+      console.print(
+        f"goodput {row['goodput']:.1%} (useful steps over all steps made), {row['lost_per_fault']:.1f} steps lost a fault"
+      )
   silent = sum(row.get("silent", 0) for row in rows)
   console.print(f"silent corruptions: {silent}; " + ("all as it must be" if status == 0 else "NOT all as it must be: see above"))
   return 1 if status or silent else 0

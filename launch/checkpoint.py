@@ -9,6 +9,7 @@ verify: reads every file and compares it with the manifest, a line for each prob
 export: writes the newest good checkpoint's network, the average (EMA) where it was kept, as one safetensors file with our names
 (blocks/3/conv1/kernel); its metadata holds the configuration and the versions.
 """
+
 import contextlib
 import json
 import os
@@ -26,8 +27,9 @@ from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManif
 
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("out", None, "export: the file to write.", flag_values=values)
-  flags.DEFINE_enum("weights", None, ["params", "ema"], "export: the parameters or their average; the average if it was kept.",
-                    flag_values=values)
+  flags.DEFINE_enum(
+    "weights", None, ["params", "ema"], "export: the parameters or their average; the average if it was kept.", flag_values=values
+  )
   flags.DEFINE_boolean("force", False, "export: write over a file that is there.", flag_values=values)
 
 
@@ -35,17 +37,22 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
   what, *rest = arguments or ("",)
   if what in SUBCOMMANDS:
     if len(rest) != 1:
-      raise cli.UsageError(f"{what}: expected one directory, got {' '.join(rest) or 'none'}; e.g. python -m launch.checkpoint "
-                           f"{what} runs/first")
+      raise cli.UsageError(
+        f"{what}: expected one directory, got {' '.join(rest) or 'none'}; e.g. python -m launch.checkpoint {what} runs/first"
+      )
     if what != "export" and (values.out or values.weights or values.force):
       raise cli.UsageError(f"{what}: --out, --weights and --force are for export")
-  return cli.run_subcommand({name: lambda values, program=program: program(values, rest[0])
-                             for name, program in SUBCOMMANDS.items()}, values, (what,) if what else (),
-                            "python -m launch.checkpoint NAME runs/first")
+  return cli.run_subcommand(
+    {name: lambda values, program=program: program(values, rest[0]) for name, program in SUBCOMMANDS.items()},
+    values,
+    (what,) if what else (),
+    "python -m launch.checkpoint NAME runs/first",
+  )
 
 
 def show(values: flags.FlagValues, where: str) -> int:
   from nfnets.train.checkpoints import manifest, retention
+
   kinds = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
   directory, steps = _steps(where)
   good, states, problems = {}, {}, []
@@ -61,8 +68,11 @@ def show(values: flags.FlagValues, where: str) -> int:
   kept = retention.kept(good.values(), **keep)
   shown = [*dict.fromkeys(name for name in ("top1", "ema_top1", keep.get("best")) if name)]
   columns = ("step", "epoch", "saved (UTC)", "size", "metrics", "kept", "state")
-  table = rich.table.Table(*(rich.table.Column(name, no_wrap=name not in ("metrics", "kept")) for name in columns),
-                           title=str(directory), title_justify="left")
+  table = rich.table.Table(
+    *(rich.table.Column(name, no_wrap=name not in ("metrics", "kept")) for name in columns),
+    title=str(directory),
+    title_justify="left",
+  )
   for step in steps:
     one = good.get(step)
     if one is None:
@@ -70,8 +80,15 @@ def show(values: flags.FlagValues, where: str) -> int:
       continue
     size = sum(file["size"] for file in one["files"].values())
     numbers = [f"{name} {one['metrics'][name]:.4f}" for name in shown if name in (one["metrics"] or {})]
-    table.add_row(f"{step:,}", f"{one['epoch']:.4g}", one["saved"][:19].replace("T", " "), f"{size / 1e6:,.1f} MB",
-                  "\n".join(numbers), ", ".join(kept.get(step, ["not any more"])), states[step])
+    table.add_row(
+      f"{step:,}",
+      f"{one['epoch']:.4g}",
+      one["saved"][:19].replace("T", " "),
+      f"{size / 1e6:,.1f} MB",
+      "\n".join(numbers),
+      ", ".join(kept.get(step, ["not any more"])),
+      states[step],
+    )
   _console().print(table)
   for problem in problems:
     _console().print(problem)
@@ -83,12 +100,18 @@ def show(values: flags.FlagValues, where: str) -> int:
 
 def verify(values: flags.FlagValues, where: str) -> int:
   from nfnets.train.checkpoints import manifest
+
   directory, steps = _steps(where)
   console, paths = _console(), [directory / str(step) for step in steps]
   total = sum(path.stat().st_size for step in paths for path in step.rglob("*") if path.is_file())
   began, bad, read = time.monotonic(), 0, 0
-  columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(20), rich.progress.DownloadColumn(),
-             rich.progress.TransferSpeedColumn(), rich.progress.TimeRemainingColumn())
+  columns = (
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(20),
+    rich.progress.DownloadColumn(),
+    rich.progress.TransferSpeedColumn(),
+    rich.progress.TimeRemainingColumn(),
+  )
   with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
     task = bar.add_task("verifying", total=total)
 
@@ -96,6 +119,7 @@ def verify(values: flags.FlagValues, where: str) -> int:
       nonlocal read
       read += count
       bar.update(task, advance=count)
+
     for path in paths:
       problems = manifest.verify(path, advance)
       bad += bool(problems)
@@ -120,6 +144,7 @@ def export(values: flags.FlagValues, where: str) -> int:
 
   from nfnets.train.checkpoints import retention
   from nfnets.train.checkpoints.store import Checkpoints
+
   directory, _ = _steps(where)
   _, one = retention.locate(where)
   with contextlib.closing(Checkpoints(str(directory))) as checkpoints:
@@ -128,8 +153,11 @@ def export(values: flags.FlagValues, where: str) -> int:
     weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
     arrays = checkpoints.restore_weights(step, weights)
   facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}
-  metadata = {"format": "nfnets", "weights": weights,
-              **{name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}}
+  metadata = {
+    "format": "nfnets",
+    "weights": weights,
+    **{name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()},
+  }
   temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
   try:
     safetensors.numpy.save_file(arrays, temporary, metadata)
@@ -138,8 +166,10 @@ def export(values: flags.FlagValues, where: str) -> int:
     os.replace(temporary, out)
   finally:
     temporary.unlink(missing_ok=True)
-  _console().print(f"{out}: {weights} of {checkpoints.path(step)}, {len(arrays)} arrays, "
-                   f"{sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes")
+  _console().print(
+    f"{out}: {weights} of {checkpoints.path(step)}, {len(arrays)} arrays, "
+    f"{sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"
+  )
   return 0
 
 
@@ -149,6 +179,7 @@ SUBCOMMANDS = {"list": show, "verify": verify, "export": export}
 def _steps(where: str) -> tuple[pathlib.Path, list[int]]:
   """(directory of checkpoints, its steps or the one asked for)."""
   from nfnets.train.checkpoints import retention
+
   directory, step = retention.locate(where)
   found = retention.steps(directory)
   if not found or step not in (None, *found):

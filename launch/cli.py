@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped by 
 was lost. 75 and 76 say "run the same command again", and so does death by a signal (above 128): launch/pods/ does it, never on
 1 and 2. In a run of several processes one that ends with 1 or 2 takes the others along, with its status.
 """
+
 import dataclasses
 import difflib
 import json
@@ -30,8 +31,9 @@ class UsageError(ValueError):
 
 def define_config(values: flags.FlagValues) -> None:
   """Adds `--config` and its overrides, `--config.optim.base_lr=0.2`."""
-  config_flags.DEFINE_config_file("config", None, "Recipe, e.g. configs/digits.py or configs/cifar10.py:norm=batch",
-                                  flag_values=values)
+  config_flags.DEFINE_config_file(
+    "config", None, "Recipe, e.g. configs/digits.py or configs/cifar10.py:norm=batch", flag_values=values
+  )
 
 
 def define_processes(values: flags.FlagValues) -> None:
@@ -39,14 +41,16 @@ def define_processes(values: flags.FlagValues) -> None:
   flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens for the others.", flag_values=values)
   flags.DEFINE_integer("processes", None, "How many processes run this same command.", flag_values=values)
   flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=values)
-  flags.DEFINE_float("start_timeout", distributed.TIMEOUT_S, "Seconds in which all of them must have come.", lower_bound=0.1,
-                     flag_values=values)
+  flags.DEFINE_float(
+    "start_timeout", distributed.TIMEOUT_S, "Seconds in which all of them must have come.", lower_bound=0.1, flag_values=values
+  )
 
 
 def start_processes(values: flags.FlagValues) -> distributed.Processes:
   """Joins the other processes, before the configuration is looked at: so that a mistake in it ends them all alike."""
-  return distributed.start(coordinator=values.coordinator, count=values.processes, index=values.process,
-                         timeout_s=values.start_timeout)
+  return distributed.start(
+    coordinator=values.coordinator, count=values.processes, index=values.process, timeout_s=values.start_timeout
+  )
 
 
 def parse_config(values: flags.FlagValues) -> Config:
@@ -71,8 +75,9 @@ def parse_workdir(values: flags.FlagValues) -> str:
   return values.workdir
 
 
-def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues], None], usage: str, *,
-         arguments: bool = False) -> None:
+def main(
+  program: Callable[..., int | None], define: Callable[[flags.FlagValues], None], usage: str, *, arguments: bool = False
+) -> None:
   """Parses sys.argv, runs `program(values)` (and, with `arguments`, what is no flag), exits.
 
   A person's mistake is one line and status 2, a bug keeps its traceback.
@@ -112,8 +117,9 @@ def main(program: Callable[..., int | None], define: Callable[[flags.FlagValues]
   sys.exit(status or 0)
 
 
-def run_subcommand(table: dict[str, Callable[[flags.FlagValues], int]], values: flags.FlagValues, arguments: tuple[str, ...],
-                   example: str) -> int:
+def run_subcommand(
+  table: dict[str, Callable[[flags.FlagValues], int]], values: flags.FlagValues, arguments: tuple[str, ...], example: str
+) -> int:
   """Runs the one of `table` that the first argument names. `example`: a command line with NAME for it."""
   what, *rest = arguments or ("nothing",)
   if what not in table:

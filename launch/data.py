@@ -7,6 +7,7 @@ describe: splits, classes, image sizes, images a class, and a picture of 40 imag
 verify: reads every record of both splits, checks checksums and decodes; exit status 1 if any is corrupt.
 prepare: writes the splits with smaller images as a TFDS dataset under DIR; run again, it goes on where it was interrupted.
 """
+
 import contextlib
 import dataclasses
 import os
@@ -28,11 +29,17 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("out", None, "describe: the picture, grid.png; prepare: the directory to write to.", flag_values=values)
   flags.DEFINE_boolean("augmented", False, "describe: also draw what training sees.", flag_values=values)
   flags.DEFINE_string("split", None, "verify: only this split, e.g. train or validation[:100].", flag_values=values)
-  flags.DEFINE_integer("short_side", 256, "prepare: pixels of the shorter side; smaller images stay as they are.", lower_bound=1,
-                       flag_values=values)
+  flags.DEFINE_integer(
+    "short_side", 256, "prepare: pixels of the shorter side; smaller images stay as they are.", lower_bound=1, flag_values=values
+  )
   flags.DEFINE_integer("quality", 90, "prepare: of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=values)
-  flags.DEFINE_integer("shards", None, "prepare: shards of the training split; one for 2,048 records if not given.",
-                       lower_bound=1, flag_values=values)
+  flags.DEFINE_integer(
+    "shards",
+    None,
+    "prepare: shards of the training split; one for 2,048 records if not given.",
+    lower_bound=1,
+    flag_values=values,
+  )
 
 
 def run(values: flags.FlagValues, *arguments: str) -> int:
@@ -44,6 +51,7 @@ def describe(values: flags.FlagValues) -> int:
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
+
   data, out = resolve.data_config(config), values.out or "grid.png"
   if not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
@@ -60,8 +68,12 @@ def describe(values: flags.FlagValues) -> int:
     console.print(f"{train.num_classes:,} classes: {first}{', …' if train.num_classes > 10 else ''}")
     grids = [(f"{data.name} {train.split}, as stored", inspect.stored_pictures(train))]
     if values.augmented:
-      grids.append((f"{data.name} {train.split}, as training sees it (config.seed={config.seed})",
-                    inspect.training_pictures(train, data, seed=config.seed, say=console.print)))
+      grids.append(
+        (
+          f"{data.name} {train.split}, as training sees it (config.seed={config.seed})",
+          inspect.training_pictures(train, data, seed=config.seed, say=console.print),
+        )
+      )
   inspect.draw(out, grids)
   console.print(f"pictures: {out}")
   return 0
@@ -71,14 +83,19 @@ def verify(values: flags.FlagValues) -> int:
   config, console = cli.parse_config(values), _console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
+
   splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
   checked = []
   for split in splits:
-    with contextlib.closing(open_source(dataclasses.replace(config.data, train_split=split), train=True,
-                                         progress=console.print)) as source:
+    with contextlib.closing(
+      open_source(dataclasses.replace(config.data, train_split=split), train=True, progress=console.print)
+    ) as source:
       with _meter(console, split, len(source), "records") as progress:
-        checked.append(inspect.verify(source, threads=config.data.threads, progress=progress,
-                                      found=lambda line: console.print(f"corrupt: {line}")))
+        checked.append(
+          inspect.verify(
+            source, threads=config.data.threads, progress=progress, found=lambda line: console.print(f"corrupt: {line}")
+          )
+        )
   table = rich.table.Table("split", *(rich.table.Column(name, justify="right") for name in ("records", "corrupt", "bytes")))
   for one in checked:
     table.add_row(one.split, f"{one.records:,}", f"{len(one.corrupt):,}", f"{one.bytes:,}")
@@ -91,15 +108,21 @@ def prepare(values: flags.FlagValues) -> int:
   if not values.out:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data.tools.prepare import Preparation
-  with contextlib.closing(Preparation(config.data, values.out, short_side=values.short_side, quality=values.quality,
-                                        shards=values.shards, say=console.print)) as job:
+
+  with contextlib.closing(
+    Preparation(
+      config.data, values.out, short_side=values.short_side, quality=values.quality, shards=values.shards, say=console.print
+    )
+  ) as job:
     if job.done:
       console.print(f"{job.done:,} of {job.total:,} records are there already")
     with _meter(console, job.name, job.total, "images", job.done) as progress:
       made = job.run(progress)
   counts = ", ".join(f"{split} {count:,}" for split, count in made.records.items())
-  console.print(f"{made.path}: {counts} images, {made.shards} shards ({made.kept} kept), {made.bytes:,} bytes"
-                + (f"; {made.lost:,} corrupt records left out" if made.lost else ""))
+  console.print(
+    f"{made.path}: {counts} images, {made.shards} shards ({made.kept} kept), {made.bytes:,} bytes"
+    + (f"; {made.lost:,} corrupt records left out" if made.lost else "")
+  )
   name = f"--config.data.name={made.name} " if made.name != config.data.name else ""
   console.print(f"use it with: {name}--config.data.dir={values.out}")
   return 0
@@ -115,9 +138,13 @@ def _meter(console: rich.console.Console, title: str, total: int, unit: str, sta
   began = said = time.monotonic()
   rate = lambda done: (done - start) / max(time.monotonic() - began, 1e-9)
   if console.is_terminal:
-    columns = [rich.progress.TextColumn("{task.description}", markup=False), rich.progress.BarColumn(20),
-               rich.progress.MofNCompleteColumn(), rich.progress.TextColumn("{task.fields[rate]}"),
-               rich.progress.TimeRemainingColumn()]
+    columns = [
+      rich.progress.TextColumn("{task.description}", markup=False),
+      rich.progress.BarColumn(20),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.TextColumn("{task.fields[rate]}"),
+      rich.progress.TimeRemainingColumn(),
+    ]
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
       task = bar.add_task(title, total=total, completed=start, rate="")
       yield lambda done: bar.update(task, completed=done, rate=f"{rate(done):,.0f} {unit}/s")
@@ -128,8 +155,10 @@ def _meter(console: rich.console.Console, title: str, total: int, unit: str, sta
     if done == total or time.monotonic() - said >= _SAY_EVERY:
       said = time.monotonic()
       left = (total - done) / max(rate(done), 1e-9)
-      console.print(f"{title}: {done:,} of {total:,} {unit}, {rate(done):,.0f} {unit}/s"
-                    + (f", {left:,.0f} s left" if done < total else ""))
+      console.print(
+        f"{title}: {done:,} of {total:,} {unit}, {rate(done):,.0f} {unit}/s" + (f", {left:,.0f} s left" if done < total else "")
+      )
+
   yield show
 
 

@@ -1,4 +1,5 @@
 """Describes a network: python -m launch.describe nfnet_f0 [--num_classes=1000]; without a name, lists them all."""
+
 from absl import flags
 
 from launch import cli
@@ -10,6 +11,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues, *wanted: str) -> int:
   from nfnets import models
+
   if not wanted:
     print("\n".join(models.names()))
   for name in wanted:

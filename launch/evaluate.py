@@ -3,6 +3,7 @@
 DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. Prints top-1, top-5 and loss over
 the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON.
 """
+
 import json
 import pathlib
 
@@ -39,12 +40,15 @@ def run(values: flags.FlagValues) -> int:
   step = checkpoints.choose(step) if step is None or checkpoints.path(step).is_dir() else None
   if step is None:
     raise cli.UsageError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
-  compatibility.check_same_run(checkpoints.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
+  compatibility.check_same_run(
+    checkpoints.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss")
+  )
   data_config = resolve.data_config(config)
   data = open_source(data_config, train=False, progress=print if process.index == 0 else lambda line: None)
   mesh = sharding.make_mesh()
-  batches = EvalBatches(data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh),
-                               process=(process.index, process.count))
+  batches = EvalBatches(
+    data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), process=(process.index, process.count)
+  )
   graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, data.num_classes)))
   weights = checkpoints.restore_model(step, *sharding.place(mesh, (params, stats)))
   step_over_mesh = eval_step_over(config, mesh, graph)
@@ -53,8 +57,10 @@ def run(values: flags.FlagValues) -> int:
     each.close()
   if process.index:
     return 0
-  title = (f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
-           f"{mesh.size} × {jax.devices()[0].device_kind}")
+  title = (
+    f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
+    f"{mesh.size} × {jax.devices()[0].device_kind}"
+  )
   rich.console.Console().print(evaluate.results_table(title, results))
   print(json.dumps({"checkpoint": str(checkpoints.path(step)), "step": step, **results}))
   return 0

@@ -6,6 +6,7 @@ whether it fits, arithmetic, what the devices send each other, compile time and 
 line is JSON. Where it does not fit, remat, sharding and accumulation are compiled as well, until something does; --advise
 compiles all of them. docs/plan.md says how to read it.
 """
+
 import contextlib
 
 import jax
@@ -17,10 +18,12 @@ from launch import cli
 
 def define(values: flags.FlagValues) -> None:
   cli.define_config(values)
-  flags.DEFINE_string("topology", None, "A TPU slice, KIND:SHAPE in chips, e.g. v5e:16x16; none = this machine's devices.",
-                      flag_values=values)
-  flags.DEFINE_boolean("advise", False, "Compile remat, shard and accumulate=2, 4, 8 as well, even if it fits without.",
-                       flag_values=values)
+  flags.DEFINE_string(
+    "topology", None, "A TPU slice, KIND:SHAPE in chips, e.g. v5e:16x16; none = this machine's devices.", flag_values=values
+  )
+  flags.DEFINE_boolean(
+    "advise", False, "Compile remat, shard and accumulate=2, 4, 8 as well, even if it fits without.", flag_values=values
+  )
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
   flags.DEFINE_string("out", None, "A picture (PNG, PDF, SVG) of the memory of everything that was compiled.", flag_values=values)
 
@@ -33,6 +36,7 @@ def run(values: flags.FlagValues) -> int:
       jax.config.update("jax_platforms", "cpu")  # shapes are all that is made here: leaves a local TPU or GPU to others
   from nfnets.measure.plan import make_plan
   from nfnets.measure.plan_report import picture
+
   plan = make_plan(config, topology=values.topology, advise=values.advise, say=lambda line: print(line, flush=True))
   console = rich.console.Console(highlight=False)
   console = console if console.is_terminal else rich.console.Console(highlight=False, width=130)

@@ -5,6 +5,7 @@ tensorboard/ and curves.png. Ctrl-C or SIGTERM saves and ends with status 75; th
 
 On several machines, or for several processes on one, see docs/pods.md.
 """
+
 from absl import flags
 
 from launch import cli
@@ -22,6 +23,7 @@ def run(values: flags.FlagValues) -> int:
   config = cli.parse_config(values)
   workdir = cli.parse_workdir(values)
   from nfnets.train import loop
+
   return 0 if loop.train(config, workdir).finished else distributed.STOPPED
 
 

@@ -3,6 +3,7 @@
 `from nfnets import agc` is the optax transformation; `nfnets.models.create("nfnet_f0")` a network. What touches data, files or
 devices lives in `nfnets.data`, `nfnets.train` and the programs in `launch/`, and is not imported from here.
 """
+
 from nfnets import models
 from nfnets.agc import AGCState, agc, agc_metrics, explain
 

@@ -27,6 +27,7 @@ Unit axes are those that stay; the norm runs over all others. They follow from n
 Shapes cannot settle everything: (L, L, O) beside (L, O) is read as a stack unless named query, key or value, and a
 kernel with I = O as (I, O) though it be transposed. Read the table, and give `unit_axes` where it is wrong.
 """
+
 import collections
 import difflib
 import functools
@@ -225,9 +226,7 @@ def plan(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: A
 def named_leaves(tree: Any) -> list[Named]:
   """Leaves with "/"-joined paths (without the ".value" of NNX Variables and Linen boxes); None and MaskedNode count."""
   named = []
-  for outer, node in jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: _is_hole(x) or hasattr(x, "get_metadata")
-  ):
+  for outer, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: _is_hole(x) or hasattr(x, "get_metadata")):
     for inner, leaf in jax.tree_util.tree_leaves_with_path(node, is_leaf=_is_hole):
       path = outer + inner[1:]  # a Variable's own key is dropped; for any other leaf `inner` is empty
       path = path[:-1] if path[-1:] == (jax.tree_util.GetAttrKey("value"),) else path

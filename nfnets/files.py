@@ -1,4 +1,5 @@
 """Writes files so that a reader, or the next run after a crash, finds the old content or the whole new one."""
+
 import errno
 import os
 import pathlib

@@ -71,9 +71,7 @@ def default_groups(params: Any, config: OptimConfig) -> tuple[ParameterGroup, ..
         f"OptimConfig.agc_exclude: pattern {pattern!r} is found in none of the {len(leaves)} parameter paths, such as "
         f"{_listing([path for path, _, _ in leaves])}."
       )
-  unclipped = [
-    path for path, marked, _ in leaves if marked or any(re.search(pattern, path) for pattern in config.agc_exclude)
-  ]
+  unclipped = [path for path, marked, _ in leaves if marked or any(re.search(pattern, path) for pattern in config.agc_exclude)]
   groups = []
   for name, pattern, decay in (("kernels", KERNELS, True), ("gains and biases", GAINS_AND_BIASES, False)):
     exact = tuple(f"^{re.escape(path)}$" for path in unclipped if re.search(pattern, path))
@@ -130,14 +128,16 @@ def describe_groups(params: Any, config: OptimConfig, groups: Sequence[Parameter
   rows = [("group", "patterns", "tensors", "parameters", "weight decay", "AGC clipping")]
   for group in groups:
     paths = [path for path, owner in owners.items() if owner == group]
-    rows.append((
-      group.name,
-      _listing(group.patterns, limit=2) + (f" but not {_listing(group.but_not, limit=2)}" if group.but_not else ""),
-      f"{len(paths):,}",
-      f"{sum(sizes[path] for path in paths):,}",
-      f"{config.weight_decay:g}" if group.decay else "0",
-      f"{config.clipping:g}" if group.clip and _clips(config) else "off",
-    ))
+    rows.append(
+      (
+        group.name,
+        _listing(group.patterns, limit=2) + (f" but not {_listing(group.but_not, limit=2)}" if group.but_not else ""),
+        f"{len(paths):,}",
+        f"{sum(sizes[path] for path in paths):,}",
+        f"{config.weight_decay:g}" if group.decay else "0",
+        f"{config.clipping:g}" if group.clip and _clips(config) else "off",
+      )
+    )
   rows.append(("all", "", f"{len(sizes):,}", f"{sum(sizes.values()):,}", "", ""))
   widths = [max(len(row[column]) for row in rows) for column in range(6)]
   align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
@@ -248,9 +248,7 @@ def make_optimizer(
   links = {}
   if _clips(config):
     unclipped = {path for path, group in owners.items() if not group.clip}
-    links["agc"] = agc(
-      config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track
-    )
+    links["agc"] = agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)
   decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
   learning_rate = optax.scale_by_learning_rate(schedule)
   # False is heavy-ball momentum here; the published SGD takes it for Nesterov, and only None for heavy-ball.

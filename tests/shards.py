@@ -1,4 +1,5 @@
 """Small TFRecord datasets as TFDS lays them out, written without TensorFlow."""
+
 import json
 import struct
 
@@ -45,22 +46,42 @@ def write_metadata(directory, name: str, splits: dict[str, list[int]], *, classe
   """dataset_info.json, features.json and label.labels.txt. splits: the lengths of each one's shards."""
   directory.mkdir(parents=True)
   template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-  (directory / "dataset_info.json").write_text(json.dumps({
-    "fileFormat": file_format, "moduleName": "tests", "name": name, "version": directory.name,
-    "splits": [{"filepathTemplate": template, "name": split, "numBytes": "1", "shardLengths": [*map(str, lengths)]}
-               for split, lengths in splits.items()],
-  }))
+  (directory / "dataset_info.json").write_text(
+    json.dumps(
+      {
+        "fileFormat": file_format,
+        "moduleName": "tests",
+        "name": name,
+        "version": directory.name,
+        "splits": [
+          {"filepathTemplate": template, "name": split, "numBytes": "1", "shardLengths": [*map(str, lengths)]}
+          for split, lengths in splits.items()
+        ],
+      }
+    )
+  )
   features = "tensorflow_datasets.core.features"
   shape = {"dimensions": ["-1", "-1", "3"]}
-  (directory / "features.json").write_text(json.dumps({
-    "pythonClassName": f"{features}.features_dict.FeaturesDict",
-    "featuresDict": {"features": {
-      "file_name": {"pythonClassName": f"{features}.text_feature.Text", "text": {}},
-      "image": {"pythonClassName": f"{features}.image_feature.Image",
-                "image": {"dtype": "uint8", "encodingFormat": "jpeg", "shape": shape}},
-      "label": {"pythonClassName": f"{features}.class_label_feature.ClassLabel", "classLabel": {"numClasses": str(classes)}},
-    }},
-  }))
+  (directory / "features.json").write_text(
+    json.dumps(
+      {
+        "pythonClassName": f"{features}.features_dict.FeaturesDict",
+        "featuresDict": {
+          "features": {
+            "file_name": {"pythonClassName": f"{features}.text_feature.Text", "text": {}},
+            "image": {
+              "pythonClassName": f"{features}.image_feature.Image",
+              "image": {"dtype": "uint8", "encodingFormat": "jpeg", "shape": shape},
+            },
+            "label": {
+              "pythonClassName": f"{features}.class_label_feature.ClassLabel",
+              "classLabel": {"numClasses": str(classes)},
+            },
+          }
+        },
+      }
+    )
+  )
   (directory / "label.labels.txt").write_text("".join(f"class {i}\n" for i in range(classes)))
 
 

@@ -52,9 +52,7 @@ def trees(draw):
     scale = 10.0 ** draw(st.integers(-4, 1))
     params[f"m{i}"] = {k: np.float32(rng.normal(size=s) * scale) for k, s in shapes.items()}
     # Units differ by orders of magnitude, so that some are clipped and others not.
-    grads[f"m{i}"] = {
-      k: np.float32(rng.normal(size=s) * 10.0 ** rng.integers(-7, 3, s[-1:])) for k, s in shapes.items()
-    }
+    grads[f"m{i}"] = {k: np.float32(rng.normal(size=s) * 10.0 ** rng.integers(-7, 3, s[-1:])) for k, s in shapes.items()}
   return params, grads
 
 
@@ -220,11 +218,7 @@ def test_schedule_sees_the_step_from_zero():
 
 
 def test_mapping_takes_the_first_match():
-  params = {
-    "stem": {"kernel": jnp.ones((1, 2))},
-    "body": {"kernel": jnp.ones((1, 2))},
-    "fc": {"kernel": jnp.ones((1, 2))},
-  }
+  params = {"stem": {"kernel": jnp.ones((1, 2))}, "body": {"kernel": jnp.ones((1, 2))}, "fc": {"kernel": jnp.ones((1, 2))}}
   out = clip(params, params, {"^stem/": 0.5, "kernel$": 0.25}, exclude="fc/kernel")
   assert [float(out[name]["kernel"][0, 0]) for name in ("stem", "body", "fc")] == [0.5, 0.25, 1.0]
 
@@ -297,13 +291,7 @@ def test_empty_trees(tree):
 
 def test_leaves_that_pass():
   params = {"w": jnp.ones((2, 2)), "n": jnp.arange(2), "none": None, "frozen": jnp.ones((2, 2)), "z": jnp.ones(1) * 1j}
-  grads = {
-    "w": None,
-    "n": np.zeros(2, jax.dtypes.float0),
-    "none": None,
-    "frozen": jnp.ones((2, 2)),
-    "z": jnp.ones(1) * 5j,
-  }
+  grads = {"w": None, "n": np.zeros(2, jax.dtypes.float0), "none": None, "frozen": jnp.ones((2, 2)), "z": jnp.ones(1) * 5j}
   tx = agc(0.01, exclude=lambda path, leaf: path == "frozen" or leaf.dtype == jnp.complex64, track=True)
   out, state = tx.update(grads, tx.init(params), params)
   assert out["w"] is None
@@ -322,9 +310,7 @@ def test_scalars_and_lone_arrays():
 
 def test_explain_is_a_table_for_a_person():
   shapes = jax.eval_shape(lambda: TREE)
-  table = explain(
-    shapes, {"conv": optax.constant_schedule(0.1), "": 0.02}, exclude="fc/kernel", unit_axes={"bias": (0,)}
-  )
+  table = explain(shapes, {"conv": optax.constant_schedule(0.1), "": 0.02}, exclude="fc/kernel", unit_axes={"bias": (0,)})
   lines = [line.split() for line in table.splitlines()]
   assert lines[0] == ["parameter", "shape", "unit", "axes", "units", "clipping", "why"]
   assert lines[2] == ["conv/bias", "(4,)", "(0,)", "4", "schedule", "unit_axes", "'bias'"]

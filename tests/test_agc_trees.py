@@ -79,12 +79,7 @@ def test_unit_axes_of_one_module(case):
 
 def test_stack_is_known_from_the_neighbours():
   """A lone stacked kernel (L, H, W, I, O) or scalar (L,) in a scanned block, beside the same block unrolled."""
-  layer = {
-    "conv": {"kernel": (3, 3, 4, 5)},
-    "attn": {"query": {"kernel": (5, 2, 3)}},
-    "norm": {"scale": (5,)},
-    "skip_gain": (),
-  }
+  layer = {"conv": {"kernel": (3, 3, 4, 5)}, "attn": {"query": {"kernel": (5, 2, 3)}}, "norm": {"scale": (5,)}, "skip_gain": ()}
   stacked = jax.tree.map(lambda s: (6, *s), layer, is_leaf=lambda s: isinstance(s, tuple))
   got = axes({"layers": stacked, "first": layer, "head": {"kernel": (5, 10), "bias": (10,)}})
   assert {path: units for path, units in got.items() if path.startswith("layers")} == {
@@ -240,9 +235,7 @@ WRAPPED = {
   "MultiSteps": lambda: optax.MultiSteps(
     optax.chain(agc(0.01, exclude=HEAD, track=True), optax.sgd(1.0)), 2
   ).gradient_transformation(),
-  "inject_hyperparams": lambda: optax.chain(
-    optax.inject_hyperparams(agc)(0.01, exclude=HEAD, track=True), optax.sgd(1.0)
-  ),
+  "inject_hyperparams": lambda: optax.chain(optax.inject_hyperparams(agc)(0.01, exclude=HEAD, track=True), optax.sgd(1.0)),
   "inject a schedule": lambda: optax.chain(
     optax.inject_hyperparams(agc)(lambda step: 0.01, exclude=HEAD, track=True), optax.sgd(1.0)
   ),

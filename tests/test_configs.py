@@ -1,4 +1,5 @@
 """Every shipped recipe: each of its arguments builds, and two real steps run on a small set of JPEGs in TFDS's TFRecords."""
+
 import dataclasses
 import importlib
 import io
@@ -17,13 +18,13 @@ from tests import shards
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARGUMENTS = {
-    "nfnet": [f"F{level}{plus}" for level in range(8) for plus in ("", "+")] + ["F0,minival"],
-    "nf_resnet": ["50", "101", "152", "200", "288", "600", "50,bs=4096", "101,bs=256,minival"],
-    "nf_regnet": ["B0", "B1", "B2", "B3", "B4", "B5", "B5,minival"],
-    "resnet": ["50", "101", "50,minival"],
-    "cifar10": ["norm=none", "norm=batch"],
-    "digits": [""],
-    "synthetic": ["nfnet_f0", "nf_regnet_b0"],
+  "nfnet": [f"F{level}{plus}" for level in range(8) for plus in ("", "+")] + ["F0,minival"],
+  "nf_resnet": ["50", "101", "152", "200", "288", "600", "50,bs=4096", "101,bs=256,minival"],
+  "nf_regnet": ["B0", "B1", "B2", "B3", "B4", "B5", "B5,minival"],
+  "resnet": ["50", "101", "50,minival"],
+  "cifar10": ["norm=none", "norm=batch"],
+  "digits": [""],
+  "synthetic": ["nfnet_f0", "nf_regnet_b0"],
 }
 
 
@@ -48,8 +49,11 @@ def test_every_argument_builds(file, argument):
 
 
 def test_papers_hyperparameters_follow_from_the_variant():
-  strength = {name: (data.randaugment_layers, data.randaugment_magnitude, data.image_size, data.test_image_size)
-              for name in ("F0", "F1", "F3", "F7") for data in [resolve.data_config(get("nfnet", name))]}
+  strength = {
+    name: (data.randaugment_layers, data.randaugment_magnitude, data.image_size, data.test_image_size)
+    for name in ("F0", "F1", "F3", "F7")
+    for data in [resolve.data_config(get("nfnet", name))]
+  }
   assert strength == {"F0": (4, 5, 192, 256), "F1": (4, 10, 224, 320), "F3": (4, 15, 320, 416), "F7": (4, 15, 480, 608)}
   decay = [get("nf_regnet", f"B{level}").optim.weight_decay for level in range(6)]
   assert decay == pytest.approx([5e-5, 6e-5, 7e-5, 8e-5, 9e-5, 1e-4])
@@ -57,8 +61,10 @@ def test_papers_hyperparameters_follow_from_the_variant():
   assert get("nfnet", "F0,minival").data.train_split == "train[10000:]"
 
 
-@pytest.mark.parametrize("file, argument", [("nfnet", "F8"), ("nfnet", "F0,minval"), ("nf_resnet", "51"),
-                                            ("nf_resnet", "50,bs=x"), ("nf_regnet", "B6"), ("resnet", "49")])
+@pytest.mark.parametrize(
+  "file, argument",
+  [("nfnet", "F8"), ("nfnet", "F0,minval"), ("nf_resnet", "51"), ("nf_resnet", "50,bs=x"), ("nf_regnet", "B6"), ("resnet", "49")],
+)
 def test_a_mistyped_argument_is_refused_with_what_is_expected(file, argument):
   with pytest.raises(ValueError, match=f"configs/{file}.py takes .*[;,] got '{argument}'"):
     get(file, argument)
@@ -69,8 +75,10 @@ def datasets(tmp_path_factory):
   """imagenet2012 with 16 and 10 JPEGs of a few sizes, cifar10 with 16 and 10 PNGs, as TFDS lays them out."""
   root = tmp_path_factory.mktemp("datasets")
   rng = np.random.default_rng(0)
-  for name, classes, kind, sizes in (("imagenet2012", 1000, "JPEG", ((80, 60), (70, 90), (64, 64))),
-                                     ("cifar10", 10, "PNG", ((32, 32),))):
+  for name, classes, kind, sizes in (
+    ("imagenet2012", 1000, "JPEG", ((80, 60), (70, 90), (64, 64))),
+    ("cifar10", 10, "PNG", ((32, 32),)),
+  ):
     directory = root / name / "5.1.0"
     test = "validation" if name == "imagenet2012" else "test"
     shards.write_metadata(directory, name, {"train": [16], test: [10]}, classes=classes)
@@ -84,17 +92,24 @@ def datasets(tmp_path_factory):
   return root
 
 
-@pytest.mark.parametrize("file, argument", [("nfnet", "F0"), ("nf_resnet", "50"), ("nf_regnet", "B0"), ("resnet", "50"),
-                                            ("cifar10", "norm=none")])
+@pytest.mark.parametrize(
+  "file, argument", [("nfnet", "F0"), ("nf_resnet", "50"), ("nf_regnet", "B0"), ("resnet", "50"), ("cifar10", "norm=none")]
+)
 def test_two_real_steps(datasets, tmp_path, file, argument):
   """The recipe as it is, but for two stages of one block, small images, and batches of 8 (one for each of 8 devices)."""
   config = get(file, argument)
   small = {} if file == "cifar10" else {"image_size": 48, "test_image_size": 48}
   overrides = {"depth": (1, 1), "width": (64, 128), "stage_strides": (1, 2)}
   config = dataclasses.replace(
-      config, batch=8, eval_batch=8, epochs=1, log_every=1, model=dataclasses.replace(config.model, overrides=overrides),
-      data=dataclasses.replace(config.data, dir=str(datasets), index_dir=str(tmp_path / "index"), **small),
-      optim=dataclasses.replace(config.optim, warmup_epochs=0.5))
+    config,
+    batch=8,
+    eval_batch=8,
+    epochs=1,
+    log_every=1,
+    model=dataclasses.replace(config.model, overrides=overrides),
+    data=dataclasses.replace(config.data, dir=str(datasets), index_dir=str(tmp_path / "index"), **small),
+    optim=dataclasses.replace(config.optim, warmup_epochs=0.5),
+  )
   result = loop.train(config, str(tmp_path))
   assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("decode", "prefetch", "bucket"))]
   assert result.finished and result.step == 2 and result.results["params"]["count"] == 10

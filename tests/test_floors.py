@@ -13,33 +13,49 @@ LINES = 350
 # Room → what of the project it may import besides itself. A file is in the room with the longest name that fits.
 BASE = ("nfnets.errors", "nfnets.files")
 MAY_IMPORT = {
-    "nfnets.errors": (),
-    "nfnets.files": (),
-    "nfnets.agc": (),
-    "nfnets.config": BASE,
-    "nfnets.models": BASE,
-    "nfnets.optim": (*BASE, "nfnets.agc", "nfnets.config"),
-    "nfnets.distributed": (*BASE, "nfnets"),  # the front door, for its __version__
-    "nfnets.data.errors": BASE,
-    "nfnets.data.images": (*BASE, "nfnets.data.errors"),
-    "nfnets.data.storage": (*BASE, "nfnets.data.errors"),
-    "nfnets.data.sources": (*BASE, "nfnets.config", "nfnets.data.errors", "nfnets.data.images", "nfnets.data.storage"),
-    "nfnets.data.batches": (*BASE, "nfnets.config", "nfnets.data.errors", "nfnets.data.images", "nfnets.data.sources"),
-    "nfnets.data.tools": (*BASE, "nfnets.config", "nfnets.data"),
-    "nfnets.data": (),
-    "nfnets.weights": (*BASE, "nfnets.config", "nfnets.models"),
-    "nfnets.train.step": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim"),
-    "nfnets.train.checkpoints": (*BASE, "nfnets", "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
-    "nfnets.train.logs": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
-    "nfnets.train": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim", "nfnets.distributed", "nfnets.data",
-                     "nfnets.weights"),
-    "nfnets.measure": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim", "nfnets.distributed", "nfnets.data",
-                       "nfnets.weights", "nfnets.train"),
-    "nfnets": ("nfnets.agc", "nfnets.models"),  # the package's front door, nfnets/__init__.py
-    "configs": ("nfnets.config", "nfnets.models"),
-    "launch": ("nfnets", "configs"),
+  "nfnets.errors": (),
+  "nfnets.files": (),
+  "nfnets.agc": (),
+  "nfnets.config": BASE,
+  "nfnets.models": BASE,
+  "nfnets.optim": (*BASE, "nfnets.agc", "nfnets.config"),
+  "nfnets.distributed": (*BASE, "nfnets"),  # the front door, for its __version__
+  "nfnets.data.errors": BASE,
+  "nfnets.data.images": (*BASE, "nfnets.data.errors"),
+  "nfnets.data.storage": (*BASE, "nfnets.data.errors"),
+  "nfnets.data.sources": (*BASE, "nfnets.config", "nfnets.data.errors", "nfnets.data.images", "nfnets.data.storage"),
+  "nfnets.data.batches": (*BASE, "nfnets.config", "nfnets.data.errors", "nfnets.data.images", "nfnets.data.sources"),
+  "nfnets.data.tools": (*BASE, "nfnets.config", "nfnets.data"),
+  "nfnets.data": (),
+  "nfnets.weights": (*BASE, "nfnets.config", "nfnets.models"),
+  "nfnets.train.step": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim"),
+  "nfnets.train.checkpoints": (*BASE, "nfnets", "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
+  "nfnets.train.logs": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
+  "nfnets.train": (
+    *BASE,
+    "nfnets.agc",
+    "nfnets.config",
+    "nfnets.models",
+    "nfnets.optim",
+    "nfnets.distributed",
+    "nfnets.data",
+    "nfnets.weights",
+  ),
+  "nfnets.measure": (
+    *BASE,
+    "nfnets.agc",
+    "nfnets.config",
+    "nfnets.models",
+    "nfnets.optim",
+    "nfnets.distributed",
+    "nfnets.data",
+    "nfnets.weights",
+    "nfnets.train",
+  ),
+  "nfnets": ("nfnets.agc", "nfnets.models"),  # the package's front door, nfnets/__init__.py
+  "configs": ("nfnets.config", "nfnets.models"),
+  "launch": ("nfnets", "configs"),
 }
-
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -108,8 +124,10 @@ def test_imports_run_down_the_floors(path):
 
 def test_no_imports_in_a_circle():
   """Among all modules, whether they are imported at the top or inside a function when it is called."""
-  graph = {module_name(path): {name for name in all_imports(path) if name.split(".")[0] in ("nfnets", "launch", "configs")}
-           for path in FILES}
+  graph = {
+    module_name(path): {name for name in all_imports(path) if name.split(".")[0] in ("nfnets", "launch", "configs")}
+    for path in FILES
+  }
   done = set()
 
   def visit(module, trail):

@@ -18,11 +18,19 @@ from tests import golden as golden_values
 
 LENGTH = {"batch": 512, "steps_per_epoch": 2.5, "total_steps": 20}
 SHAPES = {
-  "stem/kernel": (3, 3, 3, 8), "stem/gain": (8,), "stem/bias": (8,),
-  "blocks/0/conv1/kernel": (3, 3, 4, 8), "blocks/0/conv1/gain": (8,), "blocks/0/conv1/bias": (8,),
-  "blocks/0/se/fc0/kernel": (8, 4), "blocks/0/se/fc0/bias": (4,), "blocks/0/skip_gain": (),
-  "blocks/1/bias1a": (), "blocks/1/scale": (),
-  "fc/kernel": (8, 5), "fc/bias": (5,),
+  "stem/kernel": (3, 3, 3, 8),
+  "stem/gain": (8,),
+  "stem/bias": (8,),
+  "blocks/0/conv1/kernel": (3, 3, 4, 8),
+  "blocks/0/conv1/gain": (8,),
+  "blocks/0/conv1/bias": (8,),
+  "blocks/0/se/fc0/kernel": (8, 4),
+  "blocks/0/se/fc0/bias": (4,),
+  "blocks/0/skip_gain": (),
+  "blocks/1/bias1a": (),
+  "blocks/1/scale": (),
+  "fc/kernel": (8, 5),
+  "fc/bias": (5,),
 }
 CLASSIFIER = ("^fc/kernel$",)
 
@@ -39,8 +47,10 @@ def nest(flat):
 
 
 def flatten(tree, convert=np.asarray):
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): convert(leaf)
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): convert(leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+  }
 
 
 def random_flat(seed, scale=1.0):
@@ -61,8 +71,10 @@ def make_grads(step):
 
 def make_state(params):
   """The same parameters as an nnx.State in which the classifier's kernel carries the model's mark."""
-  leaves = {path: nnx.Param(jnp.asarray(value), **({"agc": False} if path == "fc/kernel" else {}))
-            for path, value in flatten(params).items()}
+  leaves = {
+    path: nnx.Param(jnp.asarray(value), **({"agc": False} if path == "fc/kernel" else {}))
+    for path, value in flatten(params).items()
+  }
   return nnx.State(nest(leaves))
 
 
@@ -129,10 +141,18 @@ def reference_run(config, params, steps):
   return params, ema
 
 
-@pytest.mark.parametrize(("kind", "fields"), [
-  ("dict", {}), ("state", {}), ("dict", {"nesterov": False}), ("dict", {"momentum": 0.0, "ema_decay": 0.3}),
-  ("dict", {"clipping": None, "weight_decay": 0.1}), ("state", {"weight_decay": 0.1}),
-], ids=str)
+@pytest.mark.parametrize(
+  ("kind", "fields"),
+  [
+    ("dict", {}),
+    ("state", {}),
+    ("dict", {"nesterov": False}),
+    ("dict", {"momentum": 0.0, "ema_decay": 0.3}),
+    ("dict", {"clipping": None, "weight_decay": 0.1}),
+    ("state", {"weight_decay": 0.1}),
+  ],
+  ids=str,
+)
 def test_sgd_and_average_equal_float64_reference(kind, fields):
   config = config_with(**fields)
   params, wrap = make_params(), lambda tree: tree
@@ -189,8 +209,15 @@ def test_agc_comes_first_with_every_optimizer(name):
   config = config_with(name=name)
   params = make_params()
   clipped = lambda grads, state, params: make(dataclasses.replace(config, clipping=None), params).update(
-    nest({path: grad if path == "fc/kernel" else reference_clip(grad, flatten(params)[path], config).astype(np.float32)
-          for path, grad in flatten(grads).items()}), state, params)
+    nest(
+      {
+        path: grad if path == "fc/kernel" else reference_clip(grad, flatten(params)[path], config).astype(np.float32)
+        for path, grad in flatten(grads).items()
+      }
+    ),
+    state,
+    params,
+  )
   without = make(dataclasses.replace(config, clipping=None), params)
   assert_close(run(make(config, params), params)[0], run(without, params, update=clipped)[0], rtol=1e-5, atol=1e-6)
 
@@ -277,8 +304,7 @@ def unpack(golden, vector):
 
 def test_official_step(golden):
   """Learning rate, parameters and average after every step equal the published optimizer's on the same gradients."""
-  config = OptimConfig(base_lr=float(golden["base_lr"]), warmup_epochs=float(golden["warmup_steps"]),
-                       agc_exclude=CLASSIFIER)
+  config = OptimConfig(base_lr=float(golden["base_lr"]), warmup_epochs=float(golden["warmup_steps"]), agc_exclude=CLASSIFIER)
   length = {"batch": int(golden["batch"]), "steps_per_epoch": 1, "total_steps": int(golden["total_steps"])}
   params = ema = unpack(golden, golden["initial"])
   optimizer, schedule = optim.make_optimizer(config, params, **length), optim.make_schedule(config, **length)
@@ -310,8 +336,7 @@ def test_official_clipping():
 
 def test_official_schedule_at_release_scale(golden):
   images, batch = 1281167, 4096
-  schedule = optim.make_schedule(OptimConfig(), batch=batch, steps_per_epoch=images / batch,
-                                 total_steps=images * 360 // batch)
+  schedule = optim.make_schedule(OptimConfig(), batch=batch, steps_per_epoch=images / batch, total_steps=images * 360 // batch)
   got = [schedule(int(step)) for step in golden["release_steps"]]
   np.testing.assert_allclose(got, golden["release_lr"], rtol=1e-6, atol=1e-12)
 
@@ -370,13 +395,16 @@ def test_schedule_without_warmup_and_constant():
   np.testing.assert_allclose(got, [0, 0.04, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("fields", "length", "message"), [
-  ({"warmup_epochs": 8}, {}, r"warm-up of 8 epochs \(20 steps\) does not end within the training of 20 steps"),
-  ({"end_lr": 0.3}, {}, "end_lr = 0.3 is above the peak learning rate 0.2"),
-  ({}, {"batch": 0}, "batch = 0"),
-  ({}, {"steps_per_epoch": 0}, "steps_per_epoch = 0"),
-  ({}, {"total_steps": 0}, "total_steps = 0"),
-])
+@pytest.mark.parametrize(
+  ("fields", "length", "message"),
+  [
+    ({"warmup_epochs": 8}, {}, r"warm-up of 8 epochs \(20 steps\) does not end within the training of 20 steps"),
+    ({"end_lr": 0.3}, {}, "end_lr = 0.3 is above the peak learning rate 0.2"),
+    ({}, {"batch": 0}, "batch = 0"),
+    ({}, {"steps_per_epoch": 0}, "steps_per_epoch = 0"),
+    ({}, {"total_steps": 0}, "total_steps = 0"),
+  ],
+)
 def test_schedules_that_do_not_fit(fields, length, message):
   with pytest.raises(ValueError, match=message):
     optim.make_schedule(OptimConfig(**fields), **{**LENGTH, **length})
@@ -396,10 +424,19 @@ def test_default_groups(kind):
     assert group.decay == path.endswith("/kernel") and group.clip == (path != "fc/kernel"), path
 
 
-@pytest.mark.parametrize("name", [
-  "nfnet_tiny", "eca_nfnet_l0", "nf_resnet_tiny", "nf_seresnet26", "nf_regnet_b0",
-  "resnet_tiny", "skipinit_resnet_tiny", "fixup_resnet_tiny",
-])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "nfnet_tiny",
+    "eca_nfnet_l0",
+    "nf_resnet_tiny",
+    "nf_seresnet26",
+    "nf_regnet_b0",
+    "resnet_tiny",
+    "skipinit_resnet_tiny",
+    "fixup_resnet_tiny",
+  ],
+)
 def test_default_groups_of_our_models(name):
   params = nnx.state(nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0))), nnx.Param)
   owners = optim.parameter_groups(params, optim.default_groups(params, OptimConfig()))
@@ -409,8 +446,16 @@ def test_default_groups_of_our_models(name):
 
 
 def test_default_groups_know_haiku_linen_and_unclipped_biases():
-  params = nest({"nf_net/~/stem/w": jnp.zeros((2, 2)), "nf_net/~/stem/b": jnp.zeros(2), "norm/scale": jnp.zeros(2),
-                 "norm/offset": jnp.zeros(2), "tokens/embedding": jnp.zeros((5, 2)), "x/affine_gain": jnp.zeros(2)})
+  params = nest(
+    {
+      "nf_net/~/stem/w": jnp.zeros((2, 2)),
+      "nf_net/~/stem/b": jnp.zeros(2),
+      "norm/scale": jnp.zeros(2),
+      "norm/offset": jnp.zeros(2),
+      "tokens/embedding": jnp.zeros((5, 2)),
+      "x/affine_gain": jnp.zeros(2),
+    }
+  )
   owners = optim.parameter_groups(params, optim.default_groups(params, OptimConfig(agc_exclude=("/b$", "^tokens/"))))
   assert {path for path, group in owners.items() if group.decay} == {"nf_net/~/stem/w", "tokens/embedding"}
   assert {path for path, group in owners.items() if not group.clip} == {"nf_net/~/stem/b", "tokens/embedding"}
@@ -420,13 +465,16 @@ def group(name, *patterns, **fields):
   return optim.ParameterGroup(**{"name": name, "patterns": patterns, "decay": True, "clip": True, **fields})
 
 
-@pytest.mark.parametrize(("groups", "message"), [
-  ([group("kernels", "kernel$")], r"In no parameter group: blocks/0/conv1/bias, .* and 1 more.*'kernels' has patterns"),
-  ([group("all", "."), group("head", "^fc/")], r"In several .* groups: fc/bias \(all, head\), fc/kernel \(all, head\)"),
-  ([group("all", "."), group("none", "^head/")], r"Pattern '\^head/' of parameter group 'none' is found in no"),
-  ([group("all", ".", but_not=("^head/",))], r"Pattern '\^head/' of parameter group 'all' is found in no"),
-  ([group("one", "^fc/"), group("one", ".", but_not=("^fc/",))], "names of their own"),
-])
+@pytest.mark.parametrize(
+  ("groups", "message"),
+  [
+    ([group("kernels", "kernel$")], r"In no parameter group: blocks/0/conv1/bias, .* and 1 more.*'kernels' has patterns"),
+    ([group("all", "."), group("head", "^fc/")], r"In several .* groups: fc/bias \(all, head\), fc/kernel \(all, head\)"),
+    ([group("all", "."), group("none", "^head/")], r"Pattern '\^head/' of parameter group 'none' is found in no"),
+    ([group("all", ".", but_not=("^head/",))], r"Pattern '\^head/' of parameter group 'all' is found in no"),
+    ([group("one", "^fc/"), group("one", ".", but_not=("^fc/",))], "names of their own"),
+  ],
+)
 def test_groups_that_do_not_part_the_parameters(groups, message):
   with pytest.raises(ValueError, match=message):
     optim.parameter_groups(make_params(), groups)
@@ -464,7 +512,10 @@ def test_description():
   table = optim.describe_groups(make_state(make_params()), OptimConfig()).splitlines()
   assert table[0].split() == "group patterns tensors parameters weight decay AGC clipping".split()
   assert [line.split()[-4:] for line in table[1:4]] == [
-    ["3", "536", "2e-05", "0.01"], ["1", "40", "2e-05", "off"], ["9", "44", "0", "0.01"]]
+    ["3", "536", "2e-05", "0.01"],
+    ["1", "40", "2e-05", "off"],
+    ["9", "44", "0", "0.01"],
+  ]
   assert table[2].startswith("kernels, unclipped") and "^fc/kernel$" in table[2]
   assert table[-1].split() == ["all", "13", "620"]
   off = optim.describe_groups(make_params(), OptimConfig(clipping=math.inf)).splitlines()
@@ -474,29 +525,32 @@ def test_description():
 # --- Config ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-  ({"name": "SGD"}, "OptimConfig.name = 'SGD': expected one of 'sgd', 'adamw', 'lars'. Did you mean 'sgd'?"),
-  ({"name": "adam"}, "Did you mean 'adamw'?"),
-  ({"schedule": "cosin"}, "schedule = 'cosin': expected one of 'cosine', 'constant'. Did you mean 'cosine'?"),
-  ({"base_lr": 0.0}, "OptimConfig.base_lr = 0.0: expected a finite number > 0"),
-  ({"base_lr": "0.1"}, "OptimConfig.base_lr = '0.1': expected a finite number > 0"),
-  ({"end_lr": -1.0}, "OptimConfig.end_lr = -1.0"),
-  ({"warmup_epochs": math.nan}, "OptimConfig.warmup_epochs = nan"),
-  ({"momentum": 1.0}, "OptimConfig.momentum = 1.0: expected a number in [0, 1)"),
-  ({"weight_decay": math.inf}, "OptimConfig.weight_decay = inf"),
-  ({"clipping": 0.0}, "OptimConfig.clipping = 0.0: expected a number > 0, or None (or inf) for no clipping"),
-  ({"clipping": True}, "OptimConfig.clipping = True"),
-  ({"agc_eps": 0}, "OptimConfig.agc_eps = 0"),
-  ({"agc_exclude": "fc"}, "OptimConfig.agc_exclude = 'fc': expected a tuple of regular expressions"),
-  ({"agc_exclude": ("(",)}, "OptimConfig.agc_exclude = '(': expected a regular expression"),
-  ({"agc_track": 1}, "OptimConfig.agc_track = 1: expected True or False"),
-  ({"nesterov": "yes"}, "OptimConfig.nesterov = 'yes': expected True, False or None"),
-  ({"ema_decay": 1.0}, "OptimConfig.ema_decay = 1.0: expected a number in [0, 1), or None for no average"),
-  ({"b1": 0.5}, "OptimConfig.b1 = 0.5 has no effect: only adamw read it, and name is 'sgd'"),
-  ({"name": "adamw", "momentum": 0.5}, "OptimConfig.momentum = 0.5 has no effect"),
-  ({"schedule": "constant", "end_lr": 0.01}, "OptimConfig.end_lr = 0.01 has no effect with schedule 'constant'"),
-  ({"nesterov": True, "momentum": 0.0}, "OptimConfig.nesterov = True needs momentum > 0"),
-])
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"name": "SGD"}, "OptimConfig.name = 'SGD': expected one of 'sgd', 'adamw', 'lars'. Did you mean 'sgd'?"),
+    ({"name": "adam"}, "Did you mean 'adamw'?"),
+    ({"schedule": "cosin"}, "schedule = 'cosin': expected one of 'cosine', 'constant'. Did you mean 'cosine'?"),
+    ({"base_lr": 0.0}, "OptimConfig.base_lr = 0.0: expected a finite number > 0"),
+    ({"base_lr": "0.1"}, "OptimConfig.base_lr = '0.1': expected a finite number > 0"),
+    ({"end_lr": -1.0}, "OptimConfig.end_lr = -1.0"),
+    ({"warmup_epochs": math.nan}, "OptimConfig.warmup_epochs = nan"),
+    ({"momentum": 1.0}, "OptimConfig.momentum = 1.0: expected a number in [0, 1)"),
+    ({"weight_decay": math.inf}, "OptimConfig.weight_decay = inf"),
+    ({"clipping": 0.0}, "OptimConfig.clipping = 0.0: expected a number > 0, or None (or inf) for no clipping"),
+    ({"clipping": True}, "OptimConfig.clipping = True"),
+    ({"agc_eps": 0}, "OptimConfig.agc_eps = 0"),
+    ({"agc_exclude": "fc"}, "OptimConfig.agc_exclude = 'fc': expected a tuple of regular expressions"),
+    ({"agc_exclude": ("(",)}, "OptimConfig.agc_exclude = '(': expected a regular expression"),
+    ({"agc_track": 1}, "OptimConfig.agc_track = 1: expected True or False"),
+    ({"nesterov": "yes"}, "OptimConfig.nesterov = 'yes': expected True, False or None"),
+    ({"ema_decay": 1.0}, "OptimConfig.ema_decay = 1.0: expected a number in [0, 1), or None for no average"),
+    ({"b1": 0.5}, "OptimConfig.b1 = 0.5 has no effect: only adamw read it, and name is 'sgd'"),
+    ({"name": "adamw", "momentum": 0.5}, "OptimConfig.momentum = 0.5 has no effect"),
+    ({"schedule": "constant", "end_lr": 0.01}, "OptimConfig.end_lr = 0.01 has no effect with schedule 'constant'"),
+    ({"nesterov": True, "momentum": 0.0}, "OptimConfig.nesterov = True needs momentum > 0"),
+  ],
+)
 def test_bad_fields(fields, message):
   with pytest.raises(ValueError) as error:
     OptimConfig(**fields)

@@ -58,8 +58,20 @@ def test_pip_install_gives_agc(tmp_path):
   shutil.copytree(ROOT / "nfnets", source / "nfnets", ignore=shutil.ignore_patterns("__pycache__"))
   for name in ("pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, source)
-  command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
-             "--disable-pip-version-check", "--target", str(target), str(source)]
+  command = [
+    sys.executable,
+    "-m",
+    "pip",
+    "install",
+    "--quiet",
+    "--no-index",
+    "--no-deps",
+    "--no-build-isolation",
+    "--disable-pip-version-check",
+    "--target",
+    str(target),
+    str(source),
+  ]
   done = subprocess.run(command, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stdout + done.stderr
   installed = {path.name for path in target.iterdir()}

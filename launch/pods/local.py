@@ -3,6 +3,7 @@
 --gpus gives process i GPU i; --devices=4 each 4 CPU devices. Lines come out as "[process] line"; a signal goes to all. When one
 fails the others get --grace seconds to end; after 75, 76 or death by a signal all start again, --restarts times. The status is
 that of the first that failed."""
+
 import argparse
 import os
 import signal
@@ -17,15 +18,26 @@ def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> i
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
-  environ = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address,
-             "JAX_NUM_PROCESSES": str(options.processes), "PYTHONUNBUFFERED": "1"}
+  environ = {
+    **os.environ,
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_COORDINATOR_BIND_ADDRESS": address,
+    "JAX_NUM_PROCESSES": str(options.processes),
+    "PYTHONUNBUFFERED": "1",
+  }
   if options.devices:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
     environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-  children[:] = [subprocess.Popen(  # a session each: a terminal's Ctrl-C comes to us alone, and once to each through us
-      options.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-      env={**environ, "JAX_PROCESS_ID": str(i), **({"JAX_LOCAL_DEVICE_IDS": str(i)} if options.gpus else {})})
-                 for i in range(options.processes)]
+  children[:] = [
+    subprocess.Popen(  # a session each: a terminal's Ctrl-C comes to us alone, and once to each through us
+      options.command,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+      env={**environ, "JAX_PROCESS_ID": str(i), **({"JAX_LOCAL_DEVICE_IDS": str(i)} if options.gpus else {})},
+    )
+    for i in range(options.processes)
+  ]
   copy = lambda i, child: [os.write(1, f"[{i}] ".encode() + line) for line in child.stdout]
   printers = [threading.Thread(target=copy, args=each) for each in enumerate(children)]
   for printer in printers:

@@ -1,4 +1,5 @@
 """What the fields of every configuration are checked with: one clear ValueError, naming field, value and expectation."""
+
 import difflib
 import re
 

@@ -1,4 +1,5 @@
 """Which images, and what is done to them."""
+
 import dataclasses
 import math
 
@@ -75,8 +76,16 @@ class DataConfig:
     for field in ("name", "train_split", "test_split", "image_key", "label_key"):
       if not isinstance(getattr(self, field), str) or not getattr(self, field):
         raise invalid(field, getattr(self, field), "a name", "DataConfig")
-    for field, least in (("num_classes", 1), ("image_size", 1), ("test_image_size", 1), ("shift", 0), ("repeats", 1),
-                         ("randaugment_layers", 1), ("threads", 1), ("shuffle_block", 1)):
+    for field, least in (
+      ("num_classes", 1),
+      ("image_size", 1),
+      ("test_image_size", 1),
+      ("shift", 0),
+      ("repeats", 1),
+      ("randaugment_layers", 1),
+      ("threads", 1),
+      ("shuffle_block", 1),
+    ):
       value = getattr(self, field)
       if value is None and field not in ("shift", "repeats"):
         continue
@@ -88,8 +97,9 @@ class DataConfig:
     check_number("mixup_alpha", self.mixup_alpha, "a number > 0", lambda x: 0 < x < math.inf, "DataConfig")
     check_number("max_corrupt", self.max_corrupt, "a share in [0, 1]", lambda x: 0 <= x <= 1, "DataConfig")
     if self.randaugment_magnitude is not None:
-      check_number("randaugment_magnitude", self.randaugment_magnitude, "a number in [0, 30]", lambda x: 0 <= x <= 30,
-                    "DataConfig")
+      check_number(
+        "randaugment_magnitude", self.randaugment_magnitude, "a number in [0, 30]", lambda x: 0 <= x <= 30, "DataConfig"
+      )
     for field, most in (("crop_area", 1), ("crop_aspect", math.inf)):
       value = getattr(self, field)
       if len(value) != 2 or not 0 < value[0] <= value[1] <= most or most == 1 and value[1] < 0.1:

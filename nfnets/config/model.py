@@ -1,4 +1,5 @@
 """Which network to train."""
+
 import dataclasses
 from typing import Any
 

@@ -1,4 +1,5 @@
 """How to update: optimizer, schedule, clipping, averaging."""
+
 import dataclasses
 import math
 

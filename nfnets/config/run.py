@@ -1,4 +1,5 @@
 """A whole training run."""
+
 import dataclasses
 import math
 
@@ -89,8 +90,8 @@ _METRICS = tuple(f"{average}{metric}" for average in ("", "ema_") for metric in 
 
 
 _CHOICES = {
-    "loss": ("softmax", "sigmoid"),
-    "batch_stats": ("global", "device"),
-    "keep_best": ("", *_METRICS),
-    "on_bad_step": ("stop", "skip", "rollback"),
+  "loss": ("softmax", "sigmoid"),
+  "batch_stats": ("global", "device"),
+  "keep_best": ("", *_METRICS),
+  "on_bad_step": ("stop", "skip", "rollback"),
 }

@@ -1,4 +1,5 @@
 """What all processes of a run must find alike: configuration, data, code, process 0's decisions, the storage they share."""
+
 import hashlib
 import json
 import pathlib
@@ -37,7 +38,7 @@ def require_equal(facts: dict[str, str], say: Say = print_line) -> None:
   mine = json.dumps({"code": code_version(), "jax": jax.__version__, **facts}).encode()
   lengths = multihost_utils.process_allgather(np.int32(len(mine)))
   padded = np.zeros(int(lengths.max()), np.uint8)
-  padded[:len(mine)] = np.frombuffer(mine, np.uint8)
+  padded[: len(mine)] = np.frombuffer(mine, np.uint8)
   everyone = multihost_utils.process_allgather(padded)
   found = [json.loads(bytes(row[:length])) for row, length in zip(everyone, lengths, strict=True)]
   if differing := differences(found):
@@ -60,8 +61,11 @@ def _difference(name: str, values: list[str]) -> list[str]:
   except ValueError:
     fields = []
   if fields and all(len(each) > 1 for each in fields):
-    return [text for field in dict.fromkeys(field for each in fields for field in each)
-            for text in _difference(field, [each.get(field, "nothing") for each in fields])]
+    return [
+      text
+      for field in dict.fromkeys(field for each in fields for field in each)
+      for text in _difference(field, [each.get(field, "nothing") for each in fields])
+    ]
   return [f"{name}: {_who_has_what(values)}"]
 
 
@@ -76,12 +80,14 @@ def _who_has_what(values: list[str]) -> str:
   groups: dict[str, list[str]] = {}
   for index, value in enumerate(values):
     groups.setdefault(value, []).append(str(index))
-  return ", ".join(f"{_short(value)} in process {' and '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''}"
-                   for value, who in groups.items())
+  return ", ".join(
+    f"{_short(value)} in process {' and '.join(who[:4])}{f' and {len(who) - 4} more' if len(who) > 4 else ''}"
+    for value, who in groups.items()
+  )
 
 
 def _short(value: str) -> str:
-  return value if len(value) <= _SHOWN else f"{value[:_SHOWN // 2]}… ({hashlib.sha256(value.encode()).hexdigest()[:12]})"
+  return value if len(value) <= _SHOWN else f"{value[: _SHOWN // 2]}… ({hashlib.sha256(value.encode()).hexdigest()[:12]})"
 
 
 def broadcast_from_first(value: int) -> int:

@@ -3,6 +3,7 @@
 `detect` looks at the environment alone; what must be asked for over a network (a TPU's metadata, Kubernetes) is asked by
 `complete`, through JAX's own detection, and only where the environment says that somebody will answer.
 """
+
 import dataclasses
 import importlib.util
 import re
@@ -45,8 +46,9 @@ def tpu_workers() -> int:
 
 
 def _metadata(name: str) -> str:
-  request = urllib.request.Request(f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}",
-                                   headers={"Metadata-Flavor": "Google"})
+  request = urllib.request.Request(
+    f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}", headers={"Metadata-Flavor": "Google"}
+  )
   for _ in range(3):
     try:
       with urllib.request.urlopen(request, timeout=2) as answer:
@@ -60,9 +62,15 @@ def _metadata(name: str) -> str:
   return ""
 
 
-def detect(environ: Mapping[str, str], *, coordinator: str | None = None, count: int | None = None, index: int | None = None,
-           tpu_workers: Callable[[], int] = tpu_workers,
-           has_kubernetes: Callable[[], bool] = lambda: importlib.util.find_spec("kubernetes") is not None) -> Membership:
+def detect(
+  environ: Mapping[str, str],
+  *,
+  coordinator: str | None = None,
+  count: int | None = None,
+  index: int | None = None,
+  tpu_workers: Callable[[], int] = tpu_workers,
+  has_kubernetes: Callable[[], bool] = lambda: importlib.util.find_spec("kubernetes") is not None,
+) -> Membership:
   """Explicit arguments, then what JAX detects, then the JAX_ variables, then SkyPilot's, then one process.
 
   What is explicit goes before what the engine says, value by value. Raises ProcessError, naming the variable, for values that
@@ -75,7 +83,9 @@ def detect(environ: Mapping[str, str], *, coordinator: str | None = None, count:
   else:
     found = _by_jax(environ, tpu_workers, has_kubernetes) or _by_variables(environ) or _by_skypilot(environ)
     if found is None:
-      found = Membership(engine="by default", count=1) if (coordinator, count, index) == (None,) * 3 else Membership(engine="flags")
+      found = (
+        Membership(engine="by default", count=1) if (coordinator, count, index) == (None,) * 3 else Membership(engine="flags")
+      )
     values = {"coordinator": coordinator, "count": count, "index": index}
     plan = dataclasses.replace(found, **{name: value for name, value in values.items() if value is not None})
   return _checked(plan)
@@ -89,18 +99,21 @@ def complete(plan: Membership, timeout_s: float) -> tuple[Membership, list[int] 
   if plan.ask is None or (plan.count == 1 and plan.ask in ("slurm", "ompi")):
     return plan, None
   from jax._src import clusters  # the public initialize() kills the process where a peer is missing, so it comes after we met
+
   deadline = time.monotonic() + timeout_s
   try:
     coordinator, count, index, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        plan.coordinator, plan.count, plan.index, None, None if plan.ask == "k8s" else plan.ask, int(timeout_s))
+      plan.coordinator, plan.count, plan.index, None, None if plan.ask == "k8s" else plan.ask, int(timeout_s)
+    )
   except (RuntimeError, ValueError, KeyError, OSError) as error:
     said = " ".join(str(error).split())
     if "Failed to recognize coordinator" in said or isinstance(error.__cause__, socket.gaierror):  # its pod has not started yet
       if time.monotonic() < deadline:
         return complete(plan, deadline - time.monotonic())
       raise LostPeer(f"{plan.engine}: process 0's host has no address after {timeout_s:g} s ({said})") from error
-    raise ProcessError(f"{plan.engine}: JAX's detection failed: {type(error).__name__}: {said}; "
-                       "give --coordinator, --processes and --process") from error
+    raise ProcessError(
+      f"{plan.engine}: JAX's detection failed: {type(error).__name__}: {said}; give --coordinator, --processes and --process"
+    ) from error
   return _checked(dataclasses.replace(plan, coordinator=coordinator, count=count, index=index, ask=None)), local
 
 
@@ -161,15 +174,17 @@ def _by_skypilot(environ: Mapping[str, str]) -> Membership | None:
   if count != len(addresses):
     raise ProcessError(f"SKYPILOT_NUM_NODES={count}, but SKYPILOT_NODE_IPS holds {len(addresses)} addresses")
   host = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
-  return Membership(engine="SkyPilot", coordinator=f"{host}:{SKYPILOT_PORT}", count=count, index=_number(environ, "SKYPILOT_NODE_RANK"))
+  return Membership(
+    engine="SkyPilot", coordinator=f"{host}:{SKYPILOT_PORT}", count=count, index=_number(environ, "SKYPILOT_NODE_RANK")
+  )
 
 
 _NAMES = {  # what a person sets: coordinator, count, index
-    "flags": ("--coordinator", "--processes", "--process"),
-    "JAX_ variables": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-    "SkyPilot": ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"),
-    "SLURM": ("JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_PROCID"),
-    "Open MPI": ("--coordinator=HOST:PORT (Open MPI 5 does not say where)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+  "flags": ("--coordinator", "--processes", "--process"),
+  "JAX_ variables": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+  "SkyPilot": ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"),
+  "SLURM": ("JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_PROCID"),
+  "Open MPI": ("--coordinator=HOST:PORT (Open MPI 5 does not say where)", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
 }
 
 

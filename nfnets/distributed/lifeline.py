@@ -1,4 +1,5 @@
 """Notices when another process of the run fails, dies or falls silent, over the connections that the meeting made."""
+
 import selectors
 import threading
 import time

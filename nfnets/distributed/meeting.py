@@ -4,6 +4,7 @@ JAX's coordination service answers a missing process, one too many or a lost one
 (0.10.2 and 0.12), and needs minutes for some. So the processes meet over plain TCP on the coordinator's port first; process 0
 keeps a connection to each other one, over which the kernel tells at once that a process died, and silence that a host did.
 """
+
 import json
 import os
 import select
@@ -89,8 +90,10 @@ def _listen(address: str, everywhere: bool, deadline: float) -> socket.socket:
       return socket.create_server(("", port), backlog=1024)
     except (OSError, OverflowError) as error:
       if time.monotonic() > deadline or isinstance(error, OverflowError):
-        raise ProcessError(f"process 0 cannot listen on port {port} ({_why(error)}); end the program that has the port, "
-                           "or take another for the coordinator") from error
+        raise ProcessError(
+          f"process 0 cannot listen on port {port} ({_why(error)}); end the program that has the port, "
+          "or take another for the coordinator"
+        ) from error
       time.sleep(0.2)
 
 
@@ -101,8 +104,10 @@ def _gather(listener: socket.socket, me: dict, deadline: float, timeout_s: float
     if not ready:
       missing = [str(i) for i in range(1, count) if i not in wires]
       many = f"{', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}"
-      trouble = LostPeer(f"{len(wires) + 1} of {count} processes came within {timeout_s:g} s, missing: {many}; "
-                         "are they started, and were they given the same coordinator?")
+      trouble = LostPeer(
+        f"{len(wires) + 1} of {count} processes came within {timeout_s:g} s, missing: {many}; "
+        "are they started, and were they given the same coordinator?"
+      )
     for index in [index for index, wire in wires.items() if wire.sock in ready]:
       wires.pop(index).close()  # gone before the start: it has to come again
     if listener not in ready:
@@ -139,8 +144,10 @@ def _join(coordinator: str, me: dict, deadline: float, timeout_s: float) -> Wire
   while True:
     left = deadline - time.monotonic()
     if left <= 0:
-      raise LostPeer(f"coordinator {coordinator} was not reached within {timeout_s:g} s ({why}); is process 0 running there, "
-                     "and may this host connect to that port?")
+      raise LostPeer(
+        f"coordinator {coordinator} was not reached within {timeout_s:g} s ({why}); is process 0 running there, "
+        "and may this host connect to that port?"
+      )
     try:
       wire = Wire(socket.create_connection((host, port), timeout=min(5, left)), f"at {coordinator}")
     except (OSError, OverflowError) as error:
@@ -152,14 +159,17 @@ def _join(coordinator: str, me: dict, deadline: float, timeout_s: float) -> Wire
       answer = wire.first(time.monotonic() + timeout_s + 5)  # process 0 may have come later than this one
     except TimeoutError as error:
       wire.close()
-      raise LostPeer(f"what listens at {coordinator} accepted a connection and then said nothing: process 0 of before may "
-                     "hang there; end it") from error
+      raise LostPeer(
+        f"what listens at {coordinator} accepted a connection and then said nothing: process 0 of before may hang there; end it"
+      ) from error
     except (OSError, EOFError, ValueError) as error:
       wire.close()
       why = "it hung up or does not speak as process 0 does"
       if time.monotonic() > min(strange, deadline):
-        raise ProcessError(f"what listens at {coordinator} is not waiting for process {me['hello']} of {me['count']}: the run "
-                           "there is complete (one process too many?), or another program has the port") from error
+        raise ProcessError(
+          f"what listens at {coordinator} is not waiting for process {me['hello']} of {me['count']}: the run "
+          "there is complete (one process too many?), or another program has the port"
+        ) from error
       time.sleep(0.5)
       continue
     if "ok" not in answer:

@@ -1,4 +1,5 @@
 """Signals that ask a run to stop."""
+
 import contextlib
 import os
 import signal
@@ -17,6 +18,7 @@ def stop_on_signals() -> Iterator[list[str]]:
       os.write(2, f"\n{received[0]}: saving after this step; once more to end at once\n".encode())
     for each, handler in before.items():
       signal.signal(each, handler or signal.SIG_DFL)
+
   try:
     before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
   except ValueError:  # not the main thread: signals are not ours to take

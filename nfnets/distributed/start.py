@@ -3,6 +3,7 @@
 `jax.distributed` is what joins them. Around it: which engine started us (detect.py), and a meeting before the start (meeting.py)
 and a watch after it (lifeline.py), because JAX itself answers whatever goes wrong with SIGABRT.
 """
+
 import dataclasses
 import functools
 import os
@@ -45,8 +46,14 @@ _started = False
 _watch: lifeline.Watch | None = None
 
 
-def start(*, coordinator: str | None = None, count: int | None = None, index: int | None = None, timeout_s: float = TIMEOUT_S,
-          say: Say = print_line) -> Processes:
+def start(
+  *,
+  coordinator: str | None = None,
+  count: int | None = None,
+  index: int | None = None,
+  timeout_s: float = TIMEOUT_S,
+  say: Say = print_line,
+) -> Processes:
   """Joins this process to the others of its run, and says in one line (process 0 does) who told it of them.
 
   coordinator: HOST:PORT at which process 0 listens; count: of processes; index: of this one, from 0. What is not given comes from
@@ -83,9 +90,14 @@ def start(*, coordinator: str | None = None, count: int | None = None, index: in
   # JAX's preemption service would take SIGTERM for itself: until somebody else listens, a process could not be ended
   jax.config.update("jax_enable_preemption_service", False)
   # JAX's own heartbeat (100 s) stays behind the watch: it ends a process by SIGABRT
-  jax.distributed.initialize(plan.coordinator, plan.count, plan.index, cluster_detection_method="deactivate",
-                             local_device_ids=detect.local_devices(os.environ, suggested),
-                             initialization_timeout=int(timeout_s) + 10)
+  jax.distributed.initialize(
+    plan.coordinator,
+    plan.count,
+    plan.index,
+    cluster_detection_method="deactivate",
+    local_device_ids=detect.local_devices(os.environ, suggested),
+    initialization_timeout=int(timeout_s) + 10,
+  )
   _me = Processes(jax.process_index(), jax.process_count(), plan.engine)  # a TPU numbers its processes by itself
   if _me.count != plan.count:
     raise ProcessError(f"{plan.engine}: {plan.count} processes, but JAX's {jax.default_backend()} backend sees {_me.count}")

@@ -1,4 +1,5 @@
 """A watchdog that ends a process which hangs, with the stacks of its threads written down."""
+
 import faulthandler
 import os
 import pathlib
@@ -40,8 +41,12 @@ class Watchdog:
         self._end()
 
   def _end(self) -> None:
-    print(f"{start.label()}error: {self._what} was not finished within config.watchdog={self._seconds:g} s; stacks in "
-          f"{self._file}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    print(
+      f"{start.label()}error: {self._what} was not finished within config.watchdog={self._seconds:g} s; stacks in "
+      f"{self._file}; the same command goes on from the last checkpoint",
+      file=sys.stderr,
+      flush=True,
+    )
     try:
       with open(self._file, "w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)

@@ -1,4 +1,5 @@
 """The peaks of known chips, from their makers' data sheets."""
+
 import dataclasses
 import re
 

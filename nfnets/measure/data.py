@@ -9,6 +9,7 @@ batches and no more, so that nothing half done is left uncounted at either end; 
 its process, from the moment it is set up to its last batch. Imports and setting up (index or graph, once a run) have
 columns of their own.
 """
+
 import dataclasses
 import json
 import os
@@ -27,7 +28,9 @@ from nfnets.data.errors import DataError
 from nfnets.measure.data_report import CROP, OURS, RECIPE, DataReport, Measured, Measurement
 
 
-def measurements(config: DataConfig, *, batch: int, images: int, threads: int, seed: int = 0, against: bool = False) -> list[Measurement]:
+def measurements(
+  config: DataConfig, *, batch: int, images: int, threads: int, seed: int = 0, against: bool = False
+) -> list[Measurement]:
   """The jobs: ours with the configured recipe and, where that does more, with nothing beyond decode, crop and flip.
 
   Args:
@@ -38,13 +41,21 @@ def measurements(config: DataConfig, *, batch: int, images: int, threads: int, s
   plain = dataclasses.replace(config, mix="none", augment="none", repeats=1, shift=0)
   if against:
     if config.train_crop != "inception":
-      raise DataError("tf.data's pipelines crop as train_crop='inception' does, got config.data.train_crop="
-                      f"{config.train_crop!r}")
+      raise DataError(
+        f"tf.data's pipelines crop as train_crop='inception' does, got config.data.train_crop={config.train_crop!r}"
+      )
     if batch % 2:
       raise DataError(f"batch={batch}: mixup and cutmix on half a batch each need an even number")
     plain = dataclasses.replace(plain, flip=True)
-  make = lambda pipeline, group, data: Measurement(pipeline=pipeline, group=group, data=dataclasses.replace(data, threads=threads),
-                                           batch=batch, steps=-(-images // batch), threads=threads, seed=seed)
+  make = lambda pipeline, group, data: Measurement(
+    pipeline=pipeline,
+    group=group,
+    data=dataclasses.replace(data, threads=threads),
+    batch=batch,
+    steps=-(-images // batch),
+    threads=threads,
+    seed=seed,
+  )
   jobs = []
   if against or plain != config:
     jobs.append(make(OURS, CROP, plain))
@@ -57,8 +68,9 @@ def measurements(config: DataConfig, *, batch: int, images: int, threads: int, s
   return jobs
 
 
-def compare(jobs: Sequence[Measurement], *, rounds: int,
-            progress: Callable[[int, Measurement, Measured | None], None] = lambda *what: None) -> DataReport:
+def compare(
+  jobs: Sequence[Measurement], *, rounds: int, progress: Callable[[int, Measurement, Measured | None], None] = lambda *what: None
+) -> DataReport:
   """Measures every job `rounds` times, each in its own process, in turn: A B C A B C …
 
   progress: called with (round from 0, job, None) before a measurement and with its result after it.
@@ -77,8 +89,14 @@ def measure_apart(job: Measurement) -> Measured:
   root = str(pathlib.Path(__file__).parents[2])
   path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
   quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "NO_GCE_CHECK": "true"}
-  child = subprocess.run([sys.executable, "-m", "nfnets.measure.data"], input=job.to_json(), capture_output=True, text=True,
-                         env={**os.environ, **quiet, "PYTHONPATH": path}, check=False)
+  child = subprocess.run(
+    [sys.executable, "-m", "nfnets.measure.data"],
+    input=job.to_json(),
+    capture_output=True,
+    text=True,
+    env={**os.environ, **quiet, "PYTHONPATH": path},
+    check=False,
+  )
   if child.returncode or not child.stdout.strip():
     raise RuntimeError(f"measuring {job.pipeline} ({job.group}) ended with status {child.returncode}:\n{child.stderr[-4000:]}")
   found = json.loads(child.stdout.splitlines()[-1])
@@ -107,19 +125,32 @@ def measure(job: Measurement) -> Measured:
   close()
   if images != job.batch * job.steps:
     raise RuntimeError(f"{job.pipeline} made {images} images, {job.batch * job.steps} were asked for")
-  return Measured(images=images, batch_bytes=batch_bytes, import_s=import_s, setup_s=setup_s, setup_cpu_s=setup_cpu_s,
-                first_batch_s=first_batch_s, wall_s=wall_s, cpu_s=cpu_s, peak_bytes=peak, imported_bytes=imported, times=times,
-                versions=versions)
+  return Measured(
+    images=images,
+    batch_bytes=batch_bytes,
+    import_s=import_s,
+    setup_s=setup_s,
+    setup_cpu_s=setup_cpu_s,
+    first_batch_s=first_batch_s,
+    wall_s=wall_s,
+    cpu_s=cpu_s,
+    peak_bytes=peak,
+    imported_bytes=imported,
+    times=times,
+    versions=versions,
+  )
 
 
 def _preload(job: Measurement) -> dict[str, str]:
   if job.pipeline != OURS:
     from nfnets.measure import tfdata
+
     return tfdata.preload()
   import cv2
   import simplejpeg
 
   from nfnets.data.sources.open import open_source  # noqa: F401  (imported for their time and memory)
+
   if job.data.name not in ("digits", "synthetic", "folder"):
     import tensorflow_datasets  # noqa: F401  (what a TFDS source imports when it is opened)
   return {"numpy": np.__version__, "opencv": cv2.__version__, "simplejpeg": simplejpeg.__version__}
@@ -129,12 +160,14 @@ def _open(job: Measurement) -> tuple[Iterator[dict[str, Any]], dict[str, float],
   """(batches, seconds by phase that fill up as they are made, what to call at the end)."""
   if job.pipeline != OURS:
     from nfnets.measure import tfdata
+
     build = tfdata.tuned if job.group == CROP else tfdata.official
     found = build(job.data, batch=job.batch, steps=job.steps, threads=job.threads)
     return iter(found.as_numpy_iterator()), {}, lambda: None
   from nfnets.data.batches.prefetch import prefetch
   from nfnets.data.batches.training import TrainBatches
   from nfnets.data.sources.open import open_source
+
   source = open_source(job.data, train=True, progress=lambda line: None)
   batches = TrainBatches(source, job.data, batch=job.batch, seed=job.seed)
 

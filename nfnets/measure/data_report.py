@@ -1,4 +1,5 @@
 """What the benchmark of the data path hands out: measurements, ratios and their table."""
+
 import dataclasses
 import json
 import platform
@@ -64,9 +65,15 @@ class Measured:
 
   @property
   def figures(self) -> dict[str, float]:
-    return {"images_per_s": self.images / self.wall_s, "images_per_cpu_s": self.images / self.cpu_s,
-            "first_batch_s": self.first_batch_s, "import_s": self.import_s, "setup_cpu_s": self.setup_cpu_s,
-            "peak_bytes": self.peak_bytes, "own_bytes": self.peak_bytes - self.imported_bytes}
+    return {
+      "images_per_s": self.images / self.wall_s,
+      "images_per_cpu_s": self.images / self.cpu_s,
+      "first_batch_s": self.first_batch_s,
+      "import_s": self.import_s,
+      "setup_cpu_s": self.setup_cpu_s,
+      "peak_bytes": self.peak_bytes,
+      "own_bytes": self.peak_bytes - self.imported_bytes,
+    }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +88,19 @@ class Ratio:
 
   @classmethod
   def of(cls, group: str, peer: str, ours: Sequence[float], theirs: Sequence[float], wanted: float) -> "Ratio":
-    return cls(group=group, peer=peer, ratio=statistics.median(ours) / statistics.median(theirs), wanted=wanted,
-               rounds=tuple(a / b for a, b in zip(ours, theirs, strict=True)))
+    return cls(
+      group=group,
+      peer=peer,
+      ratio=statistics.median(ours) / statistics.median(theirs),
+      wanted=wanted,
+      rounds=tuple(a / b for a, b in zip(ours, theirs, strict=True)),
+    )
 
   def __str__(self) -> str:
-    return (f"{self.group}: {self.ratio:.2f} × the images per CPU-second of {self.peer} "
-            f"({min(self.rounds):.2f} to {max(self.rounds):.2f} by rounds; wanted at least {self.wanted:g})")
+    return (
+      f"{self.group}: {self.ratio:.2f} × the images per CPU-second of {self.peer} "
+      f"({min(self.rounds):.2f} to {max(self.rounds):.2f} by rounds; wanted at least {self.wanted:g})"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,28 +128,55 @@ class DataReport:
   def ratios(self) -> list[Ratio]:
     speeds = lambda index: [result.figures["images_per_cpu_s"] for result in self.results[index]]
     ours = {job.group: index for index, job in enumerate(self.jobs) if job.pipeline == OURS}
-    return [Ratio.of(job.group, job.pipeline, speeds(ours[job.group]), speeds(index), PEERS[job.pipeline][1])
-            for index, job in enumerate(self.jobs) if job.pipeline in PEERS]
+    return [
+      Ratio.of(job.group, job.pipeline, speeds(ours[job.group]), speeds(index), PEERS[job.pipeline][1])
+      for index, job in enumerate(self.jobs)
+      if job.pipeline in PEERS
+    ]
 
   def to_json(self) -> dict[str, Any]:
-    rows = [{"pipeline": job.pipeline, "group": job.group, **self.medians(index), "shares": self.shares(index),
-             "rounds": [dataclasses.asdict(result) for result in self.results[index]]} for index, job in enumerate(self.jobs)]
+    rows = [
+      {
+        "pipeline": job.pipeline,
+        "group": job.group,
+        **self.medians(index),
+        "shares": self.shares(index),
+        "rounds": [dataclasses.asdict(result) for result in self.results[index]],
+      }
+      for index, job in enumerate(self.jobs)
+    ]
     job = self.jobs[-1]
-    return {"benchmark": "data", "data": dataclasses.asdict(job.data), "batch": job.batch, "images": job.batch * job.steps,
-            "threads": job.threads, "cores": cores(), "python": platform.python_version(), "machine": platform.machine(),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "rows": rows,
-            "ratios": [dataclasses.asdict(ratio) for ratio in self.ratios]}
+    return {
+      "benchmark": "data",
+      "data": dataclasses.asdict(job.data),
+      "batch": job.batch,
+      "images": job.batch * job.steps,
+      "threads": job.threads,
+      "cores": cores(),
+      "python": platform.python_version(),
+      "machine": platform.machine(),
+      "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+      "rows": rows,
+      "ratios": [dataclasses.asdict(ratio) for ratio in self.ratios],
+    }
 
   def table(self):
     """A rich table, a section a group."""
     import rich.box
     import rich.table
+
     job, rounds = self.jobs[-1], len(self.results[0])
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, caption_justify="left", caption_style="", caption=(
+    table = rich.table.Table(
+      box=rich.box.SIMPLE_HEAD,
+      caption_justify="left",
+      caption_style="",
+      caption=(
         f"{job.batch * job.steps:,} images in batches of {job.batch} ({_mb(self.results[0][0].batch_bytes)} uint8), "
         f"{job.threads} thread{'s' * (job.threads > 1)} on {cores()} core{'s' * (cores() > 1)}; medians of {rounds} "
         f"round{'s' * (rounds > 1)}. CPU-seconds: user + system of all threads, imports and setting up left out; first batch: "
-        "from opening the source, imports left out; memory: peak resident, and above what it was after the imports."))
+        "from opening the source, imports left out; memory: peak resident, and above what it was after the imports."
+      ),
+    )
     table.add_column("pipeline", no_wrap=True)
     for name in ("images/s", "images per CPU-s", "first batch s", "import s", "memory MB", "own MB"):
       table.add_column(name, justify="right")
@@ -148,9 +189,16 @@ class DataReport:
           continue
         found, shares = self.medians(index), self.shares(index)
         parts = " / ".join(f"{100 * shares[name]:.0f}" for name in PHASES) if shares else "–"
-        table.add_row(f"  {job.pipeline}", f"{found['images_per_s']:,.0f}", f"{found['images_per_cpu_s']:,.0f}",
-                      f"{found['first_batch_s']:.2f}", f"{found['import_s']:.2f}", f"{found['peak_bytes'] / 1e6:,.0f}",
-                      f"{found['own_bytes'] / 1e6:,.0f}", parts)
+        table.add_row(
+          f"  {job.pipeline}",
+          f"{found['images_per_s']:,.0f}",
+          f"{found['images_per_cpu_s']:,.0f}",
+          f"{found['first_batch_s']:.2f}",
+          f"{found['import_s']:.2f}",
+          f"{found['peak_bytes'] / 1e6:,.0f}",
+          f"{found['own_bytes'] / 1e6:,.0f}",
+          parts,
+        )
     return table
 
 

@@ -1,4 +1,5 @@
 """What the devices send each other in a compiled program, counted from its HLO text."""
+
 import collections
 import dataclasses
 import math
@@ -58,8 +59,10 @@ def parse(text: str, devices: int) -> list[Collective]:
 
 
 # A shape may hold parentheses and spaces of its own, in tuples and in layouts such as {1,0:T(8,128)}, and no "=" but in comments.
-_COLLECTIVE = re.compile(r"\s+(?:ROOT )?%?\S+ = (?P<shape>(?:[^=]|index=)+?) "
-                         rf"(?P<kind>{'|'.join(KINDS)})(?P<phase>-start|-done)?\(")
+_COLLECTIVE = re.compile(
+  r"\s+(?:ROOT )?%?\S+ = (?P<shape>(?:[^=]|index=)+?) "
+  rf"(?P<kind>{'|'.join(KINDS)})(?P<phase>-start|-done)?\("
+)
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?P<how>calls|to_apply|body|condition|true_computation|false_computation)=%?(?P<name>[\w.\-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{(?P<names>[^}]*)\}")
@@ -155,8 +158,9 @@ def _elements(shape: str) -> list[str]:
 
 def _bytes(shape: str) -> int:
   """Of all arrays in a shape; tokens and opaque values are none."""
-  return sum(math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(dtype) // 8
-             for dtype, sizes in _LEAF.findall(shape))
+  return sum(
+    math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(dtype) // 8 for dtype, sizes in _LEAF.findall(shape)
+  )
 
 
 def _item_bits(dtype: str) -> int:

@@ -1,4 +1,5 @@
 """What a plan of the training step hands out: memory, arithmetic, traffic and a roofline, with their units and definitions."""
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -55,8 +56,9 @@ class Roofline:
     return max(("compute", "memory", "links"), key=lambda term: getattr(self, term))
 
 
-def roofline(chip: Chip | None, *, flops: float | None, memory_bytes: float | None, sent: float,
-             loops: int = 1) -> Roofline | None:
+def roofline(
+  chip: Chip | None, *, flops: float | None, memory_bytes: float | None, sent: float, loops: int = 1
+) -> Roofline | None:
   """From what one device computes [FLOP], moves to and from its memory [bytes] and sends [bytes] in a step.
 
   loops: how often the part of the step runs that `memory_bytes` counts once; its bytes are between once and so many times.
@@ -65,8 +67,12 @@ def roofline(chip: Chip | None, *, flops: float | None, memory_bytes: float | No
   if chip is None or not flops or not memory_bytes or chip.memory_gb_s is None or sent and chip.link_gb_s is None:
     return None
   memory = memory_bytes / (1e9 * chip.memory_gb_s)
-  return Roofline(compute=flops / (1e12 * chip.tflops), memory=memory, memory_high=loops * memory,
-                  links=sent / (1e9 * chip.link_gb_s) if sent else 0.0)
+  return Roofline(
+    compute=flops / (1e12 * chip.tflops),
+    memory=memory,
+    memory_high=loops * memory,
+    links=sent / (1e9 * chip.link_gb_s) if sent else 0.0,
+  )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +100,14 @@ class CompiledStep:
 
   def by_kind(self) -> dict[str, dict[str, float]]:
     """{kind: {"count", "bytes", "sent"}} a step; `bytes` of the whole arrays, `sent` by a device in a ring."""
-    return {kind: {"count": sum(each.times for each in self.collectives if each.kind == kind),
-                   "bytes": sum(each.bytes * each.times for each in self.collectives if each.kind == kind),
-                   "sent": sum(each.sent for each in self.collectives if each.kind == kind)} for kind in hlo.KINDS}
+    return {
+      kind: {
+        "count": sum(each.times for each in self.collectives if each.kind == kind),
+        "bytes": sum(each.bytes * each.times for each in self.collectives if each.kind == kind),
+        "sent": sum(each.sent for each in self.collectives if each.kind == kind),
+      }
+      for kind in hlo.KINDS
+    }
 
   def to_json(self) -> dict[str, Any]:
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -165,8 +176,10 @@ class Plan:
     """What the estimated step takes for granted."""
     chip = self.chip
     if chip is None or chip.memory_gb_s is None:
-      return [f"estimated step: unknown, since {self.device_kind!r} or its bandwidths are not in the table of known chips "
-              "(nfnets/measure/chips.py)"]
+      return [
+        f"estimated step: unknown, since {self.device_kind!r} or its bandwidths are not in the table of known chips "
+        "(nfnets/measure/chips.py)"
+      ]
     link = "unknown" if chip.link_gb_s is None else f"{chip.link_gb_s:,g} GB/s out of a device over all its links"
     notes = [
       f"peaks of {self.device_kind}: {chip.tflops:,g} TFLOP/s (dense bfloat16), {chip.memory_gb_s:,g} GB/s of memory, {link}",
@@ -174,20 +187,29 @@ class Plan:
       "efficiencies are assumed",
       "low end: arithmetic, memory and links at the same time, the slowest counts; high end: one after the other",
       "arithmetic is the larger of the compiler's count and the model's own (calls into libraries may count as nothing)",
-      "memory traffic is XLA's \"bytes accessed\": operands and results of every fused operation, also where they stay in a "
+      'memory traffic is XLA\'s "bytes accessed": operands and results of every fused operation, also where they stay in a '
       "cache or on-chip memory; a step that memory bounds can so be faster than the low end",
       "rings: a device sends 2 (n-1)/n of the bytes of an all-reduce, (n-1)/n of an all-gather, reduce-scatter or all-to-all",
     ]
     if self.dtype != "bfloat16":
       notes.append(f"the step computes in {self.dtype}, whose peak is lower than bfloat16's")
     if any(step.accumulate > 1 for step in self.steps):
-      notes.append("accumulation is a loop, whose body XLA's counts hold once: arithmetic is then taken from the model's "
-                   "multiply-adds, and the memory's traffic lies between once and `accumulate` times the count")
+      notes.append(
+        "accumulation is a loop, whose body XLA's counts hold once: arithmetic is then taken from the model's "
+        "multiply-adds, and the memory's traffic lies between once and `accumulate` times the count"
+      )
     return notes
 
   def _asked(self) -> list[tuple[str, str]]:
-    how = ", ".join(word for word in (f"accumulate={self.accumulate}" if self.accumulate > 1 else "",
-                                      "sharded" if self.shard else "", "remat" if self.remat else "") if word)
+    how = ", ".join(
+      word
+      for word in (
+        f"accumulate={self.accumulate}" if self.accumulate > 1 else "",
+        "sharded" if self.shard else "",
+        "remat" if self.remat else "",
+      )
+      if word
+    )
     where = self.topology or "this machine"
     return [
       ("step of", f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}{how and f'; {how}'}"),
@@ -200,31 +222,41 @@ class Plan:
     rows = [("figures of", step.name)] if step is not self.steps[0] else []
     fits = _fits(step.fits)
     if step.memory is None:
-      return [*rows, ("needed", f"fits: {fits}; {step.refusal or 'not reported by this backend'}"),
-              ("arithmetic", f"{_tera(step.counted_flops)} a device by the model's multiply-adds"),
-              ("compile", f"{step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling")]
+      return [
+        *rows,
+        ("needed", f"fits: {fits}; {step.refusal or 'not reported by this backend'}"),
+        ("arithmetic", f"{_tera(step.counted_flops)} a device by the model's multiply-adds"),
+        ("compile", f"{step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling"),
+      ]
     memory = step.memory
-    sent = [f"{kind} {_size(values['bytes'])} in {values['count']}" for kind, values in step.by_kind().items()
-            if values["count"]]
+    sent = [f"{kind} {_size(values['bytes'])} in {values['count']}" for kind, values in step.by_kind().items() if values["count"]]
     line = step.roofline
     times = "unknown"
     if line is not None:
       images = f"{self.batch / line.high:,.0f} to {self.batch / line.low:,.0f} images/s"
-      times = (f"{_ms(line.low)} to {_ms(line.high)}, {images}; bound by {line.bound}: compute {_ms(line.compute)}, memory "
-               f"{_ms(line.memory)}{f' to {_ms(line.memory_high)}' if line.memory_high > line.memory else ''}, links "
-               f"{_ms(line.links)}")
+      times = (
+        f"{_ms(line.low)} to {_ms(line.high)}, {images}; bound by {line.bound}: compute {_ms(line.compute)}, memory "
+        f"{_ms(line.memory)}{f' to {_ms(line.memory_high)}' if line.memory_high > line.memory else ''}, links "
+        f"{_ms(line.links)}"
+      )
     counts = "not reported by this backend" if step.flops is None else f"{_tera(step.flops)} as compiled"
     moved = "not reported by this backend" if step.memory_bytes is None else f"{step.memory_bytes / 1e9:,.2f} GB"
     return [
       *rows,
-      ("needed", f"{step.said_memory()}, fits: {fits}; arguments {_size(memory.arguments)} + outputs {_size(memory.outputs)} "
-                 f"- aliased {_size(memory.aliased)} + temporaries {_size(memory.temporaries)} + code {_size(memory.code)}"),
+      (
+        "needed",
+        f"{step.said_memory()}, fits: {fits}; arguments {_size(memory.arguments)} + outputs {_size(memory.outputs)} "
+        f"- aliased {_size(memory.aliased)} + temporaries {_size(memory.temporaries)} + code {_size(memory.code)}",
+      ),
       ("arithmetic", f"{counts}, {_tera(step.counted_flops)} by the model's multiply-adds, a device"),
       ("memory traffic", f"{moved} a device"),
       ("sent", f"{', '.join(sent) or 'nothing'}; {_size(sum(each.sent for each in step.collectives))} out of a device"),
       ("estimated step", times),
-      ("compile", f"{step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling (compilation cache: "
-                  f"{self.compilation_cache or 'off'})"),
+      (
+        "compile",
+        f"{step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling (compilation cache: "
+        f"{self.compilation_cache or 'off'})",
+      ),
       ("with", f"{', '.join(f'{name} {version}' for name, version in self.versions.items())}; {self.date}"),
     ]
 
@@ -232,12 +264,17 @@ class Plan:
 def picture(plan: Plan, file: str) -> None:
   """Draws the memory of every compiled step as stacked bars, with the device's as a line."""
   import matplotlib
+
   matplotlib.use("Agg")
   from matplotlib import pyplot
+
   figure, axes = pyplot.subplots(figsize=(7, 1.4 + 0.4 * len(plan.steps)), layout="constrained")
   names, left = [step.name for step in plan.steps], [0.0] * len(plan.steps)
-  parts = {"state and batch": lambda m: m.arguments + m.outputs - m.aliased, "temporaries": lambda m: m.temporaries,
-           "code": lambda m: m.code}
+  parts = {
+    "state and batch": lambda m: m.arguments + m.outputs - m.aliased,
+    "temporaries": lambda m: m.temporaries,
+    "code": lambda m: m.code,
+  }
   for (label, of), color in zip(parts.items(), ("#4878a8", "#e49444", "#85b6b2"), strict=True):
     values = [of(step.memory) / GIB if step.memory else 0.0 for step in plan.steps]
     axes.barh(names, values, left=left, label=label, color=color)

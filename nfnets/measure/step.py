@@ -8,6 +8,7 @@ so none can be skipped or overlap; the clock stops only when the new state is th
 nothing is sent to the devices meanwhile (a transfer guard sees to it); and the figures are handed out only if the last
 loss is finite and the state has counted as many updates as were asked for.
 """
+
 import contextlib
 import dataclasses
 import datetime
@@ -44,8 +45,15 @@ class OutOfMemoryError(ValueError):
   """The step does not fit into the devices' memory; the message says what to lower."""
 
 
-def benchmark_step(config: Config, *, steps: int = 50, warmup: int = 5, without_agc: bool = False,
-                   mesh: Mesh | None = None, say: Callable[[str], None] = lambda line: None) -> StepReport:
+def benchmark_step(
+  config: Config,
+  *,
+  steps: int = 50,
+  warmup: int = 5,
+  without_agc: bool = False,
+  mesh: Mesh | None = None,
+  say: Callable[[str], None] = lambda line: None,
+) -> StepReport:
   """Times the training step that `config` describes.
 
   Read from `config`: everything that makes the step (model, optimizer, loss, batch). No dataset is loaded: images are
@@ -73,8 +81,9 @@ def benchmark_step(config: Config, *, steps: int = 50, warmup: int = 5, without_
       raise ValueError(f"{name} = {value!r}: expected a whole number >= 1.")
   clips = config.optim.clipping is not None and config.optim.clipping < math.inf
   if without_agc and not clips:
-    raise ValueError(f"without_agc needs AGC to compare with, but config.optim.clipping={config.optim.clipping}; "
-                     "set it, e.g. to 0.01")
+    raise ValueError(
+      f"without_agc needs AGC to compare with, but config.optim.clipping={config.optim.clipping}; set it, e.g. to 0.01"
+    )
   mesh = sharding.make_mesh() if mesh is None else mesh
   sharding.check_batch(config.batch, mesh, config.accumulate)
   overrides = config.model.all_overrides()
@@ -131,18 +140,47 @@ def benchmark_step(config: Config, *, steps: int = 50, warmup: int = 5, without_
   xla_flops = _xla_flops(lowered, config.batch if needs_all_rows(config, run.state.stats) else share)
   xla_optimised = _xla_flops(compiled, share)
   return StepReport(
-    model=config.model.name, overrides=overrides, dtype=config.model.dtype, num_classes=classes, image_size=size,
-    parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.params)), batch=config.batch,
-    optimizer=config.optim.name, clipping=config.optim.clipping if clips else None,
-    agc_track=clips and config.optim.agc_track, ema_decay=config.optim.ema_decay, device_kind=kind, devices=mesh.size,
-    processes=jax.process_count(), versions=_versions(mesh), xla_flags=os.environ.get("XLA_FLAGS", ""),
+    model=config.model.name,
+    overrides=overrides,
+    dtype=config.model.dtype,
+    num_classes=classes,
+    image_size=size,
+    parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
+    batch=config.batch,
+    optimizer=config.optim.name,
+    clipping=config.optim.clipping if clips else None,
+    agc_track=clips and config.optim.agc_track,
+    ema_decay=config.optim.ema_decay,
+    device_kind=kind,
+    devices=mesh.size,
+    processes=jax.process_count(),
+    versions=_versions(mesh),
+    xla_flags=os.environ.get("XLA_FLAGS", ""),
     compilation_cache=jax.config.jax_compilation_cache_dir,
-    date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), init_s=init_s, lowering_s=lowering_s,
-    compile_s=compile_s, warmup_steps=warmup, waited_step_ms=waited, run_steps=steps, run_step_ms=1e3 * run_s,
-    images_per_s=images_per_s, images_per_s_per_device=images_per_s / mesh.size, forward_macs_per_image=macs,
-    flops_per_image=6 * macs, xla_flops_per_image=xla_flops, xla_optimised_flops_per_image=xla_optimised,
-    tflops_per_device=tflops, peak_tflops_per_device=peak, mfu=None if peak is None else tflops / peak, memory=memory,
-    state_bytes=state_bytes, donated_bytes=donated_bytes, final_loss=loss, updates=run.done, agc=overhead)
+    date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    init_s=init_s,
+    lowering_s=lowering_s,
+    compile_s=compile_s,
+    warmup_steps=warmup,
+    waited_step_ms=waited,
+    run_steps=steps,
+    run_step_ms=1e3 * run_s,
+    images_per_s=images_per_s,
+    images_per_s_per_device=images_per_s / mesh.size,
+    forward_macs_per_image=macs,
+    flops_per_image=6 * macs,
+    xla_flops_per_image=xla_flops,
+    xla_optimised_flops_per_image=xla_optimised,
+    tflops_per_device=tflops,
+    peak_tflops_per_device=peak,
+    mfu=None if peak is None else tflops / peak,
+    memory=memory,
+    state_bytes=state_bytes,
+    donated_bytes=donated_bytes,
+    final_loss=loss,
+    updates=run.done,
+    agc=overhead,
+  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -170,8 +208,10 @@ class _Run:
     """The last step's mean loss; FloatingPointError if the run stood still instead of training."""
     loss = float(self.metrics["loss_sum"]) / float(self.metrics["count"])
     if bool(self.state.halted) or not math.isfinite(loss):
-      raise FloatingPointError(f"loss or gradient not finite at step {int(self.state.step) + 1} of the benchmark (loss "
-                               f"{loss:g}): the time of a halted step means nothing; lower config.optim.base_lr")
+      raise FloatingPointError(
+        f"loss or gradient not finite at step {int(self.state.step) + 1} of the benchmark (loss "
+        f"{loss:g}): the time of a halted step means nothing; lower config.optim.base_lr"
+      )
     if int(self.state.step) != self.done:
       raise RuntimeError(f"the state counts {int(self.state.step)} updates, but {self.done} steps were timed")
     return loss
@@ -188,14 +228,20 @@ def _compare(run: _Run, plain: _Run, *, warmup: int, steps: int) -> AgcOverhead:
   with_agc, without_agc = milliseconds.values()
   first, second = Spread.of(with_agc), Spread.of(without_agc)
   pair_ratio = Spread.of([a / b for a, b in zip(with_agc, without_agc, strict=True)])
-  return AgcOverhead(with_agc_ms=first, without_agc_ms=second, ratio=first.median / second.median,
-                     pair_ratio=pair_ratio, steps_per_block=steps)
+  return AgcOverhead(
+    with_agc_ms=first, without_agc_ms=second, ratio=first.median / second.median, pair_ratio=pair_ratio, steps_per_block=steps
+  )
 
 
 def _optimizer(config: Config, params: nnx.State):
   steps_per_epoch = IMAGENET_IMAGES / config.batch
-  return optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=steps_per_epoch,
-                              total_steps=max(1, round(config.epochs * steps_per_epoch)))
+  return optim.make_optimizer(
+    config.optim,
+    params,
+    batch=config.batch,
+    steps_per_epoch=steps_per_epoch,
+    total_steps=max(1, round(config.epochs * steps_per_epoch)),
+  )
 
 
 def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> TrainState:
@@ -206,8 +252,10 @@ def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> T
 
 def _lower(config: Config, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, size: int) -> jax.stages.Lowered:
   """The training loop's own step, traced and lowered for these shapes."""
-  batch = {"image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8),
-           "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32)}
+  batch = {
+    "image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8),
+    "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
+  }
   like = sharding.place(mesh, state, shard=config.shard)
   return train_step_over(config, mesh, graph, _optimizer(config, state.params), like).lower(like, batch)
 
@@ -215,9 +263,15 @@ def _lower(config: Config, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, s
 def _batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:
   """Noise, not zeros: a chip draws less power on zeros, and so runs faster than on images."""
   draw = np.random.default_rng(config.seed)
-  return jax.block_until_ready(sharding.put_batch(mesh, {
-    "image": draw.integers(0, 256, (config.batch, size, size, 3), np.uint8),
-    "label": draw.integers(0, classes, config.batch).astype(np.int32)}))
+  return jax.block_until_ready(
+    sharding.put_batch(
+      mesh,
+      {
+        "image": draw.integers(0, 256, (config.batch, size, size, 3), np.uint8),
+        "label": draw.integers(0, classes, config.batch).astype(np.int32),
+      },
+    )
+  )
 
 
 def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
@@ -237,8 +291,15 @@ def _memory(compiled: jax.stages.Compiled, peak_before: int | None, peak: int | 
   fields = ("argument", "output", "alias", "temp")
   arguments, outputs, aliased, temporaries = (getattr(plan, f"{field}_size_in_bytes", None) for field in fields)
   program = None if None in (arguments, outputs, aliased, temporaries) else arguments + outputs - aliased + temporaries
-  return Memory(arguments=arguments, outputs=outputs, aliased=aliased, temporaries=temporaries, program=program,
-                peak_before=peak_before, peak=peak)
+  return Memory(
+    arguments=arguments,
+    outputs=outputs,
+    aliased=aliased,
+    temporaries=temporaries,
+    program=program,
+    peak_before=peak_before,
+    peak=peak,
+  )
 
 
 def _xla_flops(program: jax.stages.Lowered | jax.stages.Compiled, images: float) -> float | None:
@@ -260,5 +321,7 @@ def _explained_out_of_memory(batch: int, size: int, where: str) -> Iterator[None
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
       raise
-    raise OutOfMemoryError(f"out of memory with {batch} images of {size}×{size} a step on {where}; lower the batch or "
-                           "the image size, or set config.model.remat=True") from error
+    raise OutOfMemoryError(
+      f"out of memory with {batch} images of {size}×{size} a step on {where}; lower the batch or "
+      "the image size, or set config.model.remat=True"
+    ) from error

@@ -1,4 +1,5 @@
 """What the benchmark of the training step hands out: the figures with their units and definitions."""
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -126,45 +127,69 @@ class StepReport:
     memory = self.memory
     plan = peak = "not reported by this backend"
     if memory.program is not None:
-      plan = (f"{_size(memory.program)} a device = arguments {_size(memory.arguments)} + outputs "
-              f"{_size(memory.outputs)} - aliased {_size(memory.aliased)} + temporaries {_size(memory.temporaries)}")
+      plan = (
+        f"{_size(memory.program)} a device = arguments {_size(memory.arguments)} + outputs "
+        f"{_size(memory.outputs)} - aliased {_size(memory.aliased)} + temporaries {_size(memory.temporaries)}"
+      )
     if memory.peak is not None:
-      peak = (f"{_size(memory.peak)} a device since the process began ({_size(memory.peak_before)} before the first "
-              "step)")
+      peak = f"{_size(memory.peak)} a device since the process began ({_size(memory.peak_before)} before the first step)"
     lines = [
-      ("step of", f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}"
-                  f"{''.join(f', {key}={value!r}' for key, value in self.overrides.items())}; {self.optimizer}, "
-                  f"{clipping}, {average}"),
-      ("batch", f"{self.batch} images of {self.image_size}×{self.image_size}, {self.batch // self.devices} a device; "
-                "synthetic, on the devices from the start"),
+      (
+        "step of",
+        f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}"
+        f"{''.join(f', {key}={value!r}' for key, value in self.overrides.items())}; {self.optimizer}, "
+        f"{clipping}, {average}",
+      ),
+      (
+        "batch",
+        f"{self.batch} images of {self.image_size}×{self.image_size}, {self.batch // self.devices} a device; "
+        "synthetic, on the devices from the start",
+      ),
       ("devices", f"{self.devices} × {self.device_kind} ({self.processes} process{'es' * (self.processes > 1)})"),
       ("init", f"{self.init_s:.2f} s (parameters and state, until they lie on the devices)"),
       ("lowering", f"{self.lowering_s:.2f} s"),
       ("compile", f"{self.compile_s:.2f} s (compilation cache: {self.compilation_cache or 'off'})"),
-      ("step, waited for", f"median {self.waited_step_ms.median:.4g} ms, {self.waited_step_ms} (each of "
-                           f"{self.waited_step_ms.count} steps by itself, after {self.warmup_steps} to warm up)"),
-      ("step, in a run", f"{self.run_step_ms:.4g} ms (mean of {self.run_steps} in a row, waited for once, as training "
-                         "runs; the figures below are from this)"),
+      (
+        "step, waited for",
+        f"median {self.waited_step_ms.median:.4g} ms, {self.waited_step_ms} (each of "
+        f"{self.waited_step_ms.count} steps by itself, after {self.warmup_steps} to warm up)",
+      ),
+      (
+        "step, in a run",
+        f"{self.run_step_ms:.4g} ms (mean of {self.run_steps} in a row, waited for once, as training "
+        "runs; the figures below are from this)",
+      ),
       ("images/s", f"{self.images_per_s_per_device:,.1f} a device, {self.images_per_s:,.1f} in all"),
-      ("FLOPs an image", f"{giga(self.flops_per_image)} = 3 (forward, two of backward) × 2 × "
-                         f"{self.forward_macs_per_image / 1e9:.4g} G multiply-adds of a forward pass at "
-                         f"{self.image_size} px; XLA counts {giga(self.xla_flops_per_image)} as lowered, "
-                         f"{giga(self.xla_optimised_flops_per_image)} as compiled"),
+      (
+        "FLOPs an image",
+        f"{giga(self.flops_per_image)} = 3 (forward, two of backward) × 2 × "
+        f"{self.forward_macs_per_image / 1e9:.4g} G multiply-adds of a forward pass at "
+        f"{self.image_size} px; XLA counts {giga(self.xla_flops_per_image)} as lowered, "
+        f"{giga(self.xla_optimised_flops_per_image)} as compiled",
+      ),
       ("TFLOP/s", f"{self.tflops_per_device:.4g} a device; {mfu}"),
       ("memory, XLA's plan", plan),
       ("memory, peak in use", peak),
       ("donated", f"{_size(self.donated_bytes)} of the state's {_size(self.state_bytes)}"),
     ]
     if self.agc is not None:
-      lines.append(("AGC overhead", f"× {self.agc.ratio:.4f} = {self.agc.with_agc_ms.median:.4g} ms with / "
-                                    f"{self.agc.without_agc_ms.median:.4g} ms without, medians; by pairs of blocks: "
-                                    f"{self.agc.pair_ratio} ({self.agc.pair_ratio.count} pairs of blocks of "
-                                    f"{self.agc.steps_per_block} step{'s' * (self.agc.steps_per_block > 1)}, "
-                                    "taking turns)"))
+      lines.append(
+        (
+          "AGC overhead",
+          f"× {self.agc.ratio:.4f} = {self.agc.with_agc_ms.median:.4g} ms with / "
+          f"{self.agc.without_agc_ms.median:.4g} ms without, medians; by pairs of blocks: "
+          f"{self.agc.pair_ratio} ({self.agc.pair_ratio.count} pairs of blocks of "
+          f"{self.agc.steps_per_block} step{'s' * (self.agc.steps_per_block > 1)}, "
+          "taking turns)",
+        )
+      )
     lines += [
       ("checked", f"loss {self.final_loss:.4g} after {self.updates} updates, not halted"),
-      ("with", ", ".join(f"{name} {version}" for name, version in self.versions.items()) +
-               f"; XLA_FLAGS {self.xla_flags!r}; {self.date}"),
+      (
+        "with",
+        ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        + f"; XLA_FLAGS {self.xla_flags!r}; {self.date}",
+      ),
     ]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)

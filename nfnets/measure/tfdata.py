@@ -6,6 +6,7 @@ images, mixed in float32 in a batch, taken apart, RandAugment by TensorFlow's op
 Both are given what helps them: parsing, cropping and decoding in one step, TensorFlow's faster inexact DCT, private threads,
 no fixed order.
 """
+
 import functools
 import importlib.util
 import math
@@ -27,6 +28,7 @@ def preload() -> dict[str, str]:
   """Imports what the pipelines need; versions of the packages that do the work."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
+
   return {"tensorflow": tf.__version__, "tensorflow-datasets": tfds.__version__}
 
 
@@ -59,22 +61,30 @@ def official(config: DataConfig, *, batch: int, steps: int, threads: int):
   `batch` is even: half of it is mixed up, half of it cut.
   """
   import tensorflow as tf
+
   size = config.image_size
 
   def prepare(image, label):
     image = tf.image.random_flip_left_right(_random_crop(tf, image, config))
     mask = _cutmix_mask(tf, size)
     a, b = (tf.random.gamma([], config.mixup_alpha) for _ in range(2))
-    return {"image": tf.image.resize(image, (size, size), "bicubic"), "label": label, "mask": mask,
-            "mixup_ratio": tf.math.divide_no_nan(a, a + b)}
+    return {
+      "image": tf.image.resize(image, (size, size), "bicubic"),
+      "label": label,
+      "mask": mask,
+      "mixup_ratio": tf.math.divide_no_nan(a, a + b),
+    }
 
   def mix(double):
     quarters = {name: tf.split(value, 4) for name, value in double.items()}
     up, cut = quarters["mixup_ratio"][0], quarters["mask"][2]
     (a, b, c, d), weight = quarters["image"], up[:, None, None, None]
-    return {"image": tf.concat([weight * a + (1 - weight) * b, cut * c + (1 - cut) * d], 0),
-            "label": tf.concat(quarters["label"][0::2], 0), "mix_label": tf.concat(quarters["label"][1::2], 0),
-            "ratio": tf.concat([up, tf.reduce_mean(cut, (1, 2, 3))], 0)}
+    return {
+      "image": tf.concat([weight * a + (1 - weight) * b, cut * c + (1 - cut) * d], 0),
+      "label": tf.concat(quarters["label"][0::2], 0),
+      "mix_label": tf.concat(quarters["label"][1::2], 0),
+      "ratio": tf.concat([up, tf.reduce_mean(cut, (1, 2, 3))], 0),
+    }
 
   def augment(example):
     image = tf.cast(tf.clip_by_value(example["image"], 0, 255), tf.uint8)
@@ -102,16 +112,20 @@ def randaugment(tf: Any, image, *, layers: int, magnitude: float):
 
 # ---- records
 
+
 def _builder(config: DataConfig):
   import tensorflow_datasets as tfds
+
   return tfds.builder(config.name, data_dir=config.dir or None, try_gcs=False)
 
 
 def _prepared(tf: Any, config: DataConfig, prepare: Callable, *, count: int, buffer: int, threads: int):
   """prepare(JPEG bytes, label) of `count` shuffled records, epoch after epoch; exactly as many are read, none is left over."""
   parts = _builder(config).info.splits[config.train_split].file_instructions
-  columns = [part.filename for part in parts], *(tf.constant([getattr(part, name) for part in parts], tf.int64)
-                                                 for name in ("skip", "take"))
+  columns = (
+    [part.filename for part in parts],
+    *(tf.constant([getattr(part, name) for part in parts], tf.int64) for name in ("skip", "take")),
+  )
   features = {config.image_key: tf.io.FixedLenFeature([], tf.string), config.label_key: tf.io.FixedLenFeature([], tf.int64)}
 
   def parse_and_prepare(payload):
@@ -125,19 +139,29 @@ def _prepared(tf: Any, config: DataConfig, prepare: Callable, *, count: int, buf
   options.experimental_optimization.map_parallelization = True
   options.experimental_optimization.parallel_batch = True
   files = tf.data.Dataset.from_tensor_slices(columns).shuffle(len(parts))
-  found = files.interleave(lambda file, skip, take: tf.data.TFRecordDataset(file, buffer_size=1 << 20).skip(skip).take(take),
-                           cycle_length=min(16, len(parts)), num_parallel_calls=tf.data.AUTOTUNE)
+  found = files.interleave(
+    lambda file, skip, take: tf.data.TFRecordDataset(file, buffer_size=1 << 20).skip(skip).take(take),
+    cycle_length=min(16, len(parts)),
+    num_parallel_calls=tf.data.AUTOTUNE,
+  )
   found = found.repeat().take(count).shuffle(min(buffer, count))
   return found.map(parse_and_prepare, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
 
 
 # ---- an image
 
+
 def _random_crop(tf: Any, jpeg, config: DataConfig):
   """Decodes a random part of the image: uint8 [h, w, 3]."""
   begin, size, _ = tf.image.sample_distorted_bounding_box(
-      tf.image.extract_jpeg_shape(jpeg), tf.zeros([1, 0, 4]), min_object_covered=0.1, area_range=config.crop_area,
-      aspect_ratio_range=config.crop_aspect, max_attempts=10, use_image_if_no_bounding_boxes=True)
+    tf.image.extract_jpeg_shape(jpeg),
+    tf.zeros([1, 0, 4]),
+    min_object_covered=0.1,
+    area_range=config.crop_area,
+    aspect_ratio_range=config.crop_aspect,
+    max_attempts=10,
+    use_image_if_no_bounding_boxes=True,
+  )
   return tf.image.decode_and_crop_jpeg(jpeg, tf.concat([begin[:2], size[:2]], 0), channels=3)
 
 
@@ -151,6 +175,7 @@ def _cutmix_mask(tf: Any, size: int):
 
 # ---- the 16 operations: uint8 [S, S, 3] and a level in tenths of the scale, to the same
 
+
 def _blend(tf, base, image, factor):
   base, image = tf.cast(base, tf.float32), tf.cast(image, tf.float32)
   return tf.saturate_cast(base + factor * (image - base), tf.uint8)
@@ -161,8 +186,13 @@ def _transform(tf, image, matrix):
   side = image.shape[0]
   marked = tf.concat([image, tf.ones([side, side, 1], image.dtype)], axis=-1)
   moved = tf.raw_ops.ImageProjectiveTransformV3(
-      images=marked[None], transforms=tf.reshape(tf.stack([tf.cast(value, tf.float32) for value in (*matrix, 0, 0)]), [1, 8]),
-      output_shape=[side, side], fill_value=0.0, interpolation="NEAREST", fill_mode="CONSTANT")[0]
+    images=marked[None],
+    transforms=tf.reshape(tf.stack([tf.cast(value, tf.float32) for value in (*matrix, 0, 0)]), [1, 8]),
+    output_shape=[side, side],
+    fill_value=0.0,
+    interpolation="NEAREST",
+    fill_mode="CONSTANT",
+  )[0]
   return tf.where(moved[..., 3:] > 0, moved[..., :3], tf.cast(GREY, image.dtype))
 
 
@@ -201,6 +231,7 @@ def _autocontrast(tf, image, level):
     low, high = (tf.cast(edge(channel), tf.float32) for edge in (tf.reduce_min, tf.reduce_max))
     scaled = lambda: tf.saturate_cast((tf.cast(channel, tf.float32) - low) * (255 / (high - low)), tf.uint8)
     return tf.cond(high > low, scaled, lambda: channel)
+
   return _by_channel(tf, image, stretch)
 
 
@@ -211,6 +242,7 @@ def _equalize(tf, image, level):
     step = (tf.size(values) - tf.boolean_mask(histogram, histogram > 0)[-1]) // 255
     table = lambda: tf.clip_by_value((tf.cumsum(histogram, exclusive=True) + step // 2) // step, 0, 255)
     return tf.cond(step > 0, lambda: tf.cast(tf.gather(table(), values), tf.uint8), lambda: channel)
+
   return _by_channel(tf, image, flatten)
 
 
@@ -252,8 +284,9 @@ OPERATIONS = {
   "Posterize": _posterize,
   "Solarize": lambda tf, image, level: tf.where(tf.cast(image, tf.int32) < int(256 * level), image, 255 - image),
   "SolarizeAdd": _solarize_add,
-  "Color": lambda tf, image, level: _blend(tf, tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image)), image,
-                                           0.1 + 1.8 * level),
+  "Color": lambda tf, image, level: _blend(
+    tf, tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image)), image, 0.1 + 1.8 * level
+  ),
   "Contrast": _contrast,
   "Brightness": lambda tf, image, level: _blend(tf, tf.zeros_like(image), image, 0.1 + 1.8 * level),
   "Sharpness": _sharpness,

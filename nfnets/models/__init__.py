@@ -1,15 +1,26 @@
 """The zoo: `create(name)`, `names()`, `variant(name)`, `describe(name)`.
 
-    from flax import nnx
-    from nfnets import models
-    net = models.create("nfnet_f0", num_classes=1000, rngs=nnx.Rngs(0), dtype="bfloat16")
-    logits = net(images)                                   # images [batch, height, width, 3], normalised
-    logits = net(images, train=True, rngs=nnx.Rngs(1))     # dropout and stochastic depth
-    net.outputs(images)["pool"]                            # also "features", "logits"
+from flax import nnx
+from nfnets import models
+net = models.create("nfnet_f0", num_classes=1000, rngs=nnx.Rngs(0), dtype="bfloat16")
+logits = net(images)                                   # images [batch, height, width, 3], normalised
+logits = net(images, train=True, rngs=nnx.Rngs(1))     # dropout and stochastic depth
+net.outputs(images)["pool"]                            # also "features", "logits"
 """
+
 from nfnets.models.description import Description, describe
 from nfnets.models.network import Network, signal_statistics
 from nfnets.models.registry import InvalidOverrideError, UnknownModelError, UnknownOverrideError, create, names, variant
 
-__all__ = ["Description", "InvalidOverrideError", "Network", "UnknownModelError", "UnknownOverrideError", "create", "describe",
-           "names", "signal_statistics", "variant"]
+__all__ = [
+  "Description",
+  "InvalidOverrideError",
+  "Network",
+  "UnknownModelError",
+  "UnknownOverrideError",
+  "create",
+  "describe",
+  "names",
+  "signal_statistics",
+  "variant",
+]

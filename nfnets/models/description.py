@@ -1,4 +1,5 @@
 """What a network is made of: stages with shapes, parameters and exact arithmetic, counted on the traced program."""
+
 import collections
 import dataclasses
 import math
@@ -41,23 +42,39 @@ class Description:
 
   def __str__(self) -> str:
     shape = lambda s: " × ".join(map(str, s))
-    head = ["stage", "blocks", "parameters"] + [column for use, size in self.resolutions.items()
-                                                for column in (f"{use}: {size} px", "multiply-adds")]
-    rows = [[stage.name, str(stage.blocks or ""), f"{stage.parameters:,}"] +
-            [cell for size in self.resolutions.values()
-             for cell in (shape(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")]
-            for stage in self.stages]
-    rows.append(["total", str(sum(stage.blocks for stage in self.stages)), f"{self.parameters:,}"] +
-                [cell for size in self.resolutions.values() for cell in ("", f"{self.macs[size] / 1e9:.3f} G")])
+    head = ["stage", "blocks", "parameters"] + [
+      column for use, size in self.resolutions.items() for column in (f"{use}: {size} px", "multiply-adds")
+    ]
+    rows = [
+      [stage.name, str(stage.blocks or ""), f"{stage.parameters:,}"]
+      + [cell for size in self.resolutions.values() for cell in (shape(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")]
+      for stage in self.stages
+    ]
+    rows.append(
+      ["total", str(sum(stage.blocks for stage in self.stages)), f"{self.parameters:,}"]
+      + [cell for size in self.resolutions.values() for cell in ("", f"{self.macs[size] / 1e9:.3f} G")]
+    )
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    line = lambda cells: "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                                   for i, (cell, width) in enumerate(zip(cells, widths, strict=True)))
+    line = lambda cells: "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
     rule = "-" * len(line(head))
-    totals = "; ".join(f"{size} px: {2 * self.macs[size] / 1e9:.2f} GFLOP = 2 × {self.macs[size] / 1e9:.2f} G multiply-adds"
-                       for size in self.resolutions.values())
-    return "\n".join([f"{self.name}, {self.num_classes} classes", line(head), rule, *map(line, rows[:-1]), rule, line(rows[-1]),
-                      f"A forward pass, an image (convolutions and matrix products). {totals}.",
-                      "Papers and the release quote multiply-adds as \"FLOPs\"; a training step costs about 3 forward passes."])
+    totals = "; ".join(
+      f"{size} px: {2 * self.macs[size] / 1e9:.2f} GFLOP = 2 × {self.macs[size] / 1e9:.2f} G multiply-adds"
+      for size in self.resolutions.values()
+    )
+    return "\n".join(
+      [
+        f"{self.name}, {self.num_classes} classes",
+        line(head),
+        rule,
+        *map(line, rows[:-1]),
+        rule,
+        line(rows[-1]),
+        f"A forward pass, an image (convolutions and matrix products). {totals}.",
+        'Papers and the release quote multiply-adds as "FLOPs"; a training step costs about 3 forward passes.',
+      ]
+    )
 
 
 def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] | None = None, **overrides) -> Description:
@@ -68,8 +85,9 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
   config = variant(name, **overrides)
   if resolutions is None:
     same = config.train_resolution == config.test_resolution
-    resolutions = ({"train and test": config.train_resolution} if same else
-                   {"train": config.train_resolution, "test": config.test_resolution})
+    resolutions = (
+      {"train and test": config.train_resolution} if same else {"train": config.train_resolution, "test": config.test_resolution}
+    )
   network = nnx.eval_shape(lambda: create(name, num_classes, **overrides))
   stage_of = _stage_names(config.depth)
   parameters = collections.Counter()
@@ -77,10 +95,16 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
     parameters[stage_of("/".join(map(str, path)))] += math.prod(param.shape)
   traced = {size: _trace(network, size, stage_of) for size in set(resolutions.values())}
   names = ["stem", *(f"stage {i + 1}" for i in range(len(config.depth))), "tail", "fc"]
-  stages = [Stage(name=stage, blocks=config.depth[i - 1] if stage.startswith("stage") else 0, parameters=parameters[stage],
-                  shapes={size: traced[size][0][stage] for size in traced},
-                  macs={size: traced[size][1][stage] for size in traced})
-            for i, stage in enumerate(names)]
+  stages = [
+    Stage(
+      name=stage,
+      blocks=config.depth[i - 1] if stage.startswith("stage") else 0,
+      parameters=parameters[stage],
+      shapes={size: traced[size][0][stage] for size in traced},
+      macs={size: traced[size][1][stage] for size in traced},
+    )
+    for i, stage in enumerate(names)
+  ]
   return Description(name=name, num_classes=num_classes, resolutions=resolutions, stages=stages)
 
 
@@ -93,6 +117,7 @@ def _stage_names(depth: tuple[int, ...]):
     if top == "blocks":
       return stage_of_block[int(rest[0])]
     return {"stem": "stem", "bias1": "stem", "fc": "fc", "bias2": "fc"}.get(top, "tail")
+
   return stage_of
 
 
@@ -107,7 +132,8 @@ def _trace(network: nnx.Module, size: int, stage_of) -> tuple[dict[str, tuple[in
   graph, state = nnx.split(network)
   with layers.lowering_for("gpu"):  # grouped convolutions as such, whatever this machine is
     program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).outputs(x, tap=tap)["logits"])(
-        state, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+      state, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    )
   macs = collections.Counter()
   for scope, count in multiply_adds(program.jaxpr):
     macs[stage_of(scope)] += count

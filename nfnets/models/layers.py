@@ -5,6 +5,7 @@ P1 is "Characterizing signal propagation to close the performance gap in unnorma
 computes in its input's dtype, standardizes weights and pools in float32. Images and features are [batch, height, width,
 channels].
 """
+
 import contextlib
 import contextvars
 import dataclasses
@@ -40,7 +41,9 @@ class Activation:
 
 # The constants are the release's own, sampled by its authors: exact parity needs their digits, and tests derive each
 # of them again. glu halves the channels and log_softmax works across them; both have no place inside these blocks.
-ACTIVATIONS = {a.name: a for a in (
+ACTIVATIONS = {
+  a.name: a
+  for a in (
     Activation("identity", lambda x: x, 1.0),
     Activation("celu", jax.nn.celu, 1.270926833152771),
     Activation("elu", jax.nn.elu, 1.2716004848480225),
@@ -58,7 +61,8 @@ ACTIVATIONS = {a.name: a for a in (
     Activation("soft_sign", jax.nn.soft_sign, 2.338853120803833),
     Activation("softplus", jax.nn.softplus, 1.9203323125839233),
     Activation("tanh", jnp.tanh, 1.5939117670059204),
-)}
+  )
+}
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
 
@@ -89,7 +93,7 @@ def _draw_block(key: Array, index: Array, truncated: bool) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw_traced(key: Array, shape: tuple[int, ...], truncated: bool) -> Array:
   blocks = jax.vmap(_draw_block, (None, 0, None))(key, jnp.arange(-(-math.prod(shape) // _BLOCK)), truncated)
-  return blocks.reshape(-1)[:math.prod(shape)].reshape(shape)
+  return blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def normal(stddev: float, *, truncated: bool = False) -> Callable[..., Array]:
@@ -97,25 +101,29 @@ def normal(stddev: float, *, truncated: bool = False) -> Callable[..., Array]:
 
   Draws in blocks of one size, so that a network compiles one draw, not one for each of its shapes (F5: 1,253 parameters).
   """
+
   def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
     shape, size = tuple(shape), math.prod(shape)
     if isinstance(key, jax.core.Tracer):
       return (_draw_traced(key, shape, truncated) * stddev).astype(dtype)
     blocks = np.concatenate([_draw_block(key, i, truncated) for i in range(-(-size // _BLOCK))])
     return jnp.asarray((blocks[:size].reshape(shape) * np.float32(stddev)).astype(dtype, copy=False))
+
   return init
 
 
 def full(value: float) -> Callable[..., Array]:
   """Initializer that fills; made by NumPy, since an eager jnp.zeros compiles for every shape."""
+
   def init(key: Array | None, shape: Sequence[int], dtype=jnp.float32) -> Array:
     return jnp.asarray(np.full(shape, value, dtype))
+
   return init
 
 
 def linear(in_features: int, out_features: int, *, stddev: float | None = None, dtype=None, rngs: ParamKeys) -> nnx.Linear:
   """Dense layer, kernel [in, out]; by default the release's truncated normal with deviation 1/sqrt(in)."""
-  init = normal(in_features ** -0.5, truncated=True) if stddev is None else normal(stddev) if stddev else full(0)
+  init = normal(in_features**-0.5, truncated=True) if stddev is None else normal(stddev) if stddev else full(0)
   return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=rngs)
 
 
@@ -143,8 +151,9 @@ def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padd
     return _convolve_split(x, kernel, strides=strides, groups=groups, padding=padding)
   kh, kw = kernel.shape[:2]
   pad = "SAME" if padding == "SAME" else [((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2]
-  return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (strides, strides), pad, feature_group_count=groups,
-                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  return jax.lax.conv_general_dilated(
+    x, kernel.astype(x.dtype), (strides, strides), pad, feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
@@ -154,20 +163,30 @@ def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, paddi
   parts = []
   for start in range(0, groups, together):
     n = min(together, groups - start)
-    part = kernel[..., start * o:(start + n) * o]
+    part = kernel[..., start * o : (start + n) * o]
     if n > 1:
       part = jnp.einsum("hwigo,ng->hwnigo", part.reshape(*part.shape[:3], n, o), jnp.eye(n, dtype=part.dtype))
       part = part.reshape(*part.shape[:2], n * i, n * o)
-    parts.append(convolve(x[..., start * i:(start + n) * i], part, strides=strides, padding=padding))
+    parts.append(convolve(x[..., start * i : (start + n) * i], part, strides=strides, padding=padding))
   return jnp.concatenate(parts, axis=-1)
 
 
 class Conv(nnx.Module):
   """Plain convolution. kernel [k, k, in/groups, out], truncated normal 1/sqrt(fan_in) unless `kernel_init`; bias [out]."""
 
-  def __init__(self, in_features: int, out_features: int, kernel_size: int, *, strides: int = 1, groups: int = 1,
-               padding: Padding = "SAME", use_bias: bool = True, kernel_init: Callable[..., Array] | None = None,
-               rngs: ParamKeys):
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    kernel_size: int,
+    *,
+    strides: int = 1,
+    groups: int = 1,
+    padding: Padding = "SAME",
+    use_bias: bool = True,
+    kernel_init: Callable[..., Array] | None = None,
+    rngs: ParamKeys,
+  ):
     if min(in_features, out_features, groups) < 1 or in_features % groups or out_features % groups:
       raise ValueError(f"groups={groups} must be at least 1 and divide in_features={in_features} and out_features={out_features}")
     self.strides, self.groups, self.padding = strides, groups, padding
@@ -177,7 +196,7 @@ class Conv(nnx.Module):
     self.bias = nnx.Param(full(0)(None, (out_features,))) if use_bias else None
 
   def default_init(self, fan_in: int) -> Callable[..., Array]:
-    return normal(fan_in ** -0.5, truncated=True)
+    return normal(fan_in**-0.5, truncated=True)
 
   def weight(self) -> Array:
     """The kernel to convolve with, float32 [k, k, in/groups, out]."""
@@ -214,7 +233,7 @@ class WSConv(Conv):
     self.gain = nnx.Param(full(gain_init)(None, (out_features,)))
 
   def default_init(self, fan_in: int) -> Callable[..., Array]:
-    return normal(fan_in ** -0.5)
+    return normal(fan_in**-0.5)
 
   def weight(self) -> Array:
     return self.kernel[...] if _as_it_is.get() else self.standardize()
@@ -231,7 +250,7 @@ class WSConv(Conv):
 class TimmWSConv(WSConv):
   """timm's ScaledStdConv2d: gamma folded into the weight, eps added to the variance, PyTorch's padding.
 
-      W' = gamma · gain · (W - mean(W)) / sqrt((var(W) + 1e-5) · fan_in)
+  W' = gamma · gain · (W - mean(W)) / sqrt((var(W) + 1e-5) · fan_in)
   """
 
   def __init__(self, *args, gamma: float, padding: Padding = "SYMMETRIC", **conv):
@@ -289,12 +308,13 @@ class EfficientChannelAttention(nnx.Module):
   def __init__(self, features: int, *, rngs: ParamKeys):
     size = int(abs(math.log2(features) + 1) / 2)
     size = max(size if size % 2 else size + 1, 3)
-    self.kernel = nnx.Param(normal(size ** -0.5)(rngs.params(), (size, 1, 1)))
+    self.kernel = nnx.Param(normal(size**-0.5)(rngs.params(), (size, 1, 1)))
 
   def __call__(self, x: Array) -> Array:
     mean = global_pool(x).astype(x.dtype)[:, :, None]
-    mixed = jax.lax.conv_general_dilated(mean, self.kernel[...].astype(x.dtype), (1,), "SAME",
-                                         dimension_numbers=("NWC", "WIO", "NWC"))
+    mixed = jax.lax.conv_general_dilated(
+      mean, self.kernel[...].astype(x.dtype), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
     return jax.nn.sigmoid(mixed)[:, None, None, :, 0]
 
 

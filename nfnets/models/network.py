@@ -1,4 +1,5 @@
 """What every network of the house shares: the walk stem → blocks → tail → pool → classifier, and the taps into it."""
+
 import abc
 import dataclasses
 import functools
@@ -30,8 +31,9 @@ class BlockPlan:
   drop_rate: float
 
 
-def plan_blocks(*, depth: Sequence[int], width: Sequence[int], strides: Sequence[int], in_features: int, alpha: float,
-                stochastic_depth: float) -> Iterator[BlockPlan]:
+def plan_blocks(
+  *, depth: Sequence[int], width: Sequence[int], strides: Sequence[int], in_features: int, alpha: float, stochastic_depth: float
+) -> Iterator[BlockPlan]:
   """The blocks of all stages in order, with the signal's deviation as theory has it (P1, section 4.2; P2, section 2).
 
   A block adds alpha² to the variance. A stage's first block has a convolution in its shortcut, which starts it again from 1.
@@ -40,11 +42,17 @@ def plan_blocks(*, depth: Sequence[int], width: Sequence[int], strides: Sequence
   index, expected_std = 0, 1.0
   for stage_depth, stage_width, stage_strides in zip(depth, width, strides, strict=True):
     for i in range(stage_depth):
-      yield BlockPlan(index=index, in_features=in_features, features=stage_width, strides=stage_strides if i == 0 else 1,
-                      expected_std=expected_std, drop_rate=stochastic_depth * index / sum(depth))
+      yield BlockPlan(
+        index=index,
+        in_features=in_features,
+        features=stage_width,
+        strides=stage_strides if i == 0 else 1,
+        expected_std=expected_std,
+        drop_rate=stochastic_depth * index / sum(depth),
+      )
       if i == 0:
         expected_std = 1.0
-      expected_std = (expected_std ** 2 + alpha ** 2) ** 0.5
+      expected_std = (expected_std**2 + alpha**2) ** 0.5
       index, in_features = index + 1, stage_width
 
 
@@ -60,8 +68,18 @@ class Network(nnx.Module):
   Holds no random state: with `train=True` pass `rngs`, an nnx.Rngs (its "dropout" stream), a jax.random key, or a key a sample.
   """
 
-  def __init__(self, *, blocks: list[nnx.Module], features: int, num_classes: int, drop_rate: float, fc_stddev: float,
-               remat: bool, dtype, rngs: layers.ParamKeys):
+  def __init__(
+    self,
+    *,
+    blocks: list[nnx.Module],
+    features: int,
+    num_classes: int,
+    drop_rate: float,
+    fc_stddev: float,
+    remat: bool,
+    dtype,
+    rngs: layers.ParamKeys,
+  ):
     self.blocks = nnx.List(blocks)
     self.num_classes, self.drop_rate, self.remat, self.dtype = num_classes, drop_rate, remat, jnp.dtype(dtype)
     self.fc = layers.linear(features, num_classes, stddev=fc_stddev, rngs=rngs)
@@ -85,8 +103,9 @@ class Network(nnx.Module):
     """
     return self.outputs(images, train=train, rngs=rngs)["logits"]
 
-  def outputs(self, images: Array, *, train: bool = False, rngs: nnx.Rngs | Array | None = None,
-              tap: Tap = no_tap) -> dict[str, Array]:
+  def outputs(
+    self, images: Array, *, train: bool = False, rngs: nnx.Rngs | Array | None = None, tap: Tap = no_tap
+  ) -> dict[str, Array]:
     """{"features": [B, h, w, C], "pool": float32 [B, C], "logits": float32 [B, classes]}; unused ones cost nothing under jit.
 
     `tap(name, x)` is called at every layer's output, in order; it may store, reduce or check what it is shown.
@@ -121,13 +140,16 @@ class Network(nnx.Module):
     if isinstance(rngs, nnx.Rngs):
       return rngs.dropout()
     if rngs is None and (self.drop_rate > 0 or any(getattr(block, "drop_rate", 0) > 0 for block in self.blocks)):
-      raise ValueError("train=True draws dropout and stochastic depth: pass rngs=nnx.Rngs(seed) or a jax.random key "
-                       "(or set drop_rate=0 and stochastic_depth=0)")
+      raise ValueError(
+        "train=True draws dropout and stochastic depth: pass rngs=nnx.Rngs(seed) or a jax.random key "
+        "(or set drop_rate=0 and stochastic_depth=0)"
+      )
     return rngs
 
 
-def signal_statistics(network: Network, images: Array, *, train: bool = False,
-                      rngs: nnx.Rngs | Array | None = None) -> dict[str, dict[str, Array]]:
+def signal_statistics(
+  network: Network, images: Array, *, train: bool = False, rngs: nnx.Rngs | Array | None = None
+) -> dict[str, dict[str, Array]]:
   """Per-block signal statistics (P1, section 3: signal propagation plots), float32 scalars, for "stem" and each "blocks/i".
 
   mean_sq: mean over channels of the squared channel mean; var: mean over channels of the channel variance (over batch and

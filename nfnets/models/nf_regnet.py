@@ -1,4 +1,5 @@
 """NF-RegNet-B0…B8 (P1, 2101.08692, section 5.3 and appendix): RegNets scaled like EfficientNets, without normalization."""
+
 import dataclasses
 
 import jax
@@ -83,13 +84,27 @@ class NFRegNet(Network):
     self.activation = layers.ACTIVATIONS[config.activation]
     widths = [int(width * config.width_multiplier) for width in config.width]
     self.stem = layers.WSConv(3, widths[0], 3, strides=2, rngs=rngs)
-    plans = plan_blocks(depth=config.depth, width=widths, strides=config.stage_strides, in_features=widths[0],
-                        alpha=config.alpha, stochastic_depth=config.stochastic_depth)
+    plans = plan_blocks(
+      depth=config.depth,
+      width=widths,
+      strides=config.stage_strides,
+      in_features=widths[0],
+      alpha=config.alpha,
+      stochastic_depth=config.stochastic_depth,
+    )
     blocks = [NFRegBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
     final = 1280 * widths[-1] // 440
     self.final_conv = layers.WSConv(widths[-1], final, 1, rngs=rngs)
-    super().__init__(blocks=blocks, features=final, num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.0,
-                     remat=config.remat, dtype=dtype, rngs=rngs)
+    super().__init__(
+      blocks=blocks,
+      features=final,
+      num_classes=num_classes,
+      drop_rate=config.drop_rate,
+      fc_stddev=0.0,
+      remat=config.remat,
+      dtype=dtype,
+      rngs=rngs,
+    )
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     return self.stem(x)
@@ -102,7 +117,9 @@ class NFRegNet(Network):
 
 # ---------------------------------------------------------------- variants
 _R = NFRegNetConfig
-VARIANTS = {f"nf_regnet_{name}": row for name, row in {
+VARIANTS = {
+  f"nf_regnet_{name}": row
+  for name, row in {
     "b0": _R(width=(48, 104, 208, 440), depth=(1, 3, 6, 6), train_resolution=192, test_resolution=224, drop_rate=0.2),
     "b1": _R(width=(48, 104, 208, 440), depth=(2, 4, 7, 7), train_resolution=224, test_resolution=256, drop_rate=0.2),
     "b2": _R(width=(56, 112, 232, 488), depth=(2, 4, 8, 8), train_resolution=240, test_resolution=272, drop_rate=0.3),
@@ -112,4 +129,5 @@ VARIANTS = {f"nf_regnet_{name}": row for name, row in {
     "b6": _R(width=(88, 184, 376, 792), depth=(3, 8, 16, 16), train_resolution=448, test_resolution=528, drop_rate=0.5),
     "b7": _R(width=(96, 208, 416, 880), depth=(4, 10, 19, 19), train_resolution=512, test_resolution=600, drop_rate=0.5),
     "b8": _R(width=(104, 232, 456, 968), depth=(4, 11, 22, 22), train_resolution=600, test_resolution=672, drop_rate=0.5),
-}.items()}
+  }.items()
+}

@@ -1,4 +1,5 @@
 """NF-ResNet 26–600 (P1, 2101.08692, section 4): pre-activation ResNets with Scaled Weight Standardization, no normalization."""
+
 import dataclasses
 import functools
 from typing import Literal
@@ -88,11 +89,25 @@ class NFResNet(Network):
     self.pool = config.stem_pool
     features = config.width[0] // 4
     self.stem = layers.WSConv(3, features, config.stem_kernel, strides=config.stem_strides, rngs=rngs)
-    plans = plan_blocks(depth=config.depth, width=config.width, strides=config.stage_strides, in_features=features,
-                        alpha=config.alpha, stochastic_depth=config.stochastic_depth)
+    plans = plan_blocks(
+      depth=config.depth,
+      width=config.width,
+      strides=config.stage_strides,
+      in_features=features,
+      alpha=config.alpha,
+      stochastic_depth=config.stochastic_depth,
+    )
     blocks = [NFResBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
-    super().__init__(blocks=blocks, features=config.width[-1], num_classes=num_classes, drop_rate=config.drop_rate,
-                     fc_stddev=0.01, remat=config.remat, dtype=dtype, rngs=rngs)
+    super().__init__(
+      blocks=blocks,
+      features=config.width[-1],
+      num_classes=num_classes,
+      drop_rate=config.drop_rate,
+      fc_stddev=0.01,
+      remat=config.remat,
+      dtype=dtype,
+      rngs=rngs,
+    )
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.stem(x)
@@ -103,16 +118,31 @@ class NFResNet(Network):
 
 
 # ---------------------------------------------------------------- variants
-DEPTHS = {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3),
-          288: (24, 24, 24, 24), 600: (50, 50, 50, 50)}
+DEPTHS = {
+  26: (2, 2, 2, 2),
+  50: (3, 4, 6, 3),
+  101: (3, 4, 23, 3),
+  152: (3, 8, 36, 3),
+  200: (3, 24, 36, 3),
+  288: (24, 24, 24, 24),
+  600: (50, 50, 50, 50),
+}
 _se = functools.partial(NFResNetConfig, gate="se", se_ratio=1 / 16)  # timm's ratio; the release's is gate="se", se_ratio=0.25
 _eca = functools.partial(NFResNetConfig, gate="eca")
 
 VARIANTS = {
-    **{f"nf_resnet{layers_}": NFResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
-    **{f"nf_seresnet{layers_}": _se(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
-    **{f"nf_ecaresnet{layers_}": _eca(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
-    # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that halves once
-    "nf_resnet_tiny": NFResNetConfig(depth=(2, 2, 2), width=(64, 128, 256), stage_strides=(1, 2, 2), stem_kernel=3,
-                                     stem_pool=False, stochastic_depth=0.0, train_resolution=32, test_resolution=32),
+  **{f"nf_resnet{layers_}": NFResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+  **{f"nf_seresnet{layers_}": _se(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
+  **{f"nf_ecaresnet{layers_}": _eca(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
+  # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that halves once
+  "nf_resnet_tiny": NFResNetConfig(
+    depth=(2, 2, 2),
+    width=(64, 128, 256),
+    stage_strides=(1, 2, 2),
+    stem_kernel=3,
+    stem_pool=False,
+    stochastic_depth=0.0,
+    train_resolution=32,
+    test_resolution=32,
+  ),
 }

@@ -1,4 +1,5 @@
 """NFNet-F0…F7, F0+…F7+ (P2, 2102.06171, section 4 and appendix C), and timm's nfnet_l0 and ECA-NFNet-L0…L3."""
+
 import dataclasses
 import functools
 from typing import Literal
@@ -106,16 +107,34 @@ class NFNet(Network):
   def __init__(self, config: NFNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     self.activation, conv = dialect(config)
     channels = (3, *config.stem_width, config.stem_features or config.width[0] // 2)
-    self.stem = nnx.Dict({f"conv{i}": conv(channels[i], channels[i + 1], 3, strides=strides, rngs=rngs)
-                          for i, strides in enumerate(config.stem_strides)})
-    plans = plan_blocks(depth=config.depth, width=config.width, strides=config.stage_strides, in_features=channels[-1],
-                        alpha=config.alpha, stochastic_depth=config.stochastic_depth)
+    self.stem = nnx.Dict(
+      {
+        f"conv{i}": conv(channels[i], channels[i + 1], 3, strides=strides, rngs=rngs)
+        for i, strides in enumerate(config.stem_strides)
+      }
+    )
+    plans = plan_blocks(
+      depth=config.depth,
+      width=config.width,
+      strides=config.stage_strides,
+      in_features=channels[-1],
+      alpha=config.alpha,
+      stochastic_depth=config.stochastic_depth,
+    )
     blocks = [NFBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
     features = config.width[-1]
     final = int(features * config.final_conv_mult)
     self.final_conv = conv(features, final, 1, rngs=rngs)
-    super().__init__(blocks=blocks, features=final, num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.01,
-                     remat=config.remat, dtype=dtype, rngs=rngs)
+    super().__init__(
+      blocks=blocks,
+      features=final,
+      num_classes=num_classes,
+      drop_rate=config.drop_rate,
+      fc_stddev=0.01,
+      remat=config.remat,
+      dtype=dtype,
+      rngs=rngs,
+    )
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     for i, name in enumerate(self.stem):
@@ -145,32 +164,61 @@ def se_width(config: NFNetConfig, features: int) -> int:
 # ---------------------------------------------------------------- variants
 _F = NFNetConfig
 _F_SERIES = {
-    "f0": _F(depth=(1, 2, 6, 3), train_resolution=192, test_resolution=256, drop_rate=0.2, randaugment=(4, 5)),
-    "f1": _F(depth=(2, 4, 12, 6), train_resolution=224, test_resolution=320, drop_rate=0.3, randaugment=(4, 10)),
-    "f2": _F(depth=(3, 6, 18, 9), train_resolution=256, test_resolution=352, drop_rate=0.4, randaugment=(4, 10)),
-    "f3": _F(depth=(4, 8, 24, 12), train_resolution=320, test_resolution=416, drop_rate=0.4, randaugment=(4, 15)),
-    "f4": _F(depth=(5, 10, 30, 15), train_resolution=384, test_resolution=512, drop_rate=0.5, randaugment=(4, 15)),
-    "f5": _F(depth=(6, 12, 36, 18), train_resolution=416, test_resolution=544, drop_rate=0.5, randaugment=(4, 15)),
-    "f6": _F(depth=(7, 14, 42, 21), train_resolution=448, test_resolution=576, drop_rate=0.5, randaugment=(4, 15)),
-    "f7": _F(depth=(8, 16, 48, 24), train_resolution=480, test_resolution=608, drop_rate=0.5, randaugment=(4, 15)),
+  "f0": _F(depth=(1, 2, 6, 3), train_resolution=192, test_resolution=256, drop_rate=0.2, randaugment=(4, 5)),
+  "f1": _F(depth=(2, 4, 12, 6), train_resolution=224, test_resolution=320, drop_rate=0.3, randaugment=(4, 10)),
+  "f2": _F(depth=(3, 6, 18, 9), train_resolution=256, test_resolution=352, drop_rate=0.4, randaugment=(4, 10)),
+  "f3": _F(depth=(4, 8, 24, 12), train_resolution=320, test_resolution=416, drop_rate=0.4, randaugment=(4, 15)),
+  "f4": _F(depth=(5, 10, 30, 15), train_resolution=384, test_resolution=512, drop_rate=0.5, randaugment=(4, 15)),
+  "f5": _F(depth=(6, 12, 36, 18), train_resolution=416, test_resolution=544, drop_rate=0.5, randaugment=(4, 15)),
+  "f6": _F(depth=(7, 14, 42, 21), train_resolution=448, test_resolution=576, drop_rate=0.5, randaugment=(4, 15)),
+  "f7": _F(depth=(8, 16, 48, 24), train_resolution=480, test_resolution=608, drop_rate=0.5, randaugment=(4, 15)),
 }
-_light = functools.partial(NFNetConfig, expansion=0.25, group_width=64, activation="silu", dialect="timm", gate="eca",
-                           stem_features=128, drop_rate=0.0, stochastic_depth=0.0)
+_light = functools.partial(
+  NFNetConfig,
+  expansion=0.25,
+  group_width=64,
+  activation="silu",
+  dialect="timm",
+  gate="eca",
+  stem_features=128,
+  drop_rate=0.0,
+  stochastic_depth=0.0,
+)
 
 VARIANTS = {
-    **{f"nfnet_{name}": row for name, row in _F_SERIES.items()},
-    **{f"nfnet_{name}+": dataclasses.replace(row, width=(384, 768, 2048, 2048)) for name, row in _F_SERIES.items()},
-    "nfnet_l0": _light(depth=(1, 2, 6, 3), train_resolution=224, test_resolution=288, final_conv_mult=1.5, gate="se",
-                       se_ratio=0.25),
-    "eca_nfnet_l0": _light(depth=(1, 2, 6, 3), train_resolution=224, test_resolution=288, final_conv_mult=1.5),
-    "eca_nfnet_l1": _light(depth=(2, 4, 12, 6), train_resolution=256, test_resolution=320),
-    "eca_nfnet_l2": _light(depth=(3, 6, 18, 9), train_resolution=320, test_resolution=384),
-    "eca_nfnet_l3": _light(depth=(4, 8, 24, 12), train_resolution=352, test_resolution=448),
-    # for 32-pixel images and CPUs: the same blocks, narrow, and a stem that halves once; for 8-pixel ones, halving twice in all
-    "nfnet_digits": _F(depth=(1, 1, 1, 1), width=(32, 64, 128, 128), group_width=16, stem_width=(8, 12, 16),
-                       stem_strides=(1, 1, 1, 1), stage_strides=(1, 2, 2, 1), train_resolution=8, test_resolution=8,
-                       drop_rate=0.1, stochastic_depth=0.0, randaugment=(2, 5)),
-    "nfnet_tiny": _F(depth=(1, 1, 2, 1), width=(32, 64, 128, 128), group_width=16, stem_width=(8, 12, 16),
-                     stem_strides=(1, 1, 1, 2), train_resolution=32, test_resolution=32,
-                     drop_rate=0.1, stochastic_depth=0.1, randaugment=(2, 5)),
+  **{f"nfnet_{name}": row for name, row in _F_SERIES.items()},
+  **{f"nfnet_{name}+": dataclasses.replace(row, width=(384, 768, 2048, 2048)) for name, row in _F_SERIES.items()},
+  "nfnet_l0": _light(
+    depth=(1, 2, 6, 3), train_resolution=224, test_resolution=288, final_conv_mult=1.5, gate="se", se_ratio=0.25
+  ),
+  "eca_nfnet_l0": _light(depth=(1, 2, 6, 3), train_resolution=224, test_resolution=288, final_conv_mult=1.5),
+  "eca_nfnet_l1": _light(depth=(2, 4, 12, 6), train_resolution=256, test_resolution=320),
+  "eca_nfnet_l2": _light(depth=(3, 6, 18, 9), train_resolution=320, test_resolution=384),
+  "eca_nfnet_l3": _light(depth=(4, 8, 24, 12), train_resolution=352, test_resolution=448),
+  # for 32-pixel images and CPUs: the same blocks, narrow, and a stem that halves once; for 8-pixel ones, halving twice in all
+  "nfnet_digits": _F(
+    depth=(1, 1, 1, 1),
+    width=(32, 64, 128, 128),
+    group_width=16,
+    stem_width=(8, 12, 16),
+    stem_strides=(1, 1, 1, 1),
+    stage_strides=(1, 2, 2, 1),
+    train_resolution=8,
+    test_resolution=8,
+    drop_rate=0.1,
+    stochastic_depth=0.0,
+    randaugment=(2, 5),
+  ),
+  "nfnet_tiny": _F(
+    depth=(1, 1, 2, 1),
+    width=(32, 64, 128, 128),
+    group_width=16,
+    stem_width=(8, 12, 16),
+    stem_strides=(1, 1, 1, 2),
+    train_resolution=32,
+    test_resolution=32,
+    drop_rate=0.1,
+    stochastic_depth=0.1,
+    randaugment=(2, 5),
+  ),
 }

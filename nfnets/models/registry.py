@@ -1,4 +1,5 @@
 """The zoo's table: every variant by name, and how a network is made from its row."""
+
 import dataclasses
 import difflib
 import math
@@ -15,10 +16,16 @@ from nfnets.models.network import Network
 
 Config = nfnet.NFNetConfig | nf_resnet.NFResNetConfig | nf_regnet.NFRegNetConfig | resnet.ResNetConfig
 
-_FAMILIES = ((nfnet.NFNet, nfnet.VARIANTS), (nf_resnet.NFResNet, nf_resnet.VARIANTS), (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
-             (resnet.ResNet, resnet.VARIANTS), (resnet.FixupResNet, resnet.FIXUP_VARIANTS))
+_FAMILIES = (
+  (nfnet.NFNet, nfnet.VARIANTS),
+  (nf_resnet.NFResNet, nf_resnet.VARIANTS),
+  (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
+  (resnet.ResNet, resnet.VARIANTS),
+  (resnet.FixupResNet, resnet.FIXUP_VARIANTS),
+)
 _VARIANTS: dict[str, tuple[type[Network], Config]] = {
-    name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
+  name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()
+}
 
 
 class UnknownModelError(ValueError):
@@ -46,8 +53,9 @@ def variant(name: str, **overrides) -> Config:
   return _lookup(name, overrides)[1]
 
 
-def create(name: str, num_classes: int = 1000, *, rngs: nnx.Rngs | jax.Array | int = 0, dtype=jnp.float32,
-           **overrides) -> Network:
+def create(
+  name: str, num_classes: int = 1000, *, rngs: nnx.Rngs | jax.Array | int = 0, dtype=jnp.float32, **overrides
+) -> Network:
   """The named network with initialised float32 parameters.
 
   rngs: an nnx.Rngs (its "params" stream is used), a jax.random key or a seed. dtype: what convolutions compute in; statistics,
@@ -74,8 +82,9 @@ def _lookup(name: str, overrides: dict) -> tuple[type[Network], Config]:
   known = by_key.get(squeeze(str(name)))
   if known is None:
     near = [by_key[key] for key in difflib.get_close_matches(squeeze(str(name)), by_key, n=5, cutoff=0.5)]
-    raise UnknownModelError(f"unknown model {name!r}; near: {', '.join(near) or 'none'} (nfnets.models.names() lists all "
-                            f"{len(_VARIANTS)})")
+    raise UnknownModelError(
+      f"unknown model {name!r}; near: {', '.join(near) or 'none'} (nfnets.models.names() lists all {len(_VARIANTS)})"
+    )
   network, config = _VARIANTS[known]
   fields = typing.get_type_hints(type(config))
   for field, value in overrides.items():
@@ -83,18 +92,24 @@ def _lookup(name: str, overrides: dict) -> tuple[type[Network], Config]:
       near = difflib.get_close_matches(field, fields, n=3, cutoff=0.5) or sorted(fields)
       raise UnknownOverrideError(f"{known} has no field {field!r}; near: {', '.join(near)}")
     _check(known, field, value, fields[field])
-  config = dataclasses.replace(config, **{field: tuple(value) if isinstance(value, list) else value
-                                          for field, value in overrides.items()})
+  config = dataclasses.replace(
+    config, **{field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
+  )
   if not len(config.depth) == len(config.width) == len(config.stage_strides):
-    raise InvalidOverrideError(f"{known}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
-                               "must have one entry a stage each")
+    raise InvalidOverrideError(
+      f"{known}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
+      "must have one entry a stage each"
+    )
   return network, config
 
 
 def _check(name: str, field: str, value, hint) -> None:
   """Raises InvalidOverrideError where `value` does not fit the field's annotation or range."""
-  choices = [c for option in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
-             for c in (typing.get_args(option) if typing.get_origin(option) is typing.Literal else ())]
+  choices = [
+    c
+    for option in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
+    for c in (typing.get_args(option) if typing.get_origin(option) is typing.Literal else ())
+  ]
   inside = [each for each in layers.ACTIVATIONS if each not in ("glu", "log_softmax")]  # these two mix channels
   whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1
   number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 Pre-activation bottleneck ResNets (He et al., 1603.05027) as P1 and P2 compare against; SkipInit is De & Smith, 2002.10444;
 Fixup, which is post-activation, is Zhang et al., 1901.09321. Depths 50–600 as in the release.
 """
+
 import dataclasses
 import functools
 from typing import Literal
@@ -121,12 +122,16 @@ class FixupBlock(nnx.Module):
     init = layers.normal
     self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
     self.conv0 = layers.Conv(in_features, width, 1, use_bias=False, kernel_init=init((2 / width) ** 0.5 * depth_scale), rngs=rngs)
-    self.conv1 = layers.Conv(width, width, 3, strides=strides, use_bias=False,
-                             kernel_init=init((2 / (width * 9)) ** 0.5 * depth_scale), rngs=rngs)
+    self.conv1 = layers.Conv(
+      width, width, 3, strides=strides, use_bias=False, kernel_init=init((2 / (width * 9)) ** 0.5 * depth_scale), rngs=rngs
+    )
     self.conv2 = layers.Conv(width, features, 1, use_bias=False, kernel_init=layers.full(0), rngs=rngs)
     transition = strides > 1 or in_features != features
-    self.conv_shortcut = layers.Conv(in_features, features, 1, strides=strides, use_bias=False,
-                                     kernel_init=init((2 / features) ** 0.5), rngs=rngs) if transition else None
+    self.conv_shortcut = (
+      layers.Conv(in_features, features, 1, strides=strides, use_bias=False, kernel_init=init((2 / features) ** 0.5), rngs=rngs)
+      if transition
+      else None
+    )
     for name in ("bias1a", "bias1b", "bias2a", "bias2b", "bias3a", "bias3b"):
       setattr(self, name, nnx.Param(layers.full(0)(None, ())))
     self.scale = nnx.Param(layers.full(1)(None, ()))
@@ -160,12 +165,26 @@ class ResNet(Network):
     self.pool = config.stem_pool
     features = config.width[0] // 4
     self.stem = layers.Conv(3, features, config.stem_kernel, strides=config.stem_strides, use_bias=False, rngs=rngs)
-    plans = plan_blocks(depth=config.depth, width=config.width, strides=config.stage_strides, in_features=features,
-                        alpha=1.0, stochastic_depth=config.stochastic_depth)
+    plans = plan_blocks(
+      depth=config.depth,
+      width=config.width,
+      strides=config.stage_strides,
+      in_features=features,
+      alpha=1.0,
+      stochastic_depth=config.stochastic_depth,
+    )
     blocks = [self.block(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
     self.final_norm = make_norm(config.norm, config.width[-1], dtype=dtype, rngs=rngs)
-    super().__init__(blocks=blocks, features=config.width[-1], num_classes=num_classes, drop_rate=config.drop_rate, fc_stddev=0.0,
-                     remat=config.remat, dtype=dtype, rngs=rngs)
+    super().__init__(
+      blocks=blocks,
+      features=config.width[-1],
+      num_classes=num_classes,
+      drop_rate=config.drop_rate,
+      fc_stddev=0.0,
+      remat=config.remat,
+      dtype=dtype,
+      rngs=rngs,
+    )
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.stem(x)
@@ -197,16 +216,23 @@ class FixupResNet(ResNet):
 
 # ---------------------------------------------------------------- variants
 _skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
-_tiny = {"depth": (2, 2, 2), "width": (64, 128, 256), "stage_strides": (1, 2, 2), "stem_kernel": 3,
-         "stem_pool": False, "train_resolution": 32, "test_resolution": 32}
+_tiny = {
+  "depth": (2, 2, 2),
+  "width": (64, 128, 256),
+  "stage_strides": (1, 2, 2),
+  "stem_kernel": 3,
+  "stem_pool": False,
+  "train_resolution": 32,
+  "test_resolution": 32,
+}
 
 VARIANTS = {
-    **{f"resnet{layers_}": ResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
-    **{f"skipinit_resnet{layers_}": _skip_init(depth=depth) for layers_, depth in DEPTHS.items()},
-    "resnet_tiny": ResNetConfig(**_tiny),  # the shape of nf_resnet_tiny
-    "skipinit_resnet_tiny": _skip_init(**{**_tiny, "stochastic_depth": 0.0}),
+  **{f"resnet{layers_}": ResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+  **{f"skipinit_resnet{layers_}": _skip_init(depth=depth) for layers_, depth in DEPTHS.items()},
+  "resnet_tiny": ResNetConfig(**_tiny),  # the shape of nf_resnet_tiny
+  "skipinit_resnet_tiny": _skip_init(**{**_tiny, "stochastic_depth": 0.0}),
 }
 FIXUP_VARIANTS = {
-    **{f"fixup_resnet{layers_}": FixupConfig(depth=depth) for layers_, depth in DEPTHS.items()},
-    "fixup_resnet_tiny": FixupConfig(**_tiny, stochastic_depth=0.0),
+  **{f"fixup_resnet{layers_}": FixupConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+  "fixup_resnet_tiny": FixupConfig(**_tiny, stochastic_depth=0.0),
 }

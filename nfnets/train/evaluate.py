@@ -1,4 +1,5 @@
 """Exact evaluation: every image of a split counts once, on any number of devices and with any batch."""
+
 import operator
 from collections.abc import Callable
 
@@ -15,8 +16,14 @@ from nfnets.train.step import losses, sharding
 Weights = dict[str, tuple[nnx.State, nnx.State]]  # name → (params, running statistics)
 
 
-def evaluate(eval_step: Callable, mesh: Mesh, weights: Weights, batches: EvalBatches, *,
-             progress: Callable[[int], None] = lambda images: None) -> dict[str, dict[str, float | int]]:
+def evaluate(
+  eval_step: Callable,
+  mesh: Mesh,
+  weights: Weights,
+  batches: EvalBatches,
+  *,
+  progress: Callable[[int], None] = lambda images: None,
+) -> dict[str, dict[str, float | int]]:
   """{"loss", "top1", "top5", "count"} over all images of `batches`, top-k as fractions, for each of the `weights`.
 
   Images are read and decoded once for all of them. The last batch is padded and masked. `progress` hears how many images are

@@ -1,4 +1,5 @@
 """The training loop: from a configuration and a workdir to a trained network, resumable at any step."""
+
 import collections
 import contextlib
 import dataclasses
@@ -70,9 +71,12 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   sharding.check_batch(config.batch, mesh, config.accumulate)
   data_config = resolve.data_config(config)
   tell = functools.partial(print, flush=True) if process == 0 else lambda line: None
-  data, test_data = (opened.enter_context(contextlib.closing(open_source(data_config, train=train, progress=tell)))
-                     for train in (True, False))
-  distributed.require_equal({"config": json.dumps(compatibility.to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}, tell)
+  data, test_data = (
+    opened.enter_context(contextlib.closing(open_source(data_config, train=train, progress=tell))) for train in (True, False)
+  )
+  distributed.require_equal(
+    {"config": json.dumps(compatibility.to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}, tell
+  )
   abstract = nnx.eval_shape(lambda: build_network(config.model, data.num_classes))
   steps_per_epoch = len(data) / config.batch
   total_steps = max(1, round(config.epochs * steps_per_epoch))
@@ -80,18 +84,20 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   schedule_args = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
   schedule = optim.make_schedule(config.optim, **schedule_args)
   optimizer = optim.make_optimizer(config.optim, params, **schedule_args)
-  like = sharding.place(mesh, jax.eval_shape(lambda p, s: init_state(p, s, optimizer, config), params, stats),
-                      shard=config.shard)
+  like = sharding.place(mesh, jax.eval_shape(lambda p, s: init_state(p, s, optimizer, config), params, stats), shard=config.shard)
   log: Logbook | Silence = Silence()
   warn = lambda text: log.warn(text)
-  checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every, keep_best=config.keep_best,
-                            say=warn)
+  checkpoints = Checkpoints(
+    workdir, keep=config.keep_checkpoints, keep_every=config.keep_every, keep_best=config.keep_best, say=warn
+  )
   opened.callback(checkpoints.close)
   found = checkpoints.choose()
   order = {"shuffle_block": shuffle_block(data_config, data), "rows": rows_normalized(config, stats, mesh.size)}
   if found is not None:
     compatibility.check_same_run(checkpoints.meta(found)["config"], config, workdir)
-    compatibility.check_same_data(checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes, **order)
+    compatibility.check_same_data(
+      checkpoints.meta(found), config, workdir, records=len(data), num_classes=data.num_classes, **order
+    )
   shared = {"process": (process, count), "say": warn}
   batches = TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **shared)
   opened.callback(batches.close)
@@ -117,10 +123,12 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
     pathlib.Path(workdir, "config.json").write_text(json.dumps(compatibility.to_json(config), indent=2) + "\n", encoding="utf-8")
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
-  log.say(f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
-          f"{len(test_data):,} test images, {batches.size} and {test_batches.size} pixels a side, {data.num_classes} classes; "
-          f"{total_steps:,} steps of {config.batch} images; {mesh.size} × {jax.devices()[0].device_kind} "
-          f"({count} process{'es' * (count > 1)}), jax {jax.__version__}, {platform.node()}")
+  log.say(
+    f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(data):,} training and "
+    f"{len(test_data):,} test images, {batches.size} and {test_batches.size} pixels a side, {data.num_classes} classes; "
+    f"{total_steps:,} steps of {config.batch} images; {mesh.size} × {jax.devices()[0].device_kind} "
+    f"({count} process{'es' * (count > 1)}), jax {jax.__version__}, {platform.node()}"
+  )
   if found is not None:
     log.say(f"resumed from {checkpoints.path(found)}" + (", which is the end of the training" if step >= total_steps else ""))
   watchdog = Watchdog(config.watchdog, workdir, process)
@@ -211,10 +219,14 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   picture = log.draw()
   finished = step >= total_steps and not stopping
   if finished:
-    log.console.print(evaluate.results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results))
+    log.console.print(
+      evaluate.results_table(f"{config.model.name} on {config.data.name}, {config.data.test_split} split", results)
+    )
   else:
-    log.say(f"stopped by {stop[0] if stop else 'a signal to another process'} at step {step} of {total_steps}; saved "
-            f"{checkpoints.path(step)}; the same command goes on from there")
+    log.say(
+      f"stopped by {stop[0] if stop else 'a signal to another process'} at step {step} of {total_steps}; saved "
+      f"{checkpoints.path(step)}; the same command goes on from there"
+    )
   log.say(f"in {workdir}: metrics.jsonl, tensorboard/, checkpoints/{', ' + picture.name if picture else ''}")
   return Result(step=step, finished=finished, results=results)
 
@@ -226,16 +238,27 @@ def _fingerprint(data: Source) -> str:
   return json.dumps({"name": data.name, "split": data.split, "records": len(data), "classes": classes, "first record": first})
 
 
-def _summary(config: Config, state: TrainState, window: list[dict[str, Any]], schedule, step: int, steps_per_epoch: float,
-             seconds_per_step: float | None) -> tuple[dict[str, float], dict[str, float]]:
+def _summary(
+  config: Config,
+  state: TrainState,
+  window: list[dict[str, Any]],
+  schedule,
+  step: int,
+  steps_per_epoch: float,
+  seconds_per_step: float | None,
+) -> tuple[dict[str, float], dict[str, float]]:
   """(means over the window's steps that were not bad, clip fraction of each layer's kernel at the last step)."""
   good = [metrics for metrics in window if not metrics["bad"]] or window
   sums = {key: sum(metrics[key].item() for metrics in good) for key in ("loss_sum", "top1", "top5", "count")}
   means = losses.summarize(sums)
   del means["count"]
   skipped = int(state.bad_steps) if config.on_bad_step == "skip" else 0  # the schedule counts updates
-  scalars = {"epoch": step / steps_per_epoch, **means, "lr": float(schedule(step - 1 - skipped)),
-             "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good]))}
+  scalars = {
+    "epoch": step / steps_per_epoch,
+    **means,
+    "lr": float(schedule(step - 1 - skipped)),
+    "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good])),
+  }
   if seconds_per_step:  # not for a window of the first step alone, which compiled
     scalars["images_per_second"] = config.batch / seconds_per_step
   if corrupt := int(window[-1]["corrupt"]):
@@ -243,8 +266,9 @@ def _summary(config: Config, state: TrainState, window: list[dict[str, Any]], sc
   if bad := int(state.bad_steps):
     scalars["bad_steps"] = bad
   clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
-  kernels = {path.removesuffix("/kernel"): float(entry["clip_fraction"])
-             for path, entry in clipping.items() if path.endswith("/kernel")}
+  kernels = {
+    path.removesuffix("/kernel"): float(entry["clip_fraction"]) for path, entry in clipping.items() if path.endswith("/kernel")
+  }
   if kernels:  # the mean over layers, as in the picture
     scalars["clip_fraction"] = float(np.mean(list(kernels.values())))
   return scalars, dict(sorted(kernels.items(), key=lambda item: _layer_order(item[0])))
@@ -261,23 +285,38 @@ def _check_bad_steps(config: Config, state: TrainState, window: list[dict[str, A
   total = int(state.bad_steps)
   for back, metrics in enumerate(reversed(window)):
     if metrics["bad"]:
-      log.warn(f"step {step - back} skipped: loss {metrics['loss_sum'] / metrics['count']:.4g}, gradient norm "
-               f"{metrics['grad_norm']:.4g}; {total} bad step{'s' * (total > 1)} so far")
+      log.warn(
+        f"step {step - back} skipped: loss {metrics['loss_sum'] / metrics['count']:.4g}, gradient norm "
+        f"{metrics['grad_norm']:.4g}; {total} bad step{'s' * (total > 1)} so far"
+      )
   if config.on_bad_step == "skip" and total > config.max_bad_steps:
     raise NonFiniteError(f"{total} bad steps up to step {step}, more than config.max_bad_steps={config.max_bad_steps}")
 
 
-def _roll_back(config: Config, graph: nnx.GraphDef, state: TrainState, pending: list[dict[str, Any]],
-               batches: TrainBatches, mesh, checkpoints: Checkpoints, like: TrainState,
-               log: Logbook) -> TrainState:
+def _roll_back(
+  config: Config,
+  graph: nnx.GraphDef,
+  state: TrainState,
+  pending: list[dict[str, Any]],
+  batches: TrainBatches,
+  mesh,
+  checkpoints: Checkpoints,
+  like: TrainState,
+  log: Logbook,
+) -> TrainState:
   """The last checkpoint's state, to go on with the batches that follow the bad one.
 
   Raises NonFiniteError where that is not asked for, or was done too often, or there is no checkpoint.
   """
   step, bad = int(state.step), int(state.bad_steps)  # `step` is the bad one, counted from 0 as the schedule does
   taken = step + int(state.passed_over)
-  what = _what_was_bad(config, graph, state, next(metrics for metrics in jax.device_get(pending) if metrics["bad"]),
-                       lambda: sharding.put_batch(mesh, batches[taken]))
+  what = _what_was_bad(
+    config,
+    graph,
+    state,
+    next(metrics for metrics in jax.device_get(pending) if metrics["bad"]),
+    lambda: sharding.put_batch(mesh, batches[taken]),
+  )
   last = checkpoints.choose()
   saved = f"last good checkpoint: {checkpoints.path(last) if last is not None else 'none yet'}"
   if config.on_bad_step == "rollback" and bad > config.max_bad_steps:

@@ -1,4 +1,5 @@
 """What happens after a bad step: where the first number was not finite, which checkpoint to go back to, when to give up."""
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,9 +23,11 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, batc
       def tap(name, x):
         names.append(name)
         finite.append(jnp.isfinite(x).all())
+
       keys = row_keys(step_key(config, step), len(batch["image"]))
       value, _ = batch_loss(config, graph, params, stats, {**batch, "key": keys}, tap)
       return value, finite
+
     (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(params)
     all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
     return value, seen, all_finite(grads), all_finite(params)

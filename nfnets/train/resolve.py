@@ -1,4 +1,5 @@
 """What a configuration leaves open and the model's variant decides: image sizes and the strength of RandAugment."""
+
 import dataclasses
 
 from nfnets import models

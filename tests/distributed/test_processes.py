@@ -1,4 +1,5 @@
 """Which engine is found in which environment, what is refused, and that processes meet, part and miss each other; threads do."""
+
 import concurrent.futures
 import io
 import json
@@ -31,10 +32,15 @@ def one(engine: str) -> Membership:
   return Membership(engine=engine, count=1, index=0)
 
 
-@pytest.mark.parametrize("environ, given, expected", [
+@pytest.mark.parametrize(
+  "environ, given, expected",
+  [
     ({}, {}, one("by default")),
-    (MPI | SLURM | KUBEFLOW | SKY, dict(coordinator="h:9", count=2, index=1),
-     Membership(engine="flags", coordinator="h:9", count=2, index=1)),
+    (
+      MPI | SLURM | KUBEFLOW | SKY,
+      dict(coordinator="h:9", count=2, index=1),
+      Membership(engine="flags", coordinator="h:9", count=2, index=1),
+    ),
     (SLURM | SKY, dict(count=1), one("flags")),
     # in JAX's order, and before the variables; mpirun within an sbatch sees the variables of both
     (MPI | SLURM | SKY, {}, Membership(engine="Open MPI", count=4, index=2, ask="ompi")),
@@ -49,16 +55,27 @@ def one(engine: str) -> Membership:
     (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}, Membership(engine="TPU pod", ask="gketpu")),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, one("by default")),  # no TPU here
     (POD, {}, Membership(engine="Kubernetes", ask="k8s")),
-    (POD | KUBEFLOW, {}, Membership(engine="JAX_ variables", coordinator="c:1", count=4, index=3)),  # without rights at the API server
+    (
+      POD | KUBEFLOW,
+      {},
+      Membership(engine="JAX_ variables", coordinator="c:1", count=4, index=3),
+    ),  # without rights at the API server
     ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {}, one("by default")),  # a pod of no indexed job, e.g. a notebook's
     (KUBEFLOW | SKY, {}, Membership(engine="JAX_ variables", coordinator="c:1", count=4, index=3)),
     ({"JAX_NUM_PROCESSES": "1"}, {}, one("JAX_ variables")),
     (SKY, {}, Membership(engine="SkyPilot", coordinator="10.0.0.1:8476", count=2, index=1)),
-    (SKY | {"SKYPILOT_NODE_IPS": "fd00::1\nfd00::2"}, {},
-     Membership(engine="SkyPilot", coordinator="[fd00::1]:8476", count=2, index=1)),
-    ({"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "1"}, {"coordinator": None},
-     Membership(engine="SkyPilot", coordinator="10.0.0.1:8476", count=1, index=0)),
-])
+    (
+      SKY | {"SKYPILOT_NODE_IPS": "fd00::1\nfd00::2"},
+      {},
+      Membership(engine="SkyPilot", coordinator="[fd00::1]:8476", count=2, index=1),
+    ),
+    (
+      {"SKYPILOT_NODE_IPS": "10.0.0.1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NUM_NODES": "1"},
+      {"coordinator": None},
+      Membership(engine="SkyPilot", coordinator="10.0.0.1:8476", count=1, index=0),
+    ),
+  ],
+)
 def test_who_is_believed(environ, given, expected):
   assert detected(environ, **given) == expected
 
@@ -71,7 +88,9 @@ def test_a_tpu_vm_is_asked_for_its_hosts_only_where_it_is_one():
     detect.detect(environ, tpu_workers=never, has_kubernetes=lambda: False)
 
 
-@pytest.mark.parametrize("environ, given, expected", [
+@pytest.mark.parametrize(
+  "environ, given, expected",
+  [
     ({}, dict(count=2), "--processes=2: --coordinator and --process must be given too"),
     ({}, dict(coordinator="h:1", index=0), "--coordinator=h:1, --process=0: --processes must be given too"),
     ({}, dict(coordinator="h:1", count=2, index=2), "--process=2 with --processes=2: expected 0 to 1"),
@@ -87,7 +106,8 @@ def test_a_tpu_vm_is_asked_for_its_hosts_only_where_it_is_one():
     (SLURM | {"SLURM_PROCID": "4"}, {}, "SLURM_PROCID=4 with SLURM_NTASKS=4"),
     (SLURM | {"SLURM_NTASKS": ""}, {}, "SLURM_NTASKS='': expected a number"),
     ({name: MPI[name] for name in list(MPI)[:2]}, {}, "--coordinator=HOST:PORT (Open MPI 5 does not say where) must"),
-])
+  ],
+)
 def test_contradictions_are_refused_by_name(environ, given, expected):
   with pytest.raises(ProcessError, match=re.escape(expected)):
     detected(environ, **given)
@@ -105,6 +125,7 @@ def test_jax_is_asked_where_the_coordinator_is(monkeypatch):
 def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
   """A pod that has not started: JAX gives up by itself, on Kubernetes before the time that it was given."""
   from jax._src import clusters
+
   answers = []
 
   def ask(*_):
@@ -112,6 +133,7 @@ def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
     if isinstance(answer, Exception):
       raise answer
     return answer
+
   monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", ask)
   tired = RuntimeError("Retry failed with all attempts exhausted")
   tired.__cause__ = socket.gaierror(-2, "Name or service not known")
@@ -135,6 +157,7 @@ def test_hosts_of_all_slices_are_counted_and_a_hiccup_is_none(monkeypatch):
     if answers:
       raise answers.pop()
     return io.BytesIO(known[request.full_url.rpartition("/")[2]].encode())
+
   monkeypatch.setattr(detect.urllib.request, "urlopen", urlopen)
   assert detect.tpu_workers() == 6
   known["tpu-env"] = "ZONE: 'z'"
@@ -156,8 +179,10 @@ def test_a_task_gets_one_gpu_only_where_several_share_a_node():
   assert detect.local_devices(two_here | {"CUDA_VISIBLE_DEVICES": "3"}, [1]) is None
   assert detect.local_devices(two_here | {"CUDA_VISIBLE_DEVICES": "0,1"}, [1]) == [1]
   assert detect.local_devices(two_here | {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, [1]) is None
-  assert detect.local_devices(two_here | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "CUDA_VISIBLE_DEVICES": "0,1"},
-                               [3]) is None
+  assert (
+    detect.local_devices(two_here | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, [3])
+    is None
+  )
   assert detect.local_devices({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, [0]) is None
   assert detect.local_devices(two_here | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, [1]) is None
 
@@ -208,12 +233,15 @@ def test_all_meet_even_where_strangers_knock():
   close(first.result(), *others)
 
 
-@pytest.mark.parametrize("who, error, expected", [
+@pytest.mark.parametrize(
+  "who, error, expected",
+  [
     ([(3, 0), (3, 2)], LostPeer, "2 of 3 processes came within 1 s, missing: 1;"),
     ([(2, 0), (3, 1)], ProcessError, "was told of 3 processes, process 0 of 2"),
     ([(3, 0), (3, 1), (3, 1)], ProcessError, "two processes are number 1 of 3: "),
     ([(2, 1)], LostPeer, "was not reached within 1 s (Connection refused)"),
-])
+  ],
+)
 def test_a_wrong_number_of_processes_is_refused_by_all_of_them(who, error, expected):
   raised = meet_all(*who, port=free_port())
   assert all(type(each) is error and expected in str(each) for each in raised), raised
@@ -292,9 +320,12 @@ def test_differences_name_the_field_and_who_has_what():
   facts = lambda **change: {"code": "0.1.0 abc", "config": config(), "data": "digits, 1437 images"} | change
   assert distributed.differences([facts()] * 3) == []
   assert distributed.differences([facts(), facts(config=config(batch=32)), facts()]) == [
-      "config.batch: 64 in process 0 and 2, 32 in process 1"]
+    "config.batch: 64 in process 0 and 2, 32 in process 1"
+  ]
   assert distributed.differences([facts(), facts(code="0.1.0 def", config=config(optim={"name": "sgd"}))]) == [
-      "code: 0.1.0 abc in process 0, 0.1.0 def in process 1", "config.optim.base_lr: 0.1 in process 0, nothing in process 1"]
+    "code: 0.1.0 abc in process 0, 0.1.0 def in process 1",
+    "config.optim.base_lr: 0.1 in process 0, nothing in process 1",
+  ]
   [text] = distributed.differences([facts(data="a" * 500), facts(data="a" * 499 + "b")])
   short = re.fullmatch(r"data: a{24}… \((\w{12})\) in process 0, a{24}… \((\w{12})\) in process 1", text)
   assert short and short[1] != short[2]

@@ -2,6 +2,7 @@
 
 Each function needs an empty directory and returns what it counted; "wrong" and "silent" must be 0.
 """
+
 import dataclasses
 import multiprocessing
 import os
@@ -64,12 +65,26 @@ class DiskFull:
 def small_state(step: int) -> TrainState:
   """A state that follows from its step alone: float32, bfloat16, int32 and bool leaves, an empty array, None and empty trees."""
   rng = np.random.default_rng(step)
-  params = {"blocks": {"0": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 16, 64)), jnp.float32)}},
-            "fc": {"bias": jnp.asarray(rng.normal(size=8), jnp.bfloat16)}}
-  opt_state = {"trace": jax.tree.map(lambda x: x * 2, params), "count": jnp.int32(step), "on": jnp.array(step % 2 == 0),
-               "nothing": jnp.zeros((0, 4)), "hole": None, "empty": {}}
-  known = {"step": jnp.int32(step), "params": params, "stats": {}, "opt_state": opt_state,
-           "ema": (jax.tree.map(lambda x: x + 1, params), {}), "halted": jnp.array(False)}
+  params = {
+    "blocks": {"0": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 16, 64)), jnp.float32)}},
+    "fc": {"bias": jnp.asarray(rng.normal(size=8), jnp.bfloat16)},
+  }
+  opt_state = {
+    "trace": jax.tree.map(lambda x: x * 2, params),
+    "count": jnp.int32(step),
+    "on": jnp.array(step % 2 == 0),
+    "nothing": jnp.zeros((0, 4)),
+    "hole": None,
+    "empty": {},
+  }
+  known = {
+    "step": jnp.int32(step),
+    "params": params,
+    "stats": {},
+    "opt_state": opt_state,
+    "ema": (jax.tree.map(lambda x: x + 1, params), {}),
+    "halted": jnp.array(False),
+  }
   others = {field.name for field in dataclasses.fields(TrainState)} - set(known)
   return TrainState(**known, **{name: jnp.asarray(step + number, jnp.int32) for number, name in enumerate(sorted(others))})
 
@@ -78,7 +93,8 @@ def same(a: TrainState, b: TrainState) -> bool:
   """Equal bits and dtypes, in one structure."""
   pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
   return jax.tree.structure(a) == jax.tree.structure(b) and all(
-      x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+    x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs
+  )
 
 
 def save(workdir: pathlib.Path, *steps: int, keep: int = 9, say: Callable[[str], None] = print) -> None:
@@ -166,13 +182,20 @@ def flip_bits(workdir: pathlib.Path, count: int, seed: int = 0) -> Damage:
       data = bytearray(path.read_bytes())
       data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
       yield path, bytes(data)
+
   return _damage(workdir, damages)
 
 
 def truncate_files(workdir: pathlib.Path) -> Damage:
   """Each file cut by one byte, to half, to nothing."""
-  return _damage(workdir, lambda files: ((path, path.read_bytes()[:size]) for path in files for size in
-                                         sorted({path.stat().st_size - 1, path.stat().st_size // 2, 0})))
+  return _damage(
+    workdir,
+    lambda files: (
+      (path, path.read_bytes()[:size])
+      for path in files
+      for size in sorted({path.stat().st_size - 1, path.stat().st_size // 2, 0})
+    ),
+  )
 
 
 def delete_files(workdir: pathlib.Path) -> Damage:
@@ -180,8 +203,9 @@ def delete_files(workdir: pathlib.Path) -> Damage:
   return _damage(workdir, lambda files: ((path, None) for path in files))
 
 
-def _damage(workdir: pathlib.Path,
-            damages: Callable[[list[pathlib.Path]], Iterator[tuple[pathlib.Path, bytes | None]]]) -> Damage:
+def _damage(
+  workdir: pathlib.Path, damages: Callable[[list[pathlib.Path]], Iterator[tuple[pathlib.Path, bytes | None]]]
+) -> Damage:
   save(workdir, 10, 20)
   newest = workdir / "checkpoints" / "20"
   files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
@@ -194,8 +218,11 @@ def _damage(workdir: pathlib.Path,
     step = reader.choose()
     attempts, silent = attempts + 1, silent + (step == 20)
     named = len(said) == 1 and path.relative_to(newest).as_posix() in said[0]
-    fallbacks += step == 10 and named and (attempts % 20 != 1 or same(
-        reader.restore(10, jax.eval_shape(lambda: small_state(0))), small_state(10)))
+    fallbacks += (
+      step == 10
+      and named
+      and (attempts % 20 != 1 or same(reader.restore(10, jax.eval_shape(lambda: small_state(0))), small_state(10)))
+    )
     path.write_bytes(whole)
   assert Checkpoints(str(workdir)).choose() == 20, "the damage was not undone"
   return Damage(attempts, len(files), silent, fallbacks)
@@ -204,8 +231,10 @@ def _damage(workdir: pathlib.Path,
 def fill_disk(workdir: pathlib.Path) -> DiskFull:
   """The disk is full while a checkpoint is written in the background; then it has space again."""
   workdir.mkdir(parents=True, exist_ok=True)
-  mounted = os.geteuid() == 0 and subprocess.run(
-      ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(workdir)], capture_output=True).returncode == 0
+  mounted = (
+    os.geteuid() == 0
+    and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(workdir)], capture_output=True).returncode == 0
+  )
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   said: list[str] = []
   checkpoints = Checkpoints(str(workdir), keep=9, say=said.append)

@@ -1,4 +1,5 @@
 """The long form of the suite is launch.chaos, which names a file for the rows of its table in NFNETS_CHAOS."""
+
 import json
 import os
 
@@ -18,10 +19,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def row(request):
   """row(inject, shown): notes what was injected and what it showed, once the test's assertions are behind it."""
+
   def note(inject: str, shown: str, **figures) -> None:
     if path := os.environ.get("NFNETS_CHAOS"):
       with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"test": request.node.nodeid, "inject": inject, "shown": shown, **figures}) + "\n")
+
   return note
 
 

@@ -6,6 +6,7 @@ raise: {"step"}, an error in a decoding thread. slow: {"seconds"}, more for ever
 pid: the process writes its number to WORKDIR/pid-PROCESS. full: {"first", "last"}, while the workdir's disk is full.
 Every batch is written down by its hash, in WORKDIR/batches-PROCESS.jsonl.
 """
+
 import contextlib
 import hashlib
 import json
@@ -58,6 +59,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
       if at == faults.get("nan", {}).get("step"):
         batch["image"][:] = POISON
       return batch
+
     pending.result = noted
     return pending
 
@@ -76,6 +78,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
           once.touch()
           os.kill(os.getpid(), getattr(signal, name))
       return result
+
     return faulty
 
   def faulty_normalise(images, config):
@@ -88,6 +91,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     def faulty(*a, **k):
       usual = schedule(*a, **k)
       return lambda step: usual(step) * jnp.where((step >= fault["first"]) & (step <= fault["last"]), fault["factor"], 1.0)
+
     optim.make_schedule = faulty
     try:
       return make_optimizer(*args, **kwargs)

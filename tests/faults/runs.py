@@ -1,4 +1,5 @@
 """Training runs to make faults in, as their users start them, and what is left of them."""
+
 import dataclasses
 import json
 import os
@@ -22,20 +23,47 @@ class Ended:
   output: str
 
 
-def run(workdir: pathlib.Path, faults: dict | None = None, *, epochs: float = 2, processes: int = 1, devices: int = 1,
-        restarts: int = 0, overrides: tuple[str, ...] = (), grace: float = 60, timeout: float = 300) -> Ended:
+def run(
+  workdir: pathlib.Path,
+  faults: dict | None = None,
+  *,
+  epochs: float = 2,
+  processes: int = 1,
+  devices: int = 1,
+  restarts: int = 0,
+  overrides: tuple[str, ...] = (),
+  grace: float = 60,
+  timeout: float = 300,
+) -> Ended:
   """launch.train, with faults, on `processes` of `devices` CPU devices each; its last line of stderr is in the output too."""
-  command = [sys.executable, "-m", "tests.faults.driver", f"--config=tests/faults/recipe.py:{epochs:g}", f"--workdir={workdir}",
-             *overrides]
+  command = [
+    sys.executable,
+    "-m",
+    "tests.faults.driver",
+    f"--config=tests/faults/recipe.py:{epochs:g}",
+    f"--workdir={workdir}",
+    *overrides,
+  ]
   if processes > 1 or restarts:
-    command = [sys.executable, "-m", "launch.pods.local", f"--processes={processes}", f"--devices={devices}",
-               f"--restarts={restarts}", f"--grace={grace}", "--", *command]
-  flags = (f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false "
-           "--xla_backend_optimization_level=0")
+    command = [
+      sys.executable,
+      "-m",
+      "launch.pods.local",
+      f"--processes={processes}",
+      f"--devices={devices}",
+      f"--restarts={restarts}",
+      f"--grace={grace}",
+      "--",
+      *command,
+    ]
+  flags = (
+    f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
+  )
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NFNETS_FAULTS": json.dumps(faults or {})}
   begin = time.monotonic()
-  done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                        timeout=timeout)
+  done = subprocess.run(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+  )
   return Ended(done.returncode, time.monotonic() - begin, done.stdout)
 
 
@@ -54,8 +82,9 @@ def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """Parameters and their average of the newest checkpoint."""
   checkpoints = Checkpoints(str(workdir))
   step = checkpoints.choose()
-  found = {f"{which}/{path}": array for which in ("params", "ema")
-           for path, array in checkpoints.restore_weights(step, which).items()}
+  found = {
+    f"{which}/{path}": array for which in ("params", "ema") for path, array in checkpoints.restore_weights(step, which).items()
+  }
   checkpoints.close()
   return found | {"step": np.int64(step)}
 
@@ -77,8 +106,12 @@ def batches(workdir: pathlib.Path, process: int = 0) -> dict[int, set[str]]:
 
 
 def records(workdir: pathlib.Path, kind: str) -> list[dict]:
-  return [record for line in (workdir / "metrics.jsonl").read_text().splitlines()
-          for record in [json.loads(line)] if record["kind"] == kind]
+  return [
+    record
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    for record in [json.loads(line)]
+    if record["kind"] == kind
+  ]
 
 
 def mismatches(workdir: pathlib.Path, reference: pathlib.Path, process: int = 0) -> int:

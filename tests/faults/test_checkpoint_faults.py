@@ -1,4 +1,5 @@
 """Checkpoints killed, damaged and without a disk to lie on; the figures are those of the table that launch.chaos prints."""
+
 import pytest
 
 from nfnets.train.checkpoints.errors import CheckpointError
@@ -10,20 +11,28 @@ def test_killed_at_random_moments_of_a_save_the_newest_finished_step_is_there(tm
   attempts = 50 if full else 3
   found = faults.kill_during_saves(tmp_path, attempts)
   assert (found.attempts, found.restorable, found.wrong, found.litter) == (attempts, attempts, 0, 0)
-  row(f"kill -9 at {attempts} random moments of a save", f"{found.restorable}/{attempts} restorable, {found.wrong} wrong steps, "
-      f"{found.litter} litter left; {found.during_write} met a write", silent=found.wrong)
+  row(
+    f"kill -9 at {attempts} random moments of a save",
+    f"{found.restorable}/{attempts} restorable, {found.wrong} wrong steps, "
+    f"{found.litter} litter left; {found.during_write} met a write",
+    silent=found.wrong,
+  )
 
 
 def test_one_flipped_bit_is_always_seen(tmp_path, full, row):
   attempts = 200 if full else 60
   found = faults.flip_bits(tmp_path, attempts)
   assert found.files >= 10 and (found.silent, found.fallbacks) == (0, attempts) and found.attempts == attempts
-  row(f"1 bit flipped at {attempts} offsets of {found.files} files", f"{found.silent} silent, {found.fallbacks} fallbacks",
-      silent=found.silent)
+  row(
+    f"1 bit flipped at {attempts} offsets of {found.files} files",
+    f"{found.silent} silent, {found.fallbacks} fallbacks",
+    silent=found.silent,
+  )
 
 
-@pytest.mark.parametrize("fault, name", [(faults.truncate_files, "cut short"), (faults.delete_files, "deleted")],
-                         ids=["truncate", "delete"])
+@pytest.mark.parametrize(
+  "fault, name", [(faults.truncate_files, "cut short"), (faults.delete_files, "deleted")], ids=["truncate", "delete"]
+)
 def test_files_cut_short_or_gone_are_always_seen(tmp_path, fault, name, row):
   found = fault(tmp_path)
   assert found.attempts >= found.files >= 10 and (found.silent, found.fallbacks) == (0, found.attempts)

@@ -1,4 +1,5 @@
 """Images that cannot be decoded, and storage that fails: counted, replaced, tried again; the run goes on."""
+
 import dataclasses
 import io
 import random
@@ -60,20 +61,40 @@ def dataset(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((40, 30), Image.BICUBIC).save(out, "JPEG")
         image = out.getvalue()
         if split == "train" and i in broken:
-          image = {"cut short": image[:len(image) // 2], "empty": b"", "no image at all": b"GIF, or so it says",
-                   "corrupt": image[:2] + bytes(len(image) - 2)}[broken[i]]
+          image = {
+            "cut short": image[: len(image) // 2],
+            "empty": b"",
+            "no image at all": b"GIF, or so it says",
+            "corrupt": image[:2] + bytes(len(image) - 2),
+          }[broken[i]]
         payloads.append(shards.example(image=image, label=i % 10, file_name=b"x"))
       for shard in range(count // 100 or 1):
         file = directory / f"{name}-{split}.tfrecord-{shard:05d}-of-{count // 100 or 1:05d}"
-        shards.write_shard(file, payloads[shard * 100:(shard + 1) * 100])
+        shards.write_shard(file, payloads[shard * 100 : (shard + 1) * 100])
   return root
 
 
 def make_config(root, name: str) -> Config:
-  return Config(model=ModelConfig(name="nfnet_tiny", overrides=dict(SMALL)), batch=40, eval_batch=24, epochs=2, log_every=5,
-                data=DataConfig(name=name, dir=str(root), index_dir=f"{root}/index", train_crop="inception", test_crop="squash",
-                                image_size=16, test_image_size=16, max_corrupt=0.02, mix="mixup_cutmix", flip=True),
-                optim=OptimConfig(base_lr=0.4, warmup_epochs=0.5, clipping=0.05, ema_decay=0.9))
+  return Config(
+    model=ModelConfig(name="nfnet_tiny", overrides=dict(SMALL)),
+    batch=40,
+    eval_batch=24,
+    epochs=2,
+    log_every=5,
+    data=DataConfig(
+      name=name,
+      dir=str(root),
+      index_dir=f"{root}/index",
+      train_crop="inception",
+      test_crop="squash",
+      image_size=16,
+      test_image_size=16,
+      max_corrupt=0.02,
+      mix="mixup_cutmix",
+      flip=True,
+    ),
+    optim=OptimConfig(base_lr=0.4, warmup_epochs=0.5, clipping=0.05, ema_decay=0.9),
+  )
 
 
 def test_images_that_cannot_be_decoded_are_counted_exactly(dataset, tmp_path, capfd, row):
@@ -83,8 +104,9 @@ def test_images_that_cannot_be_decoded_are_counted_exactly(dataset, tmp_path, ca
   said = capfd.readouterr().out
   for number in BROKEN:
     assert f"record {number % 100 + 1} of 100" in said
-  row(f"{len(BROKEN)} of {IMAGES} images (1 %): {', '.join(BROKEN.values())}",
-      f"crashes 0, counted {train[-1]['corrupt_records']}")
+  row(
+    f"{len(BROKEN)} of {IMAGES} images (1 %): {', '.join(BROKEN.values())}", f"crashes 0, counted {train[-1]['corrupt_records']}"
+  )
 
 
 @pytest.mark.long
@@ -103,5 +125,7 @@ def test_storage_that_fails_and_stalls_changes_nothing(dataset, tmp_path, monkey
     seconds.append(time.monotonic() - begin)
     losses.append([record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")])
   assert losses[0] == losses[1] and Failing.failed >= 10
-  row(f"storage fails {Failing.failed} times (20 %), stalls {Failing.stalled} times", f"tried again, losses equal to the bit; "
-      f"{seconds[1]:.0f} s instead of {seconds[0]:.0f}")
+  row(
+    f"storage fails {Failing.failed} times (20 %), stalls {Failing.stalled} times",
+    f"tried again, losses equal to the bit; {seconds[1]:.0f} s instead of {seconds[0]:.0f}",
+  )

@@ -1,4 +1,5 @@
 """What takes minutes, for launch.chaos alone: other numbers of devices, every signal, ten minutes of faults."""
+
 import os
 import random
 import signal
@@ -18,15 +19,18 @@ pytestmark = pytest.mark.long
 @pytest.mark.parametrize("processes, devices", [(1, 4), (2, 2), (4, 1)])
 def test_every_way_to_share_the_work_is_the_same_run(clean, tmp_path, processes, devices, row):
   """Sharded state, four parts a batch instead of two, dropout and stochastic depth: parameters, averages and losses."""
-  ended = runs.run(tmp_path, processes=processes, devices=devices, overrides=("--config.shard=True", "--config.accumulate=4"),
-                   timeout=600)
+  ended = runs.run(
+    tmp_path, processes=processes, devices=devices, overrides=("--config.shard=True", "--config.accumulate=4"), timeout=600
+  )
   assert ended.status == 0, ended.output
   difference = runs.difference(tmp_path, clean)
   losses = [[record["loss"] for record in runs.records(each, "train")] for each in (tmp_path, clean)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
   assert difference < 1e-5
-  row(f"{processes} processes of {devices} devices, sharded, 4 parts instead of 2",
-      f"largest difference of a parameter {difference:.1e}")
+  row(
+    f"{processes} processes of {devices} devices, sharded, 4 parts instead of 2",
+    f"largest difference of a parameter {difference:.1e}",
+  )
 
 
 def test_other_numbers_of_devices_go_on_with_the_same_run(clean, tmp_path, row):
@@ -41,8 +45,10 @@ def test_other_numbers_of_devices_go_on_with_the_same_run(clean, tmp_path, row):
   np.testing.assert_allclose(*losses, rtol=1e-4)
   mismatches = runs.mismatches(tmp_path, clean)
   assert mismatches == 0
-  row("resumed on 1, 2, then 4 devices", f"batch mismatches 0, largest difference of a test loss "
-      f"{np.max(np.abs(np.subtract(*losses))):.1e}")
+  row(
+    "resumed on 1, 2, then 4 devices",
+    f"batch mismatches 0, largest difference of a test loss {np.max(np.abs(np.subtract(*losses))):.1e}",
+  )
 
 
 def test_sigterm_to_all_processes(clean_pair, tmp_path, row):
@@ -54,8 +60,11 @@ def test_sigterm_to_all_processes(clean_pair, tmp_path, row):
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
   lost = runs.steps_lost(ended, again)
   assert lost == 0
-  row("SIGTERM and SIGINT, one to each of 2 processes", f"both saved step {step}, ended with 75, resume equal to the bit",
-      steps_lost=lost)
+  row(
+    "SIGTERM and SIGINT, one to each of 2 processes",
+    f"both saved step {step}, ended with 75, resume equal to the bit",
+    steps_lost=lost,
+  )
 
 
 def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):
@@ -68,8 +77,10 @@ def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):
   assert again.status == 0, again.output
   end, usual = (runs.records(each, "test")[-1]["loss"] for each in (tmp_path, clean))
   assert end == usual
-  row("10 × the learning rate, policy rollback", f"10 times back, then ended in words; with the right one final loss {end:.4f}, "
-      f"without the fault {usual:.4f}")
+  row(
+    "10 × the learning rate, policy rollback",
+    f"10 times back, then ended in words; with the right one final loss {end:.4f}, without the fault {usual:.4f}",
+  )
 
 
 def test_a_run_on_a_full_disk(clean, tmp_path, row):
@@ -90,11 +101,21 @@ def test_a_run_on_a_full_disk(clean, tmp_path, row):
 
 
 def test_a_process_that_does_not_come(tmp_path, row):
-  command = [sys.executable, "-m", "launch.train", "--config=tests/faults/recipe.py", f"--workdir={tmp_path}",
-             "--coordinator=127.0.0.1:29641", "--processes=2", "--process=0", "--start_timeout=4"]
+  command = [
+    sys.executable,
+    "-m",
+    "launch.train",
+    "--config=tests/faults/recipe.py",
+    f"--workdir={tmp_path}",
+    "--coordinator=127.0.0.1:29641",
+    "--processes=2",
+    "--process=0",
+    "--start_timeout=4",
+  ]
   begin = time.monotonic()
-  done = subprocess.run(command, cwd=runs.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-                        timeout=60)
+  done = subprocess.run(
+    command, cwd=runs.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=60
+  )
   assert done.returncode == 76 and "1" in done.stderr.splitlines()[-1], done.stderr
   row("1 of 2 processes never starts", f"status 76 after {time.monotonic() - begin:.0f} s: {done.stderr.splitlines()[-1][:90]}")
 
@@ -111,12 +132,21 @@ def test_goodput_of_ten_minutes_with_faults(tmp_path, row):
       except (OSError, ValueError):
         continue
       faults.append(number.name)
+
   striker = threading.Thread(target=strike)
   striker.start()
   steps = int(os.environ.get("NFNETS_CHAOS_STEPS", 2000))
   try:
-    done = runs.run(tmp_path, {"pid": {}}, epochs=steps / 11.2265625, processes=2, restarts=100, grace=20, timeout=3600,
-                    overrides=("--config.checkpoint_every=4", "--config.eval_every=1000", "--config.log_every=10"))
+    done = runs.run(
+      tmp_path,
+      {"pid": {}},
+      epochs=steps / 11.2265625,
+      processes=2,
+      restarts=100,
+      grace=20,
+      timeout=3600,
+      overrides=("--config.checkpoint_every=4", "--config.eval_every=1000", "--config.log_every=10"),
+    )
   finally:
     ended.set()
     striker.join()
@@ -124,6 +154,10 @@ def test_goodput_of_ten_minutes_with_faults(tmp_path, row):
   lines = sum(1 for _ in open(tmp_path / "batches-0.jsonl", encoding="utf-8"))
   reached = int(runs.weights(tmp_path)["step"])
   assert all(len(hashes) == 1 for hashes in runs.batches(tmp_path).values())
-  row(f"{done.seconds / 60:.0f} minutes of training with {len(faults)} faults ({faults.count('SIGKILL')} kills, "
-      f"{faults.count('SIGTERM')} SIGTERM)", f"{reached} steps reached, {lines} batches made; none differed when made again",
-      goodput=reached / lines, lost_per_fault=(lines - reached) / len(faults))
+  row(
+    f"{done.seconds / 60:.0f} minutes of training with {len(faults)} faults ({faults.count('SIGKILL')} kills, "
+    f"{faults.count('SIGTERM')} SIGTERM)",
+    f"{reached} steps reached, {lines} batches made; none differed when made again",
+    goodput=reached / lines,
+    lost_per_fault=(lines - reached) / len(faults),
+  )

@@ -1,4 +1,5 @@
 """Whole runs with faults in them: what is lost, how long it takes, and whether the end is the one of a run without."""
+
 import itertools
 import random
 import shutil
@@ -29,8 +30,11 @@ def test_stopped_five_times_and_resumed_equals_never_having_stopped(clean, tmp_p
   lost = sum(runs.steps_lost(before, after) for before, after in itertools.pairwise(runs_of_it))
   assert lost == 0 and runs.difference(tmp_path, clean) == 0 and runs.mismatches(tmp_path, clean) == 0, stops
   assert runs.records(tmp_path, "test") == runs.records(clean, "test")
-  row(f"SIGTERM at 5 random steps ({', '.join(str(at + 2) for at in stops)}), resume each time",
-      "parameter difference 0, batch mismatches 0, evaluations equal", steps_lost=lost)
+  row(
+    f"SIGTERM at 5 random steps ({', '.join(str(at + 2) for at in stops)}), resume each time",
+    "parameter difference 0, batch mismatches 0, evaluations equal",
+    steps_lost=lost,
+  )
 
 
 @pytest.mark.long

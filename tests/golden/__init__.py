@@ -55,8 +55,10 @@ def fill(path: str, shape: tuple[int, ...], *, standardized: bool = False) -> np
 
 def fill_all(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
   """`fill` for every path; a kernel whose layer also has a gain is a standardized one."""
+
   def standardized(path: str) -> bool:
     return path.endswith("/kernel") and path.removesuffix("kernel") + "gain" in shapes
+
   return {path: fill(path, tuple(shape), standardized=standardized(path)) for path, shape in shapes.items()}
 
 

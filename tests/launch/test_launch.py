@@ -1,4 +1,5 @@
 """The programs as a person meets them: mistakes are one line and status 2, and the main job does what it promises."""
+
 import importlib
 import json
 import os
@@ -27,7 +28,9 @@ def call(monkeypatch, capsys, program: str, *arguments: str) -> tuple[int, str, 
   return exit_.value.code, out, err
 
 
-@pytest.mark.parametrize("arguments, expected", [
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
     (["--workdir=W"], "--config is missing"),
     ([DIGITS], "--workdir is missing"),
     (["--config=configs/digit.py", "--workdir=W"], "no file configs/digit.py; near: configs/digits.py"),
@@ -56,7 +59,8 @@ def call(monkeypatch, capsys, program: str, *arguments: str) -> tuple[int, str, 
     ([DIGITS, "--workdir=W", "--config.data.num_classes=0"], "DataConfig.num_classes = 0: expected"),
     ([DIGITS, "--workdir=/proc/x"], "--workdir=/proc/x"),
     (["--config", "configs/digits.py"], "--workdir is missing"),
-])
+  ],
+)
 def test_mistakes_in_training_are_one_line_and_status_2(monkeypatch, capsys, tmp_path, arguments, expected):
   arguments = [argument.replace("--workdir=W", f"--workdir={tmp_path / 'run'}") for argument in arguments]
   status, _, err = call(monkeypatch, capsys, "train", *arguments)
@@ -66,11 +70,14 @@ def test_mistakes_in_training_are_one_line_and_status_2(monkeypatch, capsys, tmp
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments, expected", [
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
     ([DIGITS], "--checkpoint is missing"),
     ([DIGITS, "--checkpoint=/nowhere"], "--checkpoint=/nowhere: no checkpoint there"),
     ([DIGITS, "--checkpoint=runs/checkpoints/7"], "no checkpoint there"),
-])
+  ],
+)
 def test_mistakes_in_evaluation(monkeypatch, capsys, arguments, expected):
   status, _, err = call(monkeypatch, capsys, "evaluate", *arguments)
   assert status == 2 and expected in err
@@ -104,6 +111,7 @@ def test_the_main_job(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
   trained = run("train", f"--workdir={tmp_path}", "--config.epochs=11")
   for words in ("OptimConfig(", "kernels, unclipped", "images/s", "  clip ", "123/123", "curves.png"):
     assert words in trained

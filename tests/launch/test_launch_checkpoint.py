@@ -1,4 +1,5 @@
 """launch.checkpoint: listing, verifying and exporting what training left; mistakes in one line."""
+
 import importlib
 import json
 import pathlib
@@ -47,8 +48,7 @@ def test_list_shows_each_step_why_it_is_kept_and_what_counts_as_none(workdir, mo
   (workdir / "checkpoints" / "25").rmdir()
   found = {row[0]: row for row in rows(out) if row[0]}
   assert status == 0 and list(found) == ["5", "16", "20", "25"]
-  assert [row[-2:] for row in found.values()] == [["best", "good"], ["every", "good"], ["newest", "good"],
-                                                  ["", "no manifest"]]
+  assert [row[-2:] for row in found.values()] == [["best", "good"], ["every", "good"], ["newest", "good"], ["", "no manifest"]]
   assert "│ ema_top1 0.9500 │" in out
   assert "\n25: has no manifest.json: unfinished, or the file is lost\n" in out
   assert found["5"][1] == "1.28" and found["5"][3].endswith(" MB") and found["5"][4] == "top1 0.5000"
@@ -84,7 +84,11 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
     kernel = file.get_tensor("blocks/0/kernel")
   assert names == {"blocks/0/kernel", "fc/bias"}
   np.testing.assert_array_equal(kernel, small_state(20).ema[0]["blocks"]["0"]["kernel"])
-  assert json.loads(metadata["config"]) == compatibility.to_json(RUN["config"]) and metadata["step"] == "20" and metadata["weights"] == "ema"
+  assert (
+    json.loads(metadata["config"]) == compatibility.to_json(RUN["config"])
+    and metadata["step"] == "20"
+    and metadata["weights"] == "ema"
+  )
   assert "jax" in json.loads(metadata["versions"])
   before = out.read_bytes()
   status, _, error = call(monkeypatch, capsys, "export", workdir, f"--out={out}")
@@ -95,7 +99,9 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
     np.testing.assert_array_equal(file.get_tensor("blocks/0/kernel"), small_state(5).params["blocks"]["0"]["kernel"])
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [
+@pytest.mark.parametrize(
+  ("arguments", "expected"),
+  [
     ([], "what to do: got nothing, expected: list, verify, export"),
     (["lst", "x"], "got lst, expected: list; e.g. python -m launch.checkpoint list runs/first"),
     (["list"], "list: expected one directory, got none"),
@@ -107,7 +113,8 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
     (["export", "DIR", "--out=/nowhere/x"], "there is no directory /nowhere"),
     (["export", "DIR", "--out=DIR"], "it is a directory"),
     (["export", "DIR", "--out=x", "--weights=best"], "params|ema"),
-])
+  ],
+)
 def test_mistakes_are_one_line_and_status_2(workdir, arguments, expected, monkeypatch, capsys):
   status, out, error = call(monkeypatch, capsys, *(argument.replace("DIR", str(workdir)) for argument in arguments))
   assert status == 2 and out == "" and error.count("\n") == 1 and error.startswith("error: ") and expected in error

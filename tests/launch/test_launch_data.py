@@ -1,4 +1,5 @@
 """launch.data: describing a dataset, finding what is damaged in it, and writing it smaller."""
+
 import contextlib
 import importlib
 import json
@@ -55,7 +56,7 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 def flip_byte(path: pathlib.Path, number: int) -> int:
   """Damages the middle of a record's payload; where the record begins."""
   data = bytearray(path.read_bytes())
-  lengths = tfrecord.scan(str(path), len(data), lambda at, length: bytes(data[at:at + length]))
+  lengths = tfrecord.scan(str(path), len(data), lambda at, length: bytes(data[at : at + length]))
   begin = int(sum(lengths[:number] + tfrecord.HEADER + tfrecord.FOOTER))
   data[begin + tfrecord.HEADER + int(lengths[number]) // 2] ^= 1
   path.write_bytes(data)
@@ -127,6 +128,7 @@ def test_prepared_dataset_has_the_same_records_smaller(photos, monkeypatch, caps
   with contextlib.closing(open_source(small, train=True)) as source:
     assert source.class_names == tuple(f"class {i}" for i in range(5)) and not inspect.verify(source).corrupt
   import tensorflow_datasets as tfds
+
   info = tfds.builder_from_directory(out / "pictures" / "1.0.0").info
   assert {name: split.shard_lengths for name, split in info.splits.items()} == {"train": [3, 4, 4], "validation": [4]}
   assert info.features["label"].names[2] == "class 2"
@@ -140,6 +142,7 @@ def test_an_interrupted_shard_is_made_again_and_the_finished_are_kept(photos, tm
   def stop(done: int) -> None:
     if done == 5:
       raise KeyboardInterrupt
+
   with contextlib.closing(prepare.Preparation(photos, str(tmp_path / "out"), short_side=20, shards=3)) as job:
     with pytest.raises(KeyboardInterrupt):
       job.run(stop)
@@ -160,8 +163,10 @@ def test_an_interrupted_shard_is_made_again_and_the_finished_are_kept(photos, tm
 def test_other_settings_and_other_datasets_are_not_overwritten(photos, monkeypatch, capsys, tmp_path):
   with contextlib.closing(prepare.Preparation(photos, str(tmp_path / "out"), short_side=20)) as job:
     job.run()
-  for wrong, expected in ((["--quality=80", "--short_side=20"], "was made with quality=90, now 80"),
-                          (["--short_side=24"], "was made with short_side=20, now 24")):
+  for wrong, expected in (
+    (["--quality=80", "--short_side=20"], "was made with quality=90, now 80"),
+    (["--short_side=24"], "was made with short_side=20, now 24"),
+  ):
     status, _, err = call(monkeypatch, capsys, "prepare", *flags_of(photos), f"--out={tmp_path / 'out'}", *wrong)
     assert status == 2 and expected in err and err.count("\n") == 1
   status, _, err = call(monkeypatch, capsys, "prepare", *flags_of(photos), f"--out={photos.dir}")
@@ -178,7 +183,10 @@ def test_corrupt_records_are_left_out_or_too_many(photos, monkeypatch, tmp_path)
   assert made.records == {"train": 7, "validation": 2} and made.lost == 1
   assert any("corrupt record, left out" in line and "(record 3 of 8): not an image" in line for line in said)
   strict = DataConfig(name="broken", dir=photos.dir, test_split="validation", max_corrupt=0.0)
-  with contextlib.closing(prepare.Preparation(strict, str(tmp_path / "strict"))) as job, pytest.raises(DataError, match="max_corrupt=0"):
+  with (
+    contextlib.closing(prepare.Preparation(strict, str(tmp_path / "strict"))) as job,
+    pytest.raises(DataError, match="max_corrupt=0"),
+  ):
     job.run()
 
 
@@ -186,19 +194,25 @@ def test_pixels_become_lossless_images_under_another_name(tmp_path):
   with contextlib.closing(prepare.Preparation(DataConfig(), str(tmp_path))) as job:
     made = job.run()
   assert made.name == "digits_prepared"
-  before, after = images_of(DataConfig(), False), images_of(DataConfig(name="digits_prepared", dir=str(tmp_path),
-                                                                     index_dir=str(tmp_path)), False)
+  before, after = (
+    images_of(DataConfig(), False),
+    images_of(DataConfig(name="digits_prepared", dir=str(tmp_path), index_dir=str(tmp_path)), False),
+  )
   assert all(np.array_equal(decode.pixels(new.image), old.image) for old, new in zip(before, after, strict=True))
   assert json.loads(pathlib.Path(made.path, "dataset_info.json").read_text())["name"] == "digits_prepared"
 
 
-@pytest.mark.parametrize("name, expected", [("imagenet2012:5.1.0", "imagenet2012"), ("kaggle:birds/small:1.*.*", "birds_small"),
-                                            ("folder", "folder_prepared")])
+@pytest.mark.parametrize(
+  "name, expected",
+  [("imagenet2012:5.1.0", "imagenet2012"), ("kaggle:birds/small:1.*.*", "birds_small"), ("folder", "folder_prepared")],
+)
 def test_prepared_name(name, expected):
   assert prepare.prepared_name(name) == expected
 
 
-@pytest.mark.parametrize("arguments, expected", [
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
     ([], "what to do: got nothing, expected: describe, verify, prepare"),
     (["prepar", DIGITS], "expected: prepare"),
     (["describe", "stray", DIGITS], "unexpected argument 'stray'"),
@@ -209,7 +223,8 @@ def test_prepared_name(name, expected):
     (["prepare", DIGITS, "--out=gs://bucket"], "prepared shards are written to disks"),
     (["prepare", DIGITS, "--out=README.md"], "cannot be written: Not a directory"),
     (["verify", DIGITS, "--split=valid"], "digits has the splits 'train' and 'test', got 'valid'"),
-])
+  ],
+)
 def test_mistakes_are_one_line(arguments, expected, monkeypatch, capsys):
   status, _, err = call(monkeypatch, capsys, *arguments)
   assert status == 2 and expected in err and err.startswith("error: ") and err.count("\n") == 1

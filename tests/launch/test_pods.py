@@ -2,6 +2,7 @@
 
 The tests of SLURM and Open MPI need sbatch (with a running slurmctld) and mpirun; docs/pods.md says what they were seen to do.
 """
+
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PODS = ROOT / "launch" / "pods"
-PROGRAM = '''
+PROGRAM = """
 import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
@@ -62,7 +63,7 @@ def run(values):
     return distributed.STOPPED
 
 cli.main(run, cli.define_processes, "A run of several processes")
-'''
+"""
 
 
 def environ(**more: str) -> dict[str, str]:
@@ -116,15 +117,31 @@ def test_two_processes_of_two_devices_add_up_start_again_and_are_told_to_stop(pr
   assert out.count("processes: all 2 agree on code, jax, config") == 2  # process 0, twice
 
 
-@pytest.mark.parametrize("what, status, expected", [
+@pytest.mark.parametrize(
+  "what, status, expected",
+  [
     ("differ", 2, ["processes differ in config.batch: 64 in process 0, 32 in process 1"]),
-    ("usage", 2, ["[1] process 1 of 2: error: what to do: got lst, expected: list",
-                  "[0] process 0 of 2: error: process 1 failed (status 2): "]),
+    (
+      "usage",
+      2,
+      [
+        "[1] process 1 of 2: error: what to do: got lst, expected: list",
+        "[0] process 0 of 2: error: process 1 failed (status 2): ",
+      ],
+    ),
     ("apart", 2, ["[0] process 0 of 2: error: process 1 does not see ", "must be on storage that all processes share"]),
-    ("bug", 1, ["[1] process 1 of 2: Traceback", "[1] process 1 of 2: KeyError: 'nothing here'",
-                "[0] process 0 of 2: error: process 1 failed (status 1): "]),
+    (
+      "bug",
+      1,
+      [
+        "[1] process 1 of 2: Traceback",
+        "[1] process 1 of 2: KeyError: 'nothing here'",
+        "[0] process 0 of 2: error: process 1 failed (status 1): ",
+      ],
+    ),
     ("bug in 0", 1, ["[0] process 0 of 2: KeyError: 'nothing here'", "[1] process 1 of 2: error: process 0 failed (status 1): "]),
-])
+  ],
+)
 def test_a_failing_process_takes_the_others_along_with_its_status(program, tmp_path, what, status, expected):
   found, out = finish(local(program, "--restarts=2", WHAT=what, MARK=str(tmp_path / "disk")))
   assert found == status, out
@@ -161,8 +178,13 @@ def test_who_is_not_there_is_waited_for_and_named(program):
 
 
 def test_every_file_says_how_it_is_used():
-  for name, words in (("tpu_vm.sh", "launch/pods/tpu_vm.sh"), ("slurm.sbatch", "sbatch "), ("jobset.yaml", "kubectl apply -f "),
-                      ("skypilot.yaml", "sky jobs launch "), ("local.py", "python -m launch.pods.local ")):
+  for name, words in (
+    ("tpu_vm.sh", "launch/pods/tpu_vm.sh"),
+    ("slurm.sbatch", "sbatch "),
+    ("jobset.yaml", "kubectl apply -f "),
+    ("skypilot.yaml", "sky jobs launch "),
+    ("local.py", "python -m launch.pods.local "),
+  ):
     lines = (PODS / name).read_text().splitlines()
     assert 20 <= len(lines) <= 60 and words in " ".join(lines[:2]), name
 
@@ -198,8 +220,13 @@ def statuses_that_run_again(command: list[str], tmp_path: pathlib.Path, **more: 
   found = {}
   for status in (0, 1, 2, 75, 76, 130, 134, 137):
     count = tmp_path / f"count{status}"
-    subprocess.run(command, env={**os.environ, **more, "STATUS": str(status), "COUNT": str(count)}, cwd=tmp_path, timeout=60,
-                   capture_output=True)
+    subprocess.run(
+      command,
+      env={**os.environ, **more, "STATUS": str(status), "COUNT": str(count)},
+      cwd=tmp_path,
+      timeout=60,
+      capture_output=True,
+    )
     found[status] = len(count.read_text())
   return found
 
@@ -225,10 +252,13 @@ def test_skypilot_runs_again_what_says_so(tmp_path):
 def test_a_tpu_worker_runs_again_what_says_so(tmp_path):
   """With a gcloud that runs here what a worker would run."""
   fake(tmp_path / "nfnets-run/.venv/bin/python", 'printf x >> "$COUNT"; exit "$STATUS"')
-  fake(tmp_path / "bin/gcloud", """case "$*" in
+  fake(
+    tmp_path / "bin/gcloud",
+    """case "$*" in
     *describe*) echo ACTIVE ;;
     *" ssh "*) for word; do case $word in --command=*git\\ clone*) ;; --command=*) bash -c "${word#--command=}" ;; esac; done ;;
-  esac""")
+  esac""",
+  )
   told = TPU | {"MOST_RESTARTS": "3", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
   assert statuses_that_run_again(["bash", str(PODS / "tpu_vm.sh"), "--config=c"], tmp_path, **told) == AGAIN
 
@@ -236,7 +266,9 @@ def test_a_tpu_worker_runs_again_what_says_so(tmp_path):
 def test_a_tpu_is_not_thrown_away_for_a_hiccup(tmp_path):
   """gcloud fails once while the TPU is waited for, installing fails once; then all is well."""
   fake(tmp_path / "bin/sleep", "echo sleep >> calls")
-  fake(tmp_path / "bin/gcloud", r"""case "$*" in
+  fake(
+    tmp_path / "bin/gcloud",
+    r"""case "$*" in
     *describe*) echo x >> described; case $(wc -l < described) in
       1) echo "ERROR: (gcloud) NOT_FOUND: n" >&2; exit 1 ;; 2) echo "ERROR: (gcloud) 503" >&2; exit 1 ;; *) echo ACTIVE ;; esac ;;
     *git\ clone*) echo install >> calls; [ "$(grep -c install calls)" = 2 ] ;;
@@ -244,9 +276,16 @@ def test_a_tpu_is_not_thrown_away_for_a_hiccup(tmp_path):
     *create*) echo create >> calls ;;
     *delete*) echo delete >> calls ;;
     *) exit 1 ;;
-  esac""")
-  done = subprocess.run(["bash", str(PODS / "tpu_vm.sh"), "--config=c"], cwd=tmp_path, timeout=60, capture_output=True, text=True,
-                        env=os.environ | TPU | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+  esac""",
+  )
+  done = subprocess.run(
+    ["bash", str(PODS / "tpu_vm.sh"), "--config=c"],
+    cwd=tmp_path,
+    timeout=60,
+    capture_output=True,
+    text=True,
+    env=os.environ | TPU | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+  )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "calls").read_text().split() == ["create", "sleep", "install", "sleep", "install", "train", "delete"]
 
@@ -274,8 +313,13 @@ def test_slurm_puts_back_what_says_so(tmp_path):
   requeued = {}
   for status in AGAIN:
     (tmp_path / "requeued").unlink(missing_ok=True)
-    done = subprocess.run(["bash", str(PODS / "slurm.sbatch"), "python"], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PATH": path, "STATUS": str(status), "SLURM_JOB_ID": "7"})
+    done = subprocess.run(
+      ["bash", str(PODS / "slurm.sbatch"), "python"],
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+      env={**os.environ, "PATH": path, "STATUS": str(status), "SLURM_JOB_ID": "7"},
+    )
     assert done.returncode == status and f"srun ended with status {status}" in done.stdout
     requeued[status] = (tmp_path / "requeued").exists()
   assert requeued == {status: times == 3 for status, times in AGAIN.items()}
@@ -314,7 +358,13 @@ def test_open_mpi_for_real(program):
   if int(re.search(r"(\d+)\.\d", version)[1]) >= 5:
     with socket.create_server(("127.0.0.1", 0)) as free:
       allowed["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free.getsockname()[1]}"
-  done = subprocess.run(["mpirun", "--oversubscribe", "-n", "2", *program], cwd=ROOT, env=environ(**allowed), capture_output=True,
-                        text=True, timeout=120)
+  done = subprocess.run(
+    ["mpirun", "--oversubscribe", "-n", "2", *program],
+    cwd=ROOT,
+    env=environ(**allowed),
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
   assert done.returncode == 0, done.stderr
   assert "processes: 0 of 2 (Open MPI), coordinator " in done.stdout and done.stdout.count("psum 3.0 over 2") == 2

@@ -1,4 +1,5 @@
 """The figures of `launch.bench data` follow from what was counted; no test needs TensorFlow or looks at a duration."""
+
 import dataclasses
 import io
 import json
@@ -12,14 +13,27 @@ from nfnets.data.errors import DataError
 from nfnets.measure import data, tfdata
 from nfnets.measure.data_report import CROP, OURS, PEERS, PHASES, RECIPE, DataReport, Measured, Measurement
 
-DIGITS = DataConfig(name="digits", shift=1, mix="mixup_cutmix", augment="randaugment", randaugment_layers=2,
-                    randaugment_magnitude=5)
+DIGITS = DataConfig(
+  name="digits", shift=1, mix="mixup_cutmix", augment="randaugment", randaugment_layers=2, randaugment_magnitude=5
+)
 PHOTOS = dataclasses.replace(DIGITS, name="photos", train_crop="inception", image_size=64, shift=0, flip=True)
 
 
 def result(**changes) -> Measured:
-  figures = dict(images=100, batch_bytes=1000, import_s=1.0, setup_s=0.5, setup_cpu_s=0.4, first_batch_s=0.6, wall_s=2.0,
-                 cpu_s=4.0, peak_bytes=300, imported_bytes=100, times={}, versions={})
+  figures = dict(
+    images=100,
+    batch_bytes=1000,
+    import_s=1.0,
+    setup_s=0.5,
+    setup_cpu_s=0.4,
+    first_batch_s=0.6,
+    wall_s=2.0,
+    cpu_s=4.0,
+    peak_bytes=300,
+    imported_bytes=100,
+    times={},
+    versions={},
+  )
   return Measured(**{**figures, **changes})
 
 
@@ -36,7 +50,8 @@ def report() -> DataReport:
     found = data.compare(jobs, rounds=2, progress=lambda number, job, result: seen.append((number, job, result)))
   # in turn, announced before and told after
   assert [(number, job, result is None) for number, job, result in seen] == [
-      (number, job, before) for number in range(2) for job in jobs for before in (True, False)]
+    (number, job, before) for number in range(2) for job in jobs for before in (True, False)
+  ]
   assert [result for _, _, result in seen if result] == [found.results[i][n] for n in range(2) for i in range(len(jobs))]
   return found
 
@@ -144,6 +159,7 @@ def test_a_process_that_breaks_shows_its_last_words(monkeypatch):
 
 def values(*arguments: str):
   from absl import flags
+
   found = flags.FlagValues()
   launch_bench.define(found)
   found(["bench", *arguments])

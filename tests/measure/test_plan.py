@@ -1,4 +1,5 @@
 """Plans: bytes that are known beforehand are found in compiled programs; arithmetic and advice on made-up figures."""
+
 import dataclasses
 import importlib.util
 import json
@@ -24,8 +25,9 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 
 
 def tiny(**changes) -> Config:
-  config = Config(model=ModelConfig(name="nf_resnet50", overrides=ONE_BLOCK), data=DataConfig(num_classes=8, image_size=8),
-                  batch=8, epochs=10)
+  config = Config(
+    model=ModelConfig(name="nf_resnet50", overrides=ONE_BLOCK), data=DataConfig(num_classes=8, image_size=8), batch=8, epochs=10
+  )
   return dataclasses.replace(config, **changes)
 
 
@@ -78,15 +80,28 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_parser_counts_each_collective_as_often_as_it_runs():
   found = {(each.kind, each.bytes, each.devices, each.times) for each in hlo.parse(HLO, 8)}
   assert found == {
-    ("all-reduce", 4 * 100, 8, 1), ("all-reduce", 4 * 16 + 2 * 6, 2, 3 + 5), ("all-gather", 4 * 24, 8, 1),
-    ("all-gather", 2 * 32, 8, 1), ("collective-permute", 7, 8, 1), ("reduce-scatter", 4 * 5 * 4, 4, 1),
-    ("all-to-all", 18, 2, 1), ("reduce-scatter", 4 * 64, 8, 1)}
+    ("all-reduce", 4 * 100, 8, 1),
+    ("all-reduce", 4 * 16 + 2 * 6, 2, 3 + 5),
+    ("all-gather", 4 * 24, 8, 1),
+    ("all-gather", 2 * 32, 8, 1),
+    ("collective-permute", 7, 8, 1),
+    ("reduce-scatter", 4 * 5 * 4, 4, 1),
+    ("all-to-all", 18, 2, 1),
+    ("reduce-scatter", 4 * 64, 8, 1),
+  }
   assert len(found) == len(hlo.parse(HLO, 8))
 
 
-@pytest.mark.parametrize("kind, sent", [
-  ("all-reduce", 2 * 7 / 8 * 800 * 3), ("all-gather", 7 / 8 * 800 * 3), ("reduce-scatter", 7 / 8 * 800 * 3),
-  ("all-to-all", 7 / 8 * 800 * 3), ("collective-permute", 800 * 3)])
+@pytest.mark.parametrize(
+  "kind, sent",
+  [
+    ("all-reduce", 2 * 7 / 8 * 800 * 3),
+    ("all-gather", 7 / 8 * 800 * 3),
+    ("reduce-scatter", 7 / 8 * 800 * 3),
+    ("all-to-all", 7 / 8 * 800 * 3),
+    ("collective-permute", 800 * 3),
+  ],
+)
 def test_what_a_ring_sends(kind, sent):
   assert hlo.Collective(kind=kind, bytes=800, devices=8, times=3).sent == sent
 
@@ -97,16 +112,28 @@ def test_parser_finds_the_known_bytes_of_a_real_program():
   def program(x, y):  # each device: x [2, 640] float32, y [8, 16] int16
     def body(carry, row):
       return carry + jax.lax.psum(row, "data"), None
+
     looped, _ = jax.lax.scan(body, jnp.zeros(640), x)
-    return (looped, jax.lax.all_gather(x, "data"), jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True),
-            jax.lax.all_to_all(y, "data", 0, 0), jax.lax.ppermute(y, "data", [(i, (i + 1) % 8) for i in range(8)]))
+    return (
+      looped,
+      jax.lax.all_gather(x, "data"),
+      jax.lax.psum_scatter(x, "data", scatter_dimension=1, tiled=True),
+      jax.lax.all_to_all(y, "data", 0, 0),
+      jax.lax.ppermute(y, "data", [(i, (i + 1) % 8) for i in range(8)]),
+    )
+
   rows = P("data")
   split = jax.shard_map(program, mesh=mesh, in_specs=(rows, rows), out_specs=(P(), P(), P("data"), rows, rows), check_vma=False)
   args = jax.ShapeDtypeStruct((16, 640), jnp.float32), jax.ShapeDtypeStruct((64, 16), jnp.int16)
   found = hlo.parse(jax.jit(split).lower(*args).compile().as_text(), 8)
   sums = {kind: sum(each.bytes * each.times for each in found if each.kind == kind) for kind in hlo.KINDS}
-  assert sums == {"all-reduce": 2 * 640 * 4, "all-gather": 8 * 2 * 640 * 4, "reduce-scatter": 2 * 640 * 4,
-                  "all-to-all": 8 * 16 * 2, "collective-permute": 8 * 16 * 2}
+  assert sums == {
+    "all-reduce": 2 * 640 * 4,
+    "all-gather": 8 * 2 * 640 * 4,
+    "reduce-scatter": 2 * 640 * 4,
+    "all-to-all": 8 * 16 * 2,
+    "collective-permute": 8 * 16 * 2,
+  }
   assert all(each.devices == 8 for each in found)
 
 
@@ -154,7 +181,8 @@ def test_counted_flops():
   remat = dataclasses.replace(config, model=ModelConfig(name="nf_resnet50", remat=True))
   assert plan.counted_flops(remat, 1000, 8) == 8 * 1000 * 4
   assert plan.counted_flops(dataclasses.replace(config, optim=OptimConfig(sam_rho=0.05)), 1000, 8) == pytest.approx(
-    1.2 * 6 * 1000 * 4)
+    1.2 * 6 * 1000 * 4
+  )
 
 
 # ---------------------------------------------------------------- the roofline, with made-up figures
@@ -169,9 +197,16 @@ def test_roofline_is_the_slowest_of_three_and_their_sum():
   assert (looped.low, looped.high, looped.links, looped.bound) == pytest.approx((0.015, 0.07, 0, "memory"))
 
 
-@pytest.mark.parametrize("row, values", [
-  (None, {}), (Chip("no bandwidth", 100.0), {}), (Chip("no links", 100.0, 16, 1000.0), {}), (MADE_UP, {"memory_bytes": None}),
-  (MADE_UP, {"flops": None})])
+@pytest.mark.parametrize(
+  "row, values",
+  [
+    (None, {}),
+    (Chip("no bandwidth", 100.0), {}),
+    (Chip("no links", 100.0, 16, 1000.0), {}),
+    (MADE_UP, {"memory_bytes": None}),
+    (MADE_UP, {"flops": None}),
+  ],
+)
 def test_what_is_unknown_has_no_roofline(row, values):
   assert plan_report.roofline(row, **{"flops": 1e12, "memory_bytes": 1e9, "sent": 1.0, **values}) is None
 
@@ -189,12 +224,29 @@ def test_known_chips():
 
 # ---------------------------------------------------------------- advice, with made-up compilations
 def made_up(name: str, gib: float, capacity: int | None, accumulate: int = 1) -> plan_report.CompiledStep:
-  memory = plan_report.PlannedMemory(arguments=plan_report.GIB, outputs=plan_report.GIB, aliased=plan_report.GIB, temporaries=round((gib - 1) * plan_report.GIB), code=0)
+  memory = plan_report.PlannedMemory(
+    arguments=plan_report.GIB,
+    outputs=plan_report.GIB,
+    aliased=plan_report.GIB,
+    temporaries=round((gib - 1) * plan_report.GIB),
+    code=0,
+  )
   reduce = hlo.Collective(kind="all-reduce", bytes=1000, devices=8, times=1)
-  return plan_report.CompiledStep(name=name, accumulate=accumulate, memory=memory, refusal="", needed=None,
-                      fits=capacity and memory.total <= capacity, lowering_s=1.0, compile_s=2.0, flops=1e12,
-                      counted_flops=1e12, memory_bytes=1e9, collectives=[reduce],
-                      roofline=plan_report.roofline(MADE_UP, flops=1e12, memory_bytes=1e9, sent=reduce.sent, loops=accumulate))
+  return plan_report.CompiledStep(
+    name=name,
+    accumulate=accumulate,
+    memory=memory,
+    refusal="",
+    needed=None,
+    fits=capacity and memory.total <= capacity,
+    lowering_s=1.0,
+    compile_s=2.0,
+    flops=1e12,
+    counted_flops=1e12,
+    memory_bytes=1e9,
+    collectives=[reduce],
+    roofline=plan_report.roofline(MADE_UP, flops=1e12, memory_bytes=1e9, sent=reduce.sent, loops=accumulate),
+  )
 
 
 def plan_with(monkeypatch, needs, *, config=None, capacity=16 * plan_report.GIB, **arguments):
@@ -248,10 +300,19 @@ def test_a_report_has_every_figure_and_a_picture(monkeypatch, tmp_path):
   assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("refusal, needed, available", [
-  ("CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (19.26G) exceeds available HBM "
-   "(15.75G).", 19.26, 15.75),
-  ("Used 1.50T of 15.48G hbm. Exceeded hbm capacity by 9.02G.", 1536, 15.48), ("nothing said", None, None)])
+@pytest.mark.parametrize(
+  "refusal, needed, available",
+  [
+    (
+      "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (19.26G) exceeds available HBM "
+      "(15.75G).",
+      19.26,
+      15.75,
+    ),
+    ("Used 1.50T of 15.48G hbm. Exceeded hbm capacity by 9.02G.", 1536, 15.48),
+    ("nothing said", None, None),
+  ],
+)
 def test_what_a_refusal_says(refusal, needed, available):
   said = lambda gib: None if gib is None else round(gib * plan_report.GIB)
   assert plan._refused(refusal) == (said(needed), said(available))
@@ -270,26 +331,41 @@ def run_program(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 DIGITS = "--config=configs/digits.py"
 
 
-@pytest.mark.parametrize("arguments, message", [
-  ((), "--config is missing"),
-  ((DIGITS, "--config.batch=12"), "config.batch=12 is not divisible by the 8 devices"),
-  ((DIGITS, "--json=no/such/dir/a.json"), "--json=no/such/dir/a.json: No such file"),
-  ((DIGITS, "--out=no/such/dir/a.png"), "--out=no/such/dir/a.png: No such file"),
-  (("--config=configs/synthetic.py:nfnet_f9",), "nfnet_f"),
-])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ((), "--config is missing"),
+    ((DIGITS, "--config.batch=12"), "config.batch=12 is not divisible by the 8 devices"),
+    ((DIGITS, "--json=no/such/dir/a.json"), "--json=no/such/dir/a.json: No such file"),
+    ((DIGITS, "--out=no/such/dir/a.png"), "--out=no/such/dir/a.png: No such file"),
+    (("--config=configs/synthetic.py:nfnet_f9",), "nfnet_f"),
+  ],
+)
 def test_program_answers_a_mistake_in_one_line(arguments, message, monkeypatch, capsys):
   status, out, err = run_program(monkeypatch, capsys, *arguments)
   assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1 and "{" not in out
 
 
-@pytest.mark.parametrize("found, raised, message", [
-  (False, None, "needs libtpu, the compiler for TPUs (no TPU needed): pip install 'jax[tpu]=="),
-  (True, jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v5\nmore"), "unknown topology 'v5e-16x16'"),
-  (True, jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such layout"), "v5e:16x16"),
-  (True, RuntimeError("Mismatched PJRT plugin version"), f"jax {jax.__version__} cannot use the libtpu that is installed (Mism"),
-])
+@pytest.mark.parametrize(
+  "found, raised, message",
+  [
+    (False, None, "needs libtpu, the compiler for TPUs (no TPU needed): pip install 'jax[tpu]=="),
+    (
+      True,
+      jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v5\nmore"),
+      "unknown topology 'v5e-16x16'",
+    ),
+    (True, jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such layout"), "v5e:16x16"),
+    (
+      True,
+      RuntimeError("Mismatched PJRT plugin version"),
+      f"jax {jax.__version__} cannot use the libtpu that is installed (Mism",
+    ),
+  ],
+)
 def test_program_answers_a_wrong_topology_in_one_line(found, raised, message, monkeypatch, capsys):
   from jax.experimental import topologies
+
   real = importlib.util.find_spec
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: (object() if found else None) if name == "libtpu" else real(name))
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
@@ -298,15 +374,23 @@ def test_program_answers_a_wrong_topology_in_one_line(found, raised, message, mo
 
   def refuse(**arguments):
     raise raised
+
   monkeypatch.setattr(topologies, "get_topology_desc", refuse)
   status, out, err = run_program(monkeypatch, capsys, DIGITS, "--topology=v5e-16x16")
   assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1 and "{" not in out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("topology, devices, kind", [
-  ("v5e:2x4", 8, "TPU v5 lite"), ("v5e:16x16", 256, "TPU v5 lite"), ("v4:2x2x2", 8, "TPU v4"), ("v5p:2x2x2", 8, "TPU v5"),
-  ("v6e:4x4", 16, "TPU v6 lite")])
+@pytest.mark.parametrize(
+  "topology, devices, kind",
+  [
+    ("v5e:2x4", 8, "TPU v5 lite"),
+    ("v5e:16x16", 256, "TPU v5 lite"),
+    ("v4:2x2x2", 8, "TPU v4"),
+    ("v5p:2x2x2", 8, "TPU v5"),
+    ("v6e:4x4", 16, "TPU v6 lite"),
+  ],
+)
 def test_devices_of_a_slice(topology, devices, kind):
   found = plan.tpu_devices(topology)
   assert len(found) == devices and {each.device_kind for each in found} == {kind} and chip(kind).memory is not None

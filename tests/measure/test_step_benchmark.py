@@ -107,21 +107,52 @@ def test_a_known_chip_gets_its_mfu(report):
   assert "computes in float32, whose own peak is lower" in str(dataclasses.replace(known, dtype="float32"))
 
 
-@pytest.mark.parametrize("kind, peak", [
-  ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-  ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
-  ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla V100S-PCIE-32GB", 130), ("Tesla T4", 65),
-  ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165), ("TPU v2", 22.5), ("TPU v3", 61.5),
-  ("TPU v4", 275), ("TPU v5 lite", 197), ("TPU v5e", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918),
-])
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("NVIDIA H100 80GB HBM3", 989),
+    ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835),
+    ("NVIDIA GH200 480GB", 989),
+    ("NVIDIA A100-SXM4-40GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312),
+    ("Tesla V100-SXM2-16GB", 125),
+    ("Tesla V100-PCIE-32GB", 112),
+    ("Tesla V100S-PCIE-32GB", 130),
+    ("Tesla T4", 65),
+    ("NVIDIA L4", 121),
+    ("NVIDIA L40S", 362),
+    ("NVIDIA GeForce RTX 4090", 165),
+    ("TPU v2", 22.5),
+    ("TPU v3", 61.5),
+    ("TPU v4", 275),
+    ("TPU v5 lite", 197),
+    ("TPU v5e", 197),
+    ("TPU v5", 459),
+    ("TPU v5p", 459),
+    ("TPU v6 lite", 918),
+  ],
+)
 def test_peak_of_a_chip(kind, peak):
   assert peak_tflops(kind) == peak
 
 
-@pytest.mark.parametrize("kind", [
-  "cpu", "", "NVIDIA L40", "NVIDIA A10", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA T400", "TPU v4 lite", "TPU7x",
-  "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
-])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "cpu",
+    "",
+    "NVIDIA L40",
+    "NVIDIA A10",
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA T400",
+    "TPU v4 lite",
+    "TPU7x",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+  ],
+)
 def test_a_chip_that_no_row_describes_has_no_peak(kind):
   assert peak_tflops(kind) is None
 
@@ -141,14 +172,26 @@ def test_the_batch_is_noise_and_split_over_the_devices():
   assert {shard.data.shape[0] for shard in batch["image"].addressable_shards} == {16 // mesh.size}
 
 
-@pytest.mark.parametrize("halted, loss_sum, counted, error, message", [
-  (True, 9.2, 2, FloatingPointError, "not finite at step 3 of the benchmark"),
-  (False, math.nan, 2, FloatingPointError, "loss nan"),
-  (False, 9.2, 1, RuntimeError, "counts 1 updates, but 2 steps were timed"),
-])
+@pytest.mark.parametrize(
+  "halted, loss_sum, counted, error, message",
+  [
+    (True, 9.2, 2, FloatingPointError, "not finite at step 3 of the benchmark"),
+    (False, math.nan, 2, FloatingPointError, "loss nan"),
+    (False, 9.2, 1, RuntimeError, "counts 1 updates, but 2 steps were timed"),
+  ],
+)
 def test_times_of_a_run_that_did_not_train_are_an_error(halted, loss_sum, counted, error, message):
-  state = TrainState(step=jnp.int32(counted), params={}, stats={}, opt_state=(), ema=None, halted=jnp.array(halted),
-                     loss_mean=jnp.zeros(()), bad_steps=jnp.int32(0), passed_over=jnp.int32(0))
+  state = TrainState(
+    step=jnp.int32(counted),
+    params={},
+    stats={},
+    opt_state=(),
+    ema=None,
+    halted=jnp.array(halted),
+    loss_mean=jnp.zeros(()),
+    bad_steps=jnp.int32(0),
+    passed_over=jnp.int32(0),
+  )
   metrics = {"loss_sum": jnp.float32(loss_sum), "count": jnp.float32(4)}
   run = step._Run(step=lambda state, batch: (state, metrics), state=state, batch={})
   assert run.seconds_per_step(2) > 0
@@ -156,14 +199,17 @@ def test_times_of_a_run_that_did_not_train_are_an_error(halted, loss_sum, counte
     run.check()
 
 
-@pytest.mark.parametrize("arguments, message", [
-  ({"steps": 0}, "steps = 0: expected a whole number >= 1"),
-  ({"warmup": 0}, "warmup = 0: expected a whole number >= 1"),
-  ({"config": tiny(optim=OptimConfig(clipping=None)), "without_agc": True}, "config.optim.clipping=None"),
-  ({"config": tiny(optim=OptimConfig(clipping=math.inf)), "without_agc": True}, "config.optim.clipping=inf"),
-  ({"config": tiny(batch=12)}, "config.batch=12 is not divisible by the 8 devices; use 8 or 16"),
-  ({"config": tiny(model=ModelConfig(name="nfnet_tny"))}, "nfnet_tiny"),
-])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ({"steps": 0}, "steps = 0: expected a whole number >= 1"),
+    ({"warmup": 0}, "warmup = 0: expected a whole number >= 1"),
+    ({"config": tiny(optim=OptimConfig(clipping=None)), "without_agc": True}, "config.optim.clipping=None"),
+    ({"config": tiny(optim=OptimConfig(clipping=math.inf)), "without_agc": True}, "config.optim.clipping=inf"),
+    ({"config": tiny(batch=12)}, "config.batch=12 is not divisible by the 8 devices; use 8 or 16"),
+    ({"config": tiny(model=ModelConfig(name="nfnet_tny"))}, "nfnet_tiny"),
+  ],
+)
 def test_bad_arguments(arguments, message):
   with pytest.raises(ValueError, match=message):
     step.benchmark_step(**{"config": tiny(), **arguments})
@@ -180,8 +226,10 @@ def test_out_of_memory_says_what_to_lower():
 # ---------------------------------------------------------------- the program
 def test_program_prints_json_last_and_writes_it(tmp_path):
   recipe, file = tmp_path / "one_block.py", tmp_path / "step.json"
-  recipe.write_text("from configs import digits\n\n\ndef get_config():\n  config = digits.get_config()\n"
-                    f"  config.model.overrides = {ONE_BLOCK}\n  return config\n")
+  recipe.write_text(
+    "from configs import digits\n\n\ndef get_config():\n  config = digits.get_config()\n"
+    f"  config.model.overrides = {ONE_BLOCK}\n  return config\n"
+  )
   command = ["step", f"--config={recipe}", "--steps=2", "--warmup=1", "--batch=8", "--image_size=16", f"--json={file}"]
   done = subprocess.run([sys.executable, "-m", "launch.bench", *command], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -192,19 +240,22 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
   assert read["clipping"] == digits.get_config().optim.clipping and read["agc_track"] is True and read["agc"] is None
 
 
-@pytest.mark.parametrize("arguments, message", [
-  ((), "what to do: got nothing, expected: step"),
-  (("stp", "--config=configs/digits.py"), "got stp, expected: step"),
-  (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
-  (("step",), "--config is missing"),
-  (("step", "--config=configs/synthetic.py:nfnet_f9"), "nfnet_f"),
-  (("step", "--config=configs/digits.py", "--steps=0"), "steps"),
-  (("step", "--config=configs/digits.py", "--image_size=0"), "image_size"),
-  (("step", "--config=configs/digits.py", "--batch=12"), "config.batch=12 is not divisible by the 8 devices"),
-  (("step", "--config=configs/digits.py", "--config.optim.clipping=inf", "--without-agc"), "config.optim.clipping=inf"),
-  (("step", "--config=configs/digits.py", "--json=no/such/dir/a.json"), "--json=no/such/dir/a.json: No such file"),
-  (("step", "--config=configs/digits.py", "--config.epochs=1"), "warm-up of 3 epochs"),
-])
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ((), "what to do: got nothing, expected: step"),
+    (("stp", "--config=configs/digits.py"), "got stp, expected: step"),
+    (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
+    (("step",), "--config is missing"),
+    (("step", "--config=configs/synthetic.py:nfnet_f9"), "nfnet_f"),
+    (("step", "--config=configs/digits.py", "--steps=0"), "steps"),
+    (("step", "--config=configs/digits.py", "--image_size=0"), "image_size"),
+    (("step", "--config=configs/digits.py", "--batch=12"), "config.batch=12 is not divisible by the 8 devices"),
+    (("step", "--config=configs/digits.py", "--config.optim.clipping=inf", "--without-agc"), "config.optim.clipping=inf"),
+    (("step", "--config=configs/digits.py", "--json=no/such/dir/a.json"), "--json=no/such/dir/a.json: No such file"),
+    (("step", "--config=configs/digits.py", "--config.epochs=1"), "warm-up of 3 epochs"),
+  ],
+)
 def test_program_answers_a_mistake_in_one_line(arguments, message, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(sys, "argv", ["launch/bench.py", *arguments])

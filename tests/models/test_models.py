@@ -1,4 +1,5 @@
 """The zoo against the papers' tables and theory: counts, arithmetic, signal at initialisation, and what layers must do."""
+
 import functools
 import itertools
 
@@ -13,17 +14,53 @@ from nfnets.models import layers
 
 # 1000 classes: to the unit where the release's or timm's count is known, else in millions to two digits.
 PARAMETERS = {
-    "nfnet_f0": 71_489_284, "nfnet_f1": 132_634_256, "nfnet_f2": 193.78, "nfnet_f3": 254_924_200, "nfnet_f4": 316.07,
-    "nfnet_f5": 377_214_144, "nfnet_f6": 438.36, "nfnet_f7": 499.50, "nfnet_f0+": 118_824_516, "nfnet_f1+": 220_357_008,
-    "nfnet_f4+": 524.95, "nf_regnet_b0": 8_595_372, "nf_regnet_b1": 10_019_208, "nf_regnet_b2": 13.79, "nf_regnet_b3": 18.14,
-    "nf_regnet_b4": 29_315_830, "nf_regnet_b5": 48.71, "nf_regnet_b6": 70.05, "nf_regnet_b7": 101.74, "nf_regnet_b8": 142.31,
-    "nf_resnet50": 25_557_048, "nf_resnet101": 44.55, "nf_resnet152": 60.19, "nf_resnet200": 64.67, "nf_resnet288": 146.46,
-    "nf_resnet600": 300.65, "skipinit_resnet50": 25_530_424, "fixup_resnet50": 25_504_026, "resnet50": 25_549_352,
-    "nfnet_l0": 35_074_488, "eca_nfnet_l0": 24_143_924, "eca_nfnet_l1": 41_407_728, "eca_nfnet_l2": 56_722_348,
-    "eca_nfnet_l3": 72_036_968}
+  "nfnet_f0": 71_489_284,
+  "nfnet_f1": 132_634_256,
+  "nfnet_f2": 193.78,
+  "nfnet_f3": 254_924_200,
+  "nfnet_f4": 316.07,
+  "nfnet_f5": 377_214_144,
+  "nfnet_f6": 438.36,
+  "nfnet_f7": 499.50,
+  "nfnet_f0+": 118_824_516,
+  "nfnet_f1+": 220_357_008,
+  "nfnet_f4+": 524.95,
+  "nf_regnet_b0": 8_595_372,
+  "nf_regnet_b1": 10_019_208,
+  "nf_regnet_b2": 13.79,
+  "nf_regnet_b3": 18.14,
+  "nf_regnet_b4": 29_315_830,
+  "nf_regnet_b5": 48.71,
+  "nf_regnet_b6": 70.05,
+  "nf_regnet_b7": 101.74,
+  "nf_regnet_b8": 142.31,
+  "nf_resnet50": 25_557_048,
+  "nf_resnet101": 44.55,
+  "nf_resnet152": 60.19,
+  "nf_resnet200": 64.67,
+  "nf_resnet288": 146.46,
+  "nf_resnet600": 300.65,
+  "skipinit_resnet50": 25_530_424,
+  "fixup_resnet50": 25_504_026,
+  "resnet50": 25_549_352,
+  "nfnet_l0": 35_074_488,
+  "eca_nfnet_l0": 24_143_924,
+  "eca_nfnet_l1": 41_407_728,
+  "eca_nfnet_l2": 56_722_348,
+  "eca_nfnet_l3": 72_036_968,
+}
 # Billions of multiply-adds at the test resolution (P2, table 8 and appendix); F0…F7 and F4+.
-MULTIPLY_ADDS = {"nfnet_f0": 12.38, "nfnet_f1": 35.54, "nfnet_f2": 62.59, "nfnet_f3": 114.76, "nfnet_f4": 215.24,
-                 "nfnet_f5": 289.76, "nfnet_f6": 377.28, "nfnet_f7": 478.78, "nfnet_f4+": 333.4}
+MULTIPLY_ADDS = {
+  "nfnet_f0": 12.38,
+  "nfnet_f1": 35.54,
+  "nfnet_f2": 62.59,
+  "nfnet_f3": 114.76,
+  "nfnet_f4": 215.24,
+  "nfnet_f5": 289.76,
+  "nfnet_f6": 377.28,
+  "nfnet_f7": 478.78,
+  "nfnet_f4+": 333.4,
+}
 WITHOUT_DROPS = {"drop_rate": 0.0, "stochastic_depth": 0.0}
 
 
@@ -83,6 +120,7 @@ def test_small_networks_run_and_keep_float32_where_it_matters(name, dtype):
   @nnx.jit
   def run(network, x, key):
     return network.outputs(x, train=True, rngs=key, tap=lambda place, value: seen.setdefault(place, value.dtype))
+
   outputs = run(network, images(), jax.random.key(0))
   assert outputs["features"].dtype == dtype
   assert {place for place, found in seen.items() if found != dtype} <= {"pool", "logits"}
@@ -95,6 +133,7 @@ def test_every_baseline_normalizes_as_its_name_says(norm):
   network = models.create("resnet_tiny", 10, norm=norm)
   norm0 = network.blocks[1].norm0
   from nfnets.models.resnet import normalize
+
   if norm == "none":
     assert norm0 is None and network.blocks[1].conv0.bias is not None
     return
@@ -119,9 +158,14 @@ def test_signal_at_initialisation_follows_theory(name):
   @jax.jit
   def run(state, x):
     network, shortcut = nnx.merge(graph, state), {}
-    network.outputs(x, tap=lambda name, value: shortcut.update({name: jnp.mean(jnp.var(value, axis=(0, 1, 2)))})
-                    if name.endswith("conv_shortcut") else None)
+    network.outputs(
+      x,
+      tap=lambda name, value: (
+        shortcut.update({name: jnp.mean(jnp.var(value, axis=(0, 1, 2)))}) if name.endswith("conv_shortcut") else None
+      ),
+    )
     return models.signal_statistics(network, x), shortcut
+
   statistics, shortcut = jax.device_get(run(state, (x - x.mean()) / x.std()))
   var = lambda i: float(statistics[f"blocks/{i}"]["var"])
   branch = lambda i: float(statistics[f"blocks/{i}"]["residual_var"])
@@ -153,7 +197,7 @@ def test_gamma_is_derived(name):
     assert activation.gamma == pytest.approx(1 / std, rel=1e-2)
     return
   z = np.linspace(-12, 12, 480_001)
-  weight = np.exp(-z**2 / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
+  weight = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
   value = np.asarray(activation.fn(jnp.asarray(z, jnp.float32)), np.float64)
   mean = (value * weight).sum()
   std = np.sqrt(((value - mean) ** 2 * weight).sum())
@@ -174,8 +218,10 @@ def test_scaled_weight_standardization_against_float64():
   assert conv.weight().dtype == jnp.float32
 
 
-@pytest.mark.parametrize("groups, width, strides, padding", [
-    *itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), *itertools.product((5, 16), (8,), (1, 2), ("SAME",))])
+@pytest.mark.parametrize(
+  "groups, width, strides, padding",
+  [*itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), *itertools.product((5, 16), (8,), (1, 2), ("SAME",))],
+)
 def test_split_groups_equal_grouped_convolution(groups, width, strides, padding):
   """What CPUs get (`_convolve_split`) against what accelerators get, forward and gradient."""
   x = jax.random.normal(jax.random.key(0), (2, 7, 7, groups * width))
@@ -183,6 +229,7 @@ def test_split_groups_equal_grouped_convolution(groups, width, strides, padding)
 
   def loss(x, kernel):
     return jnp.sum(jnp.sin(layers.convolve(x, kernel, strides=strides, groups=groups, padding=padding)))
+
   split = jax.value_and_grad(loss, (0, 1))(x, kernel)
   with layers.lowering_for("gpu"):
     assert "feature_group_count=" + str(groups) in str(jax.make_jaxpr(loss)(x, kernel))
@@ -215,13 +262,16 @@ def test_randomness_needs_rngs_and_is_off_at_evaluation():
 @pytest.mark.parametrize("name", ["nfnet_tiny", "nf_resnet_tiny", "resnet_tiny", "fixup_resnet_tiny"])
 def test_remat_changes_no_gradient_and_no_statistic(name):
   def run(remat):
-    graph, params, stats = nnx.split(models.create(name, 10, remat=remat, depth=(1, 1), width=(16, 32), stage_strides=(1, 2)),
-                                     nnx.Param, nnx.BatchStat)
+    graph, params, stats = nnx.split(
+      models.create(name, 10, remat=remat, depth=(1, 1), width=(16, 32), stage_strides=(1, 2)), nnx.Param, nnx.BatchStat
+    )
 
     def loss(params):
       network = nnx.merge(graph, params, stats, copy=True)
       return jnp.sum(network(images(), train=True, rngs=jax.random.key(3)) ** 2), nnx.state(network, nnx.BatchStat)
+
     return jax.jit(jax.grad(loss, has_aux=True))(params), str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params))
+
   (plain, text), (again, remat_text) = run(False), run(True)
   assert "remat" in remat_text and "remat" not in text
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
@@ -269,12 +319,20 @@ def test_names_are_forgiving_and_mistakes_are_answered():
   with pytest.raises(models.UnknownOverrideError, match="drop_rate"):
     models.create("nfnet_f0", droprate=0.1)
   for override, expected in [
-      ({"drop_rate": 1.0}, "probability"), ({"activation": "swosh"}, "one of"), ({"depth": (1, 2)}, "one entry a stage"),
-      ({"gate": "sse"}, "'se', 'eca'"), ({"width": (0, 1, 1, 1)}, "positive ints"), ({"remat": 1}, "True or False"),
-      ({"dialect": "torch"}, "'official', 'timm'"), ({"alpha": -0.2}, "finite number > 0"),
-      ({"stem_width": (8, 12)}, "3 of them"),
-      ({"stem_width": 3}, "3 of them"), ({"expansion": float("nan")}, "finite number"), ({"activation": "glu"}, "one of"),
-      ({"stem_features": 0}, "a positive int")]:
+    ({"drop_rate": 1.0}, "probability"),
+    ({"activation": "swosh"}, "one of"),
+    ({"depth": (1, 2)}, "one entry a stage"),
+    ({"gate": "sse"}, "'se', 'eca'"),
+    ({"width": (0, 1, 1, 1)}, "positive ints"),
+    ({"remat": 1}, "True or False"),
+    ({"dialect": "torch"}, "'official', 'timm'"),
+    ({"alpha": -0.2}, "finite number > 0"),
+    ({"stem_width": (8, 12)}, "3 of them"),
+    ({"stem_width": 3}, "3 of them"),
+    ({"expansion": float("nan")}, "finite number"),
+    ({"activation": "glu"}, "one of"),
+    ({"stem_features": 0}, "a positive int"),
+  ]:
     with pytest.raises(models.InvalidOverrideError, match=expected):
       models.create("nfnet_f0", **override)
   for classes in (0, -1, 2.5, True):

@@ -1,4 +1,5 @@
 """Training from end to end on the real digits: records, resume, signals, non-finite losses, refused workdirs."""
+
 import dataclasses
 import json
 import os
@@ -25,16 +26,30 @@ from nfnets.train.logs import window
 from nfnets.train.logs.logbook import Logbook, read_jsonl
 from nfnets.train.step.state import build_network, split_network
 
-TINY = {"width": (16, 16), "group_width": 8, "stem_width": (4, 4, 8), "stem_strides": (1, 1, 1, 2), "stage_strides": (1, 2),
-        "depth": (1, 1)}
+TINY = {
+  "width": (16, 16),
+  "group_width": 8,
+  "stem_width": (4, 4, 8),
+  "stem_strides": (1, 1, 1, 2),
+  "stage_strides": (1, 2),
+  "depth": (1, 1),
+}
 
 
 def tiny_config(**changes) -> Config:
   """11.2 steps an epoch, with everything on: two parts a batch, AGC, EMA, dropout, stochastic depth, shifts."""
-  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
-                  data=DataConfig(name="digits", shift=1),
-                  optim=OptimConfig(base_lr=0.4, warmup_epochs=0.5, clipping=0.05, agc_track=True, ema_decay=0.9),
-                  batch=128, accumulate=2, eval_batch=100, epochs=2, log_every=5, eval_every=1, checkpoint_every=1)
+  config = Config(
+    model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
+    data=DataConfig(name="digits", shift=1),
+    optim=OptimConfig(base_lr=0.4, warmup_epochs=0.5, clipping=0.05, agc_track=True, ema_decay=0.9),
+    batch=128,
+    accumulate=2,
+    eval_batch=100,
+    epochs=2,
+    log_every=5,
+    eval_every=1,
+    checkpoint_every=1,
+  )
   return dataclasses.replace(config, **changes)
 
 
@@ -80,10 +95,12 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
   monkeypatch.setattr(loop, "prefetch", one_by_one)
   stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # at 12 the first epoch is evaluated
   for at in stops:
+
     def interrupting(self, step, at=at):
       if step == at:
         os.kill(os.getpid(), signal.SIGTERM)
       return original(self, step)
+
     monkeypatch.setattr(TrainBatches, "start", interrupting)
     assert threading.current_thread() is threading.main_thread()
     ended = loop.train(tiny_config(), str(tmp_path))
@@ -164,6 +181,7 @@ def test_waiting_counts_only_while_the_devices_are_idle(monkeypatch):
     for batch in seconds:
       clock[0] += batch
       yield batch
+
   idle = iter([True, False, True])
   waits = window.Waits(slow([1.0, 2.0, 3.0]), lambda: next(idle))
   for _ in waits:
@@ -202,22 +220,24 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
   assert all(f"{name} cannot be written: File too large; training goes on" in said for name in ("metrics.jsonl", "tensorboard"))
   assert [record["step"] for record in read_jsonl(tmp_path / "metrics.jsonl")] == [*range(1, 20)]
   assert {value.tag: value.simple_value for value in read_events(tmp_path)[-1].summary.value} == pytest.approx(
-      {"train/epoch": 0.1, "train/loss": 1, "train/top1": 0.5, "train/lr": 0.1, "clip/stem/conv0": 0.25})
+    {"train/epoch": 0.1, "train/loss": 1, "train/top1": 0.5, "train/lr": 0.1, "clip/stem/conv0": 0.25}
+  )
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
   """As Ctrl-C does with `… | tee log`: the run still saves, and its status says "run me again"."""
-  program = ("import os, signal, sys; from nfnets.train.logs.logbook import Logbook; from nfnets.distributed.signals import stop_on_signals\n"
-             "with stop_on_signals() as stop:\n"
-             "  log = Logbook(sys.argv[1], start_step=0, total_steps=10)\n"
-             "  sys.stdin.read()\n"
-             "  os.kill(os.getpid(), signal.SIGINT)\n"
-             "  log.say('x' * 100_000)\n"
-             "  log.close()\n"
-             "  sys.exit(75 if stop == ['SIGINT'] else 1)")
-  running = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE,
-                             **{stream: subprocess.PIPE})
+  program = (
+    "import os, signal, sys; from nfnets.train.logs.logbook import Logbook; from nfnets.distributed.signals import stop_on_signals\n"
+    "with stop_on_signals() as stop:\n"
+    "  log = Logbook(sys.argv[1], start_step=0, total_steps=10)\n"
+    "  sys.stdin.read()\n"
+    "  os.kill(os.getpid(), signal.SIGINT)\n"
+    "  log.say('x' * 100_000)\n"
+    "  log.close()\n"
+    "  sys.exit(75 if stop == ['SIGINT'] else 1)"
+  )
+  running = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, **{stream: subprocess.PIPE})
   getattr(running, stream).close()
   running.stdin.close()
   assert running.wait(60) == 75
@@ -230,5 +250,5 @@ def read_events(workdir) -> list[Event]:
   while data:
     end = 12 + struct.unpack("<Q", data[:8])[0]
     found.append(Event.FromString(data[12:end]))
-    data = data[end + 4:]
+    data = data[end + 4 :]
   return found

@@ -1,4 +1,5 @@
 """A source's images as squares, decoded by a pool of threads, with corrupt records counted."""
+
 import concurrent.futures
 import threading
 import time
@@ -35,8 +36,17 @@ CHUNK = 8  # rows that one task of a thread fills
 class ImageDecoder:
   """A source's images as squares, decoded by a pool of threads; corrupt records are counted, and too many of them end it."""
 
-  def __init__(self, source: Source, config: DataConfig, size: int | None, process: Process, say: Callable[[str], None], *,
-               resized: bool, field: str):
+  def __init__(
+    self,
+    source: Source,
+    config: DataConfig,
+    size: int | None,
+    process: Process,
+    say: Callable[[str], None],
+    *,
+    resized: bool,
+    field: str,
+  ):
     self.source, self.config, self._say = source, config, say
     self._process, self._local = process, threading.local()
     self.corrupt: dict[int, str] = {}
@@ -49,8 +59,10 @@ class ImageDecoder:
     stored = None if resized else self._stored_size()
     if stored and size not in (None, stored):
       self.close()
-      raise DataError(f"config.data.{field}={size}, but the images of {source.name} are {stored}×{stored} (leave it unset "
-                      "to take them as they are, or let train_crop and test_crop resize them)")
+      raise DataError(
+        f"config.data.{field}={size}, but the images of {source.name} are {stored}×{stored} (leave it unset "
+        "to take them as they are, or let train_crop and test_crop resize them)"
+      )
     self.size = size or stored
 
   def close(self) -> None:
@@ -65,8 +77,10 @@ class ImageDecoder:
         continue
       if height != width:
         self.close()
-        raise DataError(f"the images of {self.source.name} are not square (record 0 is {height}×{width}); set "
-                        "config.data.train_crop=inception and test_crop=squash, say, which make them so")
+        raise DataError(
+          f"the images of {self.source.name} are not square (record 0 is {height}×{width}); set "
+          "config.data.train_crop=inception and test_crop=squash, say, which make them so"
+        )
       return height
     raise DataError(f"no image of {self.source.name} can be decoded")
 
@@ -84,8 +98,10 @@ class ImageDecoder:
       self.corrupt[index] = str(error)
       found = len(self.corrupt)
     if found > self.config.max_corrupt * len(self.source):
-      raise DataError(f"{found} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
-                      f"max_corrupt={self.config.max_corrupt:g} allows; the last: {error}")
+      raise DataError(
+        f"{found} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
+        f"max_corrupt={self.config.max_corrupt:g} allows; the last: {error}"
+      )
     self._say(f"corrupt record, {then}: {error}")
 
   def _timed(self, name: str) -> Timer:
@@ -93,8 +109,10 @@ class ImageDecoder:
 
   def _as_stored(self, image: np.ndarray, index: int, field: str) -> np.ndarray:
     if image.shape[:2] != (self.size, self.size):
-      raise DataError(f"{self.source.address(index)} is {image.shape[0]}×{image.shape[1]}, not {self.size}×{self.size}; set "
-                      f"config.data.{field} to what resizes images, or the image size to theirs")
+      raise DataError(
+        f"{self.source.address(index)} is {image.shape[0]}×{image.shape[1]}, not {self.size}×{self.size}; set "
+        f"config.data.{field} to what resizes images, or the image size to theirs"
+      )
     return image
 
   def _run(self, work: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> "Pending":

@@ -1,4 +1,5 @@
 """Evaluation batches: every image of a split once, in order, the last batch padded and masked."""
+
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,10 +18,12 @@ class EvalBatches(ImageDecoder):
   The last batch is padded with zeros. A corrupt record is left out by the mask, and said.
   """
 
-  def __init__(self, source: Source, config: DataConfig, *, batch: int, process: Process = (0, 1),
-               say: Callable[[str], None] = print):
-    super().__init__(source, config, config.test_image_size, process, say, resized=config.test_crop != "none",
-                     field="test_image_size")
+  def __init__(
+    self, source: Source, config: DataConfig, *, batch: int, process: Process = (0, 1), say: Callable[[str], None] = print
+  ):
+    super().__init__(
+      source, config, config.test_image_size, process, say, resized=config.test_crop != "none", field="test_image_size"
+    )
     self._rows = -(-batch // process[1])
     self.batch = self._rows * process[1]
 
@@ -33,8 +36,11 @@ class EvalBatches(ImageDecoder):
   def start(self, step: int) -> Pending:
     first = step * self.batch + self._process[0] * self._rows
     stop = min(first + self._rows, len(self.source))
-    made = {"image": np.zeros((self._rows, self.size, self.size, 3), np.uint8), "label": np.zeros(self._rows, np.int32),
-            "mask": np.arange(first, first + self._rows) < stop}
+    made = {
+      "image": np.zeros((self._rows, self.size, self.size, 3), np.uint8),
+      "label": np.zeros(self._rows, np.int32),
+      "mask": np.arange(first, first + self._rows) < stop,
+    }
     if self.source.remote and first < stop:
       self.source.prefetch(np.arange(first, stop))
 
@@ -49,4 +55,5 @@ class EvalBatches(ImageDecoder):
         with self._timed("decode"):
           crop = decode.TEST_CROPS.get(self.config.test_crop)
           made["image"][i] = crop(image, self.size) if crop else self._as_stored(image, first + i, "test_crop")
+
     return self._run(work, max(0, stop - first), lambda: made)

@@ -1,4 +1,5 @@
 """In which order images come, and their randomness: functions of the seed and the position alone."""
+
 import numpy as np
 
 # What a random stream is for; streams of different purposes never share a key.
@@ -37,9 +38,9 @@ class Order:
     records = np.arange(self._n, dtype=np.int32)
     if self._block == 1:
       return rng.permutation(records)
-    blocks = [records[start:start + self._block] for start in range(0, self._n, self._block)]
+    blocks = [records[start : start + self._block] for start in range(0, self._n, self._block)]
     blocks = [blocks[i] for i in rng.permutation(len(blocks))]
-    return np.concatenate([rng.permutation(np.concatenate(blocks[i:i + GROUP])) for i in range(0, len(blocks), GROUP)])
+    return np.concatenate([rng.permutation(np.concatenate(blocks[i : i + GROUP])) for i in range(0, len(blocks), GROUP)])
 
 
 def key(purpose: int, seed: int, epoch: int, index: int = 0, copy: int = 0) -> list[int]:

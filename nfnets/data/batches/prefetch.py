@@ -1,4 +1,5 @@
 """Batches on their way: what threads are filling, and a thread that works ahead."""
+
 import collections
 import concurrent.futures
 import os
@@ -35,8 +36,9 @@ def _failed(error: Exception) -> concurrent.futures.Future:
   return future
 
 
-def prefetch(start: Callable[[int], Pending], first: int, stop: int, *, then: Callable[[Batch], object] = lambda batch: batch,
-             depth: int = 2) -> Iterator[object]:
+def prefetch(
+  start: Callable[[int], Pending], first: int, stop: int, *, then: Callable[[Batch], object] = lambda batch: batch, depth: int = 2
+) -> Iterator[object]:
   """Yields then(start(step).result()) for the steps, up to `depth` ahead, in a thread that ends with the iteration.
 
   While one batch is finished and handed to `then` (the transfer to the device), the decoding threads work on the next. An

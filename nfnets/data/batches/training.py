@@ -1,4 +1,5 @@
 """Batches as a pure function of (seed, step): the same images, crops and mixtures for every number of processes and threads."""
+
 from collections.abc import Callable
 
 import cv2
@@ -28,8 +29,16 @@ class TrainBatches(ImageDecoder):
   Raises DataError where there is nothing to be replaced with.
   """
 
-  def __init__(self, source: Source, config: DataConfig, *, batch: int, seed: int, process: Process = (0, 1),
-               say: Callable[[str], None] = print):
+  def __init__(
+    self,
+    source: Source,
+    config: DataConfig,
+    *,
+    batch: int,
+    seed: int,
+    process: Process = (0, 1),
+    say: Callable[[str], None] = print,
+  ):
     if config.mix != "none" and batch % 2:
       raise DataError(f"config.batch={batch} is odd, but images are mixed with their neighbours (config.data.mix={config.mix})")
     if batch % config.repeats or config.repeats > 1 and batch // config.repeats < 2:
@@ -72,10 +81,14 @@ class TrainBatches(ImageDecoder):
           image, made["label"][i] = self._load(int(records[i]), keys[i - start], streams, made["image"][i])
           self._augment(image, streams.of(*keys[i - start][:3], keys[i - start][3] + AUGMENT), made["image"][i])
       for i in pairs:
-        seconds = None if others is None else [(self._seed, int(others[0][j]), int(others[1][j]), PARTNERS + int(copies[j]))
-                                                for j in (i, i + 1)]
-        self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start:i - start + 2], seconds, streams)
-    finish = lambda: {name: value[skipped:skipped + per_process] for name, value in made.items()}
+        seconds = (
+          None
+          if others is None
+          else [(self._seed, int(others[0][j]), int(others[1][j]), PARTNERS + int(copies[j])) for j in (i, i + 1)]
+        )
+        self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start : i - start + 2], seconds, streams)
+
+    finish = lambda: {name: value[skipped : skipped + per_process] for name, value in made.items()}
     return self._run(work, len(rows), finish)
 
   @property

@@ -126,9 +126,9 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
   values = flat.astype(np.float32)
   outer, centre = values * (np.float32(1) / np.float32(13)), values * (np.float32(5) / np.float32(13))
   size = len(flat) - 2 * stride - 6
-  total = outer[:size] + outer[3:3 + size]
+  total = outer[:size] + outer[3 : 3 + size]
   for offset in (6, stride, stride + 3, stride + 6, 2 * stride, 2 * stride + 3, 2 * stride + 6):
-    total += (centre if offset == stride + 3 else outer)[offset:offset + size]
+    total += (centre if offset == stride + 3 else outer)[offset : offset + size]
   inside = slice(stride + 3, stride + 3 + size)
   result = image.copy()
   result.reshape(-1)[inside] = _blend(total.astype(np.uint8)[None], flat[None, inside], factor)[0]
@@ -144,8 +144,9 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
   angle = np.float32(degrees) * np.float32(math.pi / 180)
   cos, sin = np.cos(angle), np.sin(angle)
   right, bottom = np.float32(image.shape[1] - 1), np.float32(image.shape[0] - 1)
-  return _warp(image, cos, -sin, (right - (cos * right - sin * bottom)) / 2, sin, cos,
-               (bottom - (sin * right + cos * bottom)) / 2)
+  return _warp(
+    image, cos, -sin, (right - (cos * right - sin * bottom)) / 2, sin, cos, (bottom - (sin * right + cos * bottom)) / 2
+  )
 
 
 def shear_x(image: np.ndarray, slope: float) -> np.ndarray:
@@ -177,7 +178,7 @@ def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
 def cutout(image: np.ndarray, reach: int, row: int, column: int) -> np.ndarray:
   """A grey square of 2 · `reach` pixels around (`row`, `column`), as far as it is inside the image."""
   result = image.copy()
-  result[max(row - reach, 0):row + reach, max(column - reach, 0):column + reach] = GREY
+  result[max(row - reach, 0) : row + reach, max(column - reach, 0) : column + reach] = GREY
   return result
 
 

@@ -2,6 +2,7 @@
 
 Pixels are those of TensorFlow's accurate JPEG decoder, bit for bit; EXIF orientation is not applied, as in TFDS.
 """
+
 import functools
 import io
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 def _by_pillow(data: bytes) -> np.ndarray:
   from PIL import Image
+
   if not data:
     raise UnreadableImage("no bytes at all")
   try:
@@ -53,8 +55,9 @@ def _by_pillow(data: bytes) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- training
-def inception_box(height: int, width: int, size: int, rng: np.random.Generator, area: tuple[float, float],
-                  aspect: tuple[float, float]) -> Box:
+def inception_box(
+  height: int, width: int, size: int, rng: np.random.Generator, area: tuple[float, float], aspect: tuple[float, float]
+) -> Box:
   """A random part of the image; after ten vain attempts its centre. Distributed as tf.image.sample_distorted_bounding_box:
   aspect uniform, height uniform among those that the area admits."""
   whole = height * width
@@ -87,7 +90,7 @@ def centre_box(height: int, width: int, size: int) -> Box:
 def crop_and_resize(image: np.ndarray, box: Box, out: np.ndarray) -> None:
   """Writes the box, resized, into `out` uint8 [S, S, 3]: OpenCV's bicubic, a = -0.75 (TensorFlow's -0.5 has no fast form)."""
   top, left, height, width = box
-  part = image[top:top + height, left:left + width]
+  part = image[top : top + height, left : left + width]
   if part.shape == out.shape:
     out[:] = part
   else:
@@ -110,7 +113,7 @@ def squash(image: np.ndarray, size: int) -> np.ndarray:
 def crop(image: np.ndarray, size: int) -> np.ndarray:
   """`centre_box`, then resized to size²: what ResNets and NF-RegNets were published with."""
   top, left, height, width = centre_box(*image.shape[:2], size)
-  return bicubic(image[top:top + height, left:left + width], (size, size), (0, 0), size)
+  return bicubic(image[top : top + height, left : left + width], (size, size), (0, 0), size)
 
 
 def short_side(image: np.ndarray, size: int) -> np.ndarray:

@@ -58,5 +58,6 @@ def cutmix(image: np.ndarray, partner: np.ndarray, box: Box) -> tuple[np.ndarray
 
 def _check(image: np.ndarray, partner: np.ndarray) -> None:
   if image.shape != partner.shape or image.dtype != np.uint8 or partner.dtype != np.uint8:
-    raise ValueError(f"cannot mix {image.dtype} {image.shape} with {partner.dtype} {partner.shape}: expected two uint8 images "
-                     "of one shape")
+    raise ValueError(
+      f"cannot mix {image.dtype} {image.shape} with {partner.dtype} {partner.shape}: expected two uint8 images of one shape"
+    )

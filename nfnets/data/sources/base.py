@@ -1,4 +1,5 @@
 """What a source of images is, and one of arrays in memory."""
+
 import abc
 import dataclasses
 from collections.abc import Sequence
@@ -33,8 +34,7 @@ class Source(abc.ABC):
     return len(self.class_names)
 
   @abc.abstractmethod
-  def __len__(self) -> int:
-    ...
+  def __len__(self) -> int: ...
 
   @abc.abstractmethod
   def __getitem__(self, index: int) -> Record:

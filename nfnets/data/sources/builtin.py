@@ -10,6 +10,7 @@ from nfnets.data.sources.base import ArraySource, Source
 def digits(split: str) -> Source:
   """1,797 scans of handwritten digits, 8×8 pixels, 17 grey levels: a fixed stratified 80 % to train on, 20 % to test."""
   from sklearn import datasets, model_selection
+
   if split not in ("train", "test"):
     raise DataError(f"digits has the splits 'train' and 'test', got {split!r}")
   scans = datasets.load_digits()

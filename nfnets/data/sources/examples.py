@@ -1,4 +1,5 @@
 """Records that are serialized tf.Examples, in TFRecord shards or in array_record files."""
+
 import abc
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,7 @@ class _ExampleSource(Source):
     self._keys = keys
 
   @abc.abstractmethod
-  def _payload(self, index: int) -> bytes:
-    ...
+  def _payload(self, index: int) -> bytes: ...
 
   def __getitem__(self, index: int) -> Record:
     payload = self._payload(index)
@@ -33,16 +33,28 @@ class _ExampleSource(Source):
     if not isinstance(image, bytes) or not isinstance(label, int):
       raise CorruptRecord(self.address(index), f"its feature {self._keys[isinstance(image, bytes)]!r} has the wrong type")
     if not 0 <= label < len(self.class_names):
-      raise DataError(f"{self.address(index)}: its label is {label}, not in [0, {self.num_classes}), the classes of {self.name} "
-                      f"(a split without labels? config.data.*_split is {self.split!r})")
+      raise DataError(
+        f"{self.address(index)}: its label is {label}, not in [0, {self.num_classes}), the classes of {self.name} "
+        f"(a split without labels? config.data.*_split is {self.split!r})"
+      )
     return Record(image, label)
 
 
 class TFRecordSource(_ExampleSource):
   """Records of TFRecord shards in place. rows: which of the index, int [n]; reader: a FileReader or BucketReader of its files."""
 
-  def __init__(self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str], *, index: RecordIndex,
-               rows: np.ndarray, reader: Any, remote: bool = False):
+  def __init__(
+    self,
+    name: str,
+    split: str,
+    class_names: Sequence[str],
+    keys: tuple[str, str],
+    *,
+    index: RecordIndex,
+    rows: np.ndarray,
+    reader: Any,
+    remote: bool = False,
+  ):
     super().__init__(name, split, class_names, keys)
     self.remote = remote
     self._files, self._reader = index.files, reader
@@ -55,8 +67,10 @@ class TFRecordSource(_ExampleSource):
 
   def address(self, index: int) -> str:
     file = self._file[index]
-    return (f"{self._files[file]} at byte {self._offset[index] - tfrecord.HEADER} "
-            f"(record {self._number[index] + 1} of {self._counts[file]})")
+    return (
+      f"{self._files[file]} at byte {self._offset[index] - tfrecord.HEADER} "
+      f"(record {self._number[index] + 1} of {self._counts[file]})"
+    )
 
   def prefetch(self, indices: np.ndarray) -> None:
     arrays = self._file[indices], self._offset[indices], self._length[indices]
@@ -87,8 +101,16 @@ class TFRecordSource(_ExampleSource):
 class ArrayRecordSource(_ExampleSource):
   """Records of array_record shards. pieces: (file, first record, records taken, records in the file) of each in turn."""
 
-  def __init__(self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str], *, source: Any,
-               pieces: Sequence[tuple[str, int, int, int]]):
+  def __init__(
+    self,
+    name: str,
+    split: str,
+    class_names: Sequence[str],
+    keys: tuple[str, str],
+    *,
+    source: Any,
+    pieces: Sequence[tuple[str, int, int, int]],
+  ):
     super().__init__(name, split, class_names, keys)
     self._source, self._pieces = source, pieces
     self._ends = np.cumsum([piece[2] for piece in pieces])

@@ -1,4 +1,5 @@
 """A folder of images: ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg, or ImageNet's flat val/ as Kaggle hands it out."""
+
 import concurrent.futures
 import csv
 import os
@@ -70,6 +71,7 @@ def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> 
     if folder not in scanned:
       scanned[folder] = _scan(root, folder, classes, table, progress)
     return scanned[folder]
+
   parts = _slices(split, {name: lambda folder=folder: len(images_of(folder)[0]) for name, folder in folders.items()}, root)
   files, labels = [], [np.zeros(0, np.int32)]
   for name, start, stop in parts:
@@ -90,6 +92,7 @@ def _folder_of(root: str, name: str, table: str | None) -> str | None:
 def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[tuple[str, int, int]]:
   """(name, start, stop) of each term of a split expression, as TFDS computes them."""
   from tensorflow_datasets.core import splits
+
   named = [name for name in sizes if name in split]  # the others need no listing
   infos = {name: splits.SplitInfo(name=name, shard_lengths=[sizes[name]()], num_bytes=0) for name in named}
   try:

@@ -1,4 +1,5 @@
 """Opens the source that a configuration names."""
+
 from collections.abc import Callable
 
 from nfnets.config import DataConfig
@@ -21,13 +22,17 @@ def open_source(config: DataConfig, *, train: bool, progress: Callable[[str], No
     found = synthetic(config, split)
   elif config.name == "folder":
     from nfnets.data.sources.folder import open_folder
+
     found = open_folder(config.dir, split, progress)
   else:
     from nfnets.data.sources.tfds import open_tfds
+
     found = open_tfds(config, split, progress)
   if not len(found):
     raise DataError(f"split {split!r} of {config.name} is empty (config.data.{'train' if train else 'test'}_split)")
   if config.num_classes not in (None, found.num_classes):
-    raise DataError(f"config.data.num_classes={config.num_classes}, but {config.name} has {found.num_classes} classes "
-                    f"(set it to {found.num_classes}, or leave it unset)")
+    raise DataError(
+      f"config.data.num_classes={config.num_classes}, but {config.name} has {found.num_classes} classes "
+      f"(set it to {found.num_classes}, or leave it unset)"
+    )
   return found

@@ -1,4 +1,5 @@
 """Datasets that TFDS has prepared, found by name: their splits, features and shards. TensorFlow is not needed to read them."""
+
 import concurrent.futures
 import difflib
 import logging
@@ -25,8 +26,10 @@ def open_tfds(config: DataConfig, split: str, progress: Callable[[str], None]) -
   try:
     instructions = [one for one in builder.info.splits[split].file_instructions if one.take > 0]
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise DataError(f"{config.name} has no split {split!r} ({reason(error)}); it has: "
-                    f"{', '.join(f'{name} ({info.num_examples:,})' for name, info in builder.info.splits.items())}") from error
+    raise DataError(
+      f"{config.name} has no split {split!r} ({reason(error)}); it has: "
+      f"{', '.join(f'{name} ({info.num_examples:,})' for name, info in builder.info.splits.items())}"
+    ) from error
   here = str(builder.data_path)
   pieces = [(where + str(one.filename).removeprefix(here), one.skip, one.take, one.examples_in_shard) for one in instructions]
   kind = builder.info.file_format.value if builder.info.file_format else None
@@ -47,6 +50,7 @@ def open_builder(config: DataConfig) -> tuple[Any, str]:
   os.environ.setdefault("NO_GCE_CHECK", "true")
   logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at every start
   import tensorflow_datasets as tfds
+
   if not remote.is_url(config.dir):
     builder = _local_builder(config)
     return builder, str(builder.data_path)
@@ -86,6 +90,7 @@ def _array_record(config: DataConfig, common: tuple, pieces: list[tuple], instru
     except Exception as error:  # array_record documents no error of its own
       raise DataError(f"shard {file} is truncated, or no array_record file: {reason(error)}") from error
     _check_count(file, count, expected)
+
   files = {file: count for file, _, _, count in pieces}
   with concurrent.futures.ThreadPoolExecutor(min(16, len(files))) as pool:
     list(pool.map(check, files, files.values()))
@@ -94,13 +99,16 @@ def _array_record(config: DataConfig, common: tuple, pieces: list[tuple], instru
 
 def _check_count(file: str, count: int, expected: int) -> None:
   if count != expected:
-    raise DataError(f"shard {file} holds {count:,} records, but dataset_info.json says {expected:,}: it is cut short, or of "
-                    "another version; prepare the dataset again, or copy this shard again")
+    raise DataError(
+      f"shard {file} holds {count:,} records, but dataset_info.json says {expected:,}: it is cut short, or of "
+      "another version; prepare the dataset again, or copy this shard again"
+    )
 
 
 def _local_builder(config: DataConfig) -> Any:
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.read_only_builder import builder_from_files
+
   directory = os.path.abspath(os.path.expanduser(config.dir)) if config.dir else None
   if directory and not os.path.isdir(directory):
     raise DataError(f"config.data.dir={config.dir!r} is not a directory; {_how_to_prepare(config)}")
@@ -113,25 +121,30 @@ def _local_builder(config: DataConfig) -> Any:
     here = [entry.name for entry in os.scandir(directory) if entry.is_dir()] if directory else []
     known = {*tfds.list_builders(with_community_datasets=False), *here}
     if config.name.partition(":")[0].partition("/")[0] in known:
-      raise DataError(f"{config.name} is not prepared under {where}; set config.data.dir to where it is, or "
-                      f"{_how_to_prepare(config)}") from error
+      raise DataError(
+        f"{config.name} is not prepared under {where}; set config.data.dir to where it is, or {_how_to_prepare(config)}"
+      ) from error
     near = difflib.get_close_matches(config.name, {*known, "digits", "folder", "synthetic"}, n=4, cutoff=0.5)
     raise DataError(f"unknown dataset config.data.name={config.name!r}; near: {', '.join(near) or 'none'}") from error
 
 
 def _opened(config: DataConfig, where: str, make: Callable[[], Any]) -> Any:
   import tensorflow_datasets as tfds
+
   try:
     return make()
   except tfds.core.registered.DatasetNotFoundError:
     raise
   except Exception as error:  # files that TFDS cannot make sense of raise whatever its parsers do
-    raise DataError(f"the metadata of {config.name} under {where} cannot be read ({type(error).__name__}: "
-                    f"{reason(error) if str(error) else ''}); {_how_to_prepare(config)}") from error
+    raise DataError(
+      f"the metadata of {config.name} under {where} cannot be read ({type(error).__name__}: "
+      f"{reason(error) if str(error) else ''}); {_how_to_prepare(config)}"
+    ) from error
 
 
 def _class_names(config: DataConfig, features: Any) -> Sequence[str]:
   import tensorflow_datasets as tfds
+
   kinds = {key: type(feature).__name__ for key, feature in features.items()} if hasattr(features, "items") else {}
   there = ", ".join(f"{key} ({kind})" for key, kind in sorted(kinds.items())) or "none by name"
   for field, kind in (("image_key", tfds.features.Image), ("label_key", tfds.features.ClassLabel)):

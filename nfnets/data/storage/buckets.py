@@ -2,6 +2,7 @@
 
 `nfnets.data.storage.remote` has the calls themselves, what is tried again and what is an error at once.
 """
+
 import collections
 import dataclasses
 import threading
@@ -223,6 +224,8 @@ class BucketReader:
   def _cut(self, data: bytes, start: int, key) -> bytes:
     file, offset, length = key
     if offset - start + length > len(data):
-      raise DataError(f"{self.files[file]}: ends at byte {start + len(data)}, before the {length} bytes at {offset} "
-                      "do: truncated, or replaced since it was indexed")
-    return data[offset - start:offset - start + length]
+      raise DataError(
+        f"{self.files[file]}: ends at byte {start + len(data)}, before the {length} bytes at {offset} "
+        "do: truncated, or replaced since it was indexed"
+      )
+    return data[offset - start : offset - start + length]

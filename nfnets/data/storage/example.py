@@ -4,6 +4,7 @@ Example.features = 1; Features.feature = 1, a map of key = 1 and value = 2; Feat
 int64_list = 3; the lists: value = 1. A field starts with its number << 3 | kind; kind 2 is a length and bytes, 0 a varint.
 https://protobuf.dev/programming-guides/encoding/
 """
+
 import functools
 from collections.abc import Iterator
 

@@ -1,4 +1,5 @@
 """The index of TFRecord shards: where each record lies. Built once, in parallel, and kept on disk or in a bucket."""
+
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -31,8 +32,12 @@ class RecordIndex:
   def of(cls, files: Sequence[str], lengths: Sequence[np.ndarray]) -> "RecordIndex":
     """The index of files from the lengths of each one's payloads, in order: records follow each other without gaps."""
     starts = [np.cumsum(one + (tfrecord.HEADER + tfrecord.FOOTER)) - (one + tfrecord.FOOTER) for one in lengths]
-    return cls(files=tuple(files), file=np.repeat(np.arange(len(files), dtype=np.int32), [len(one) for one in lengths]),
-               offset=np.concatenate([*starts, np.zeros(0, np.int64)]), length=np.concatenate([*lengths, np.zeros(0, np.int64)]))
+    return cls(
+      files=tuple(files),
+      file=np.repeat(np.arange(len(files), dtype=np.int32), [len(one) for one in lengths]),
+      offset=np.concatenate([*starts, np.zeros(0, np.int64)]),
+      length=np.concatenate([*lengths, np.zeros(0, np.int64)]),
+    )
 
   def __len__(self) -> int:
     return len(self.file)
@@ -120,9 +125,10 @@ def _forwards(blocks: Iterator[bytes]) -> Callable[[int, int], bytes]:
       more = next(blocks, b"")
       if not more:
         break
-      kept = block[max(0, at - begin):]
+      kept = block[max(0, at - begin) :]
       begin, block = begin + len(block) - len(kept), kept + more
-    return block[at - begin:at - begin + length]
+    return block[at - begin : at - begin + length]
+
   return read
 
 
@@ -154,8 +160,13 @@ def _read_cache(path: str, files: list[str], stamps: list[tuple[int, str]]) -> t
 
 
 def _write_cache(path: str, index: RecordIndex, stamps: list[tuple[int, str]]) -> None:
-  arrays = {"files": np.asarray(index.files), "sizes": np.asarray([size for size, _ in stamps], np.int64),
-            "stamps": np.asarray([stamp for _, stamp in stamps]), "counts": index.counts(), "lengths": index.length}
+  arrays = {
+    "files": np.asarray(index.files),
+    "sizes": np.asarray([size for size, _ in stamps], np.int64),
+    "stamps": np.asarray([stamp for _, stamp in stamps]),
+    "counts": index.counts(),
+    "lengths": index.length,
+  }
   if remote.is_url(path):  # an object appears in a bucket whole, or not at all
     stream = io.BytesIO()
     np.savez(stream, **arrays)

@@ -5,6 +5,7 @@ can pass by itself (a timeout, a lost connection, 5xx) is tried again for RETRY_
 credentials, refused, missing) raises DataError at once. fsspec keeps one idle daemon thread of its own ("fsspecIO") for
 the life of the process.
 """
+
 import asyncio
 import concurrent.futures
 import errno
@@ -30,8 +31,16 @@ _CREDENTIALS = {
   "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; FSSPEC_S3_ANON=true for a public bucket",
   "gs": "run `gcloud auth application-default login`; FSSPEC_GS_TOKEN=anon for a public bucket",
 }
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
-                   "ProfileNotFound", "DefaultCredentialsError", "UnauthorizedSSOTokenError", "SSOTokenLoadError"}
+_NO_CREDENTIALS = {
+  "NoCredentialsError",
+  "PartialCredentialsError",
+  "CredentialRetrievalError",
+  "TokenRetrievalError",
+  "ProfileNotFound",
+  "DefaultCredentialsError",
+  "UnauthorizedSSOTokenError",
+  "SSOTokenLoadError",
+}
 # The libraries whose own errors are those of a network unless they say otherwise.
 _NETWORK = {"aiohttp", "aiobotocore", "asyncio", "botocore", "fsspec", "gcsfs", "google", "http", "requests", "s3fs", "urllib3"}
 _PERMANENT = {errno.EINVAL, errno.ENAMETOOLONG, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EISDIR, errno.ENOTDIR}
@@ -53,6 +62,7 @@ def open_filesystem(url: str):
   library = _LIBRARIES.get(protocol, "")
   try:
     from fsspec.core import url_to_fs
+
     # botocore keeps 10 connections by default, fewer than we have threads, and sums up every byte; records have checksums.
     s3 = {"max_pool_connections": 2 * THREADS, "response_checksum_validation": "when_required"}
     options = {"config_kwargs": s3} if library == "s3fs" else {}
@@ -60,8 +70,9 @@ def open_filesystem(url: str):
       logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what we report in one line
     return url_to_fs(url, **options)
   except ImportError as error:
-    raise DataError(f"{url}: reading {protocol}:// needs a library that is not installed: pip install {library or 'fsspec'} "
-                    f"({error})") from error
+    raise DataError(
+      f"{url}: reading {protocol}:// needs a library that is not installed: pip install {library or 'fsspec'} ({error})"
+    ) from error
   except Exception as error:
     known = _mend(error, url)
     if known is None and not isinstance(error, ValueError):
@@ -199,7 +210,7 @@ def _version(entry: dict) -> str:
 
 def stream(url: str, *, block: int = BLOCK) -> Iterator[bytes]:
   """A file from its start to its end in blocks of at most `block` bytes, one request each."""
-  (size, _), = stat_files([url])
+  ((size, _),) = stat_files([url])
   filesystem, path = open_filesystem(url)
   for start in range(0, size, block):
     end = min(start + block, size)

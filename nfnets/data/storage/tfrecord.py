@@ -4,6 +4,7 @@ A shard is a sequence of: length (uint64), masked CRC-32C of the length, payload
 (little-endian; https://www.tensorflow.org/tutorials/load_data/tfrecord). What a record
 holds: `nfnets.data.storage.example`.
 """
+
 import array
 import errno
 import os
@@ -46,6 +47,7 @@ class FileReader:
 
   def __init__(self, files: Sequence[str]):
     import resource  # not on Windows
+
     self.files = tuple(files)
     self._open: dict[int, int] = {}
     self._lock = threading.Lock()
@@ -135,5 +137,4 @@ def _unreadable(file: str, error: OSError) -> DataError:
 def frame(payload: bytes) -> bytes:
   """A record of a TFRecord file."""
   length = struct.pack("<Q", len(payload))
-  return b"".join((length, struct.pack("<I", masked_crc(length)), payload,
-                   struct.pack("<I", masked_crc(payload))))
+  return b"".join((length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))))

@@ -1,4 +1,5 @@
 """Looking at a dataset: what it holds, what its images look like, and whether every record can be read."""
+
 import concurrent.futures
 import dataclasses
 import math
@@ -43,12 +44,16 @@ class Summary:
     """For people, one fact a line."""
     out = [f"{self.name} {self.split}: {self.records:,} records, {len(self.class_names):,} classes"]
     if len(self.bytes):
-      out.append(f"  {len(self.bytes):,} images looked at (min / median / max): height {_range(self.heights)}, "
-                 f"width {_range(self.widths)}, mean {self.bytes.mean():,.0f} bytes")
+      out.append(
+        f"  {len(self.bytes):,} images looked at (min / median / max): height {_range(self.heights)}, "
+        f"width {_range(self.widths)}, mean {self.bytes.mean():,.0f} bytes"
+      )
     absent = int((self.counts == 0).sum())
     of = "all" if self.labels_read == self.records else f"{self.labels_read:,} evenly spaced"
-    out.append(f"  images a class (min / median / max), {of} records: {_range(self.counts)}"
-               + (f"; {absent:,} classes have none" if absent else ""))
+    out.append(
+      f"  images a class (min / median / max), {of} records: {_range(self.counts)}"
+      + (f"; {absent:,} classes have none" if absent else "")
+    )
     return out + [f"  corrupt: {line}" for line in self.corrupt]
 
 
@@ -67,6 +72,7 @@ def known_splits(config: DataConfig) -> dict[str, int]:
   if config.name in ("digits", "synthetic", "folder"):
     return {}
   from nfnets.data.sources.tfds import open_builder
+
   splits = open_builder(config)[0].info.splits
   return {name: info.num_examples for name, info in splits.items()}
 
@@ -89,12 +95,27 @@ def summarize(source: Source) -> Summary:
     if not source.remote and len(sample) < len(source) and sizes.sum() / max(1, read) * len(source) <= _COUNTED_BYTES:
       labels = [label for label in pool.map(lambda index: _label(source, index), range(len(source))) if label is not None]
       counts, read = np.bincount(np.asarray(labels, np.int64), minlength=source.num_classes), len(source)
-  return Summary(name=source.name, split=source.split, records=len(source), class_names=source.class_names, heights=heights,
-                 widths=widths, bytes=sizes, counts=counts, labels_read=read, corrupt=tuple(corrupt))
+  return Summary(
+    name=source.name,
+    split=source.split,
+    records=len(source),
+    class_names=source.class_names,
+    heights=heights,
+    widths=widths,
+    bytes=sizes,
+    counts=counts,
+    labels_read=read,
+    corrupt=tuple(corrupt),
+  )
 
 
-def verify(source: Source, *, threads: int | None = None, progress: Progress = lambda done: None,
-           found: Callable[[str], None] = lambda line: None) -> Checked:
+def verify(
+  source: Source,
+  *,
+  threads: int | None = None,
+  progress: Progress = lambda done: None,
+  found: Callable[[str], None] = lambda line: None,
+) -> Checked:
   """Reads every record, checks its checksums and decodes its image; `found` is told of each that is corrupt, at once."""
 
   def check(start: int) -> tuple[list[str], int]:
@@ -141,8 +162,9 @@ def stored_pictures(source: Source) -> list[tuple[np.ndarray, str]]:
   return found
 
 
-def training_pictures(source: Source, config: DataConfig, *, seed: int,
-                      say: Callable[[str], None] = print) -> list[tuple[np.ndarray, str]]:
+def training_pictures(
+  source: Source, config: DataConfig, *, seed: int, say: Callable[[str], None] = print
+) -> list[tuple[np.ndarray, str]]:
   """(uint8 [S, S, 3], class names and shares) of the first batch that training would see. config: with sizes filled in."""
   if config.image_size is None and config.train_crop != "none":
     config = dataclasses.replace(config, image_size=224)
@@ -160,7 +182,7 @@ def training_pictures(source: Source, config: DataConfig, *, seed: int,
       ratio = float(made["ratio"][i])
       text = f"{ratio:.0%} {_short(text, 16)}\n{1 - ratio:.0%} {_short(names[made['mix_label'][i]], 16)}"
     pictures.append((image, text))
-  return pictures[:ROWS * COLUMNS]
+  return pictures[: ROWS * COLUMNS]
 
 
 def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]]) -> None:
@@ -169,6 +191,7 @@ def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]
   Raises DataError when the file cannot be written.
   """
   from matplotlib.figure import Figure
+
   rows = [-(-len(pictures) // COLUMNS) for _, pictures in grids]
   wide, tall, head, size = 1.7, 2.05, 0.5, 1.6  # inches: of a cell, of a title above a grid, of a picture
   width, height = wide * COLUMNS, sum(tall * count + head for count in rows)
@@ -194,11 +217,11 @@ def _fitted(image: np.ndarray) -> np.ndarray:
   side = min(image.shape[:2])
   top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
   kind = cv2.INTER_AREA if side > _CELL else cv2.INTER_NEAREST
-  return cv2.resize(np.ascontiguousarray(image[top:top + side, left:left + side]), (_CELL, _CELL), interpolation=kind)
+  return cv2.resize(np.ascontiguousarray(image[top : top + side, left : left + side]), (_CELL, _CELL), interpolation=kind)
 
 
 def _short(text: str, most: int) -> str:
-  return text if len(text) <= most else text[:most - 1] + "…"
+  return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # Records -----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 DIR/NAME/VERSION holds features.json, dataset_info.json, the class names and NAME-SPLIT.tfrecord-00000-of-0000N. A shard appears
 whole or not at all, so that an interrupted run goes on with the first one missing; prepared.json says what it was made of.
 """
+
 import collections
 import concurrent.futures
 import contextlib
@@ -60,8 +61,16 @@ class Preparation:
   Raises DataError when the source cannot be loaded, `directory` cannot be written, or what lies there is something else.
   """
 
-  def __init__(self, config: DataConfig, directory: str, *, short_side: int = 256, quality: int = 90,
-               shards: int | None = None, say: Callable[[str], None] = lambda line: None):
+  def __init__(
+    self,
+    config: DataConfig,
+    directory: str,
+    *,
+    short_side: int = 256,
+    quality: int = 90,
+    shards: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+  ):
     if remote.is_url(directory):
       raise DataError(f"{directory} is no directory: prepared shards are written to disks; copy them to the bucket afterwards")
     self._config, self._short_side, self._quality, self._say = config, short_side, quality, say
@@ -75,9 +84,12 @@ class Preparation:
       first = len(next(iter(self._sources.values())))
       per_shard = -(-first // min(shards, first)) if shards else min(PER_SHARD, most)
       # (split, number, of, first record, last record + 1)
-      self._shards = [(split, i, count, len(source) * i // count, len(source) * (i + 1) // count)
-                      for split, source in self._sources.items()
-                      for count in [max(1, round(len(source) / per_shard))] for i in range(count)]
+      self._shards = [
+        (split, i, count, len(source) * i // count, len(source) * (i + 1) // count)
+        for split, source in self._sources.items()
+        for count in [max(1, round(len(source) / per_shard))]
+        for i in range(count)
+      ]
       self.total = sum(map(len, self._sources.values()))
       self._claim()
     except BaseException:
@@ -100,15 +112,17 @@ class Preparation:
     try:
       with _Results(self._encoded, [(shard[0], i) for shard in missing for i in range(*shard[3:])]) as results:
         for at, (split, number, count, start, stop) in enumerate(missing):
-          self._prefetch(missing[at + 1:at + 2])
+          self._prefetch(missing[at + 1 : at + 2])
           with _whole(self._shard(split, number, count)) as stream:
             for payload in results.take(stop - start):
               if isinstance(payload, CorruptRecord):
                 lost += 1
                 self._say(f"corrupt record, left out: {payload}")
                 if lost > self._config.max_corrupt * self.total:
-                  raise DataError(f"{lost} of {self.total:,} records are corrupt, more than config.data.max_corrupt="
-                                  f"{self._config.max_corrupt:g} allows; the last: {payload}")
+                  raise DataError(
+                    f"{lost} of {self.total:,} records are corrupt, more than config.data.max_corrupt="
+                    f"{self._config.max_corrupt:g} allows; the last: {payload}"
+                  )
               else:
                 stream.write(tfrecord.frame(payload))
               done += 1
@@ -117,18 +131,30 @@ class Preparation:
     except OSError as error:
       raise DataError(f"{self.path} cannot be written: {error.strerror or error}") from error
     written = {split: sum(count for count, _ in found) for split, found in lengths.items()}
-    return Prepared(name=self.name, path=self.path, records=written, shards=len(self._shards),
-                    kept=len(self._shards) - len(missing), lost=self.total - sum(written.values()),
-                    bytes=sum(size for found in lengths.values() for _, size in found))
+    return Prepared(
+      name=self.name,
+      path=self.path,
+      records=written,
+      shards=len(self._shards),
+      kept=len(self._shards) - len(missing),
+      lost=self.total - sum(written.values()),
+      bytes=sum(size for found in lengths.values() for _, size in found),
+    )
 
   def _claim(self) -> None:
     """Makes the directory ours, or finds that it is already, with the same settings."""
     settings = {
-        "source": self._config.name, "dir": os.path.abspath(os.path.expanduser(self._config.dir))
-                  if self._config.dir and not remote.is_url(self._config.dir) else self._config.dir,
-        "image_key": self._config.image_key, "label_key": self._config.label_key, "short_side": self._short_side,
-        "quality": self._quality, "records": {split: len(source) for split, source in self._sources.items()},
-        "shards": dict(collections.Counter(shard[0] for shard in self._shards))}
+      "source": self._config.name,
+      "dir": os.path.abspath(os.path.expanduser(self._config.dir))
+      if self._config.dir and not remote.is_url(self._config.dir)
+      else self._config.dir,
+      "image_key": self._config.image_key,
+      "label_key": self._config.label_key,
+      "short_side": self._short_side,
+      "quality": self._quality,
+      "records": {split: len(source) for split, source in self._sources.items()},
+      "shards": dict(collections.Counter(shard[0] for shard in self._shards)),
+    }
     path = os.path.join(self.path, SETTINGS)
     try:
       with open(path, encoding="utf-8") as stream:
@@ -138,8 +164,9 @@ class Preparation:
         raise DataError(f"{self.path} was made with {'; '.join(other)}: set these as they were, or another --out, or delete it")
     except (FileNotFoundError, NotADirectoryError):
       if os.path.isdir(self.path) and os.listdir(self.path):
-        raise DataError(f"{self.path} holds something that this program did not write (no {SETTINGS}); set another "
-                        "--out") from None
+        raise DataError(
+          f"{self.path} holds something that this program did not write (no {SETTINGS}); set another --out"
+        ) from None
       try:
         os.makedirs(self.path, exist_ok=True)
         with _whole(path) as stream:
@@ -147,8 +174,9 @@ class Preparation:
       except OSError as error:
         raise DataError(f"{self.path} cannot be written: {error.strerror}") from error
     except (OSError, json.JSONDecodeError, AttributeError) as error:
-      raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}; delete {self.path}, or set "
-                      "another --out") from error
+      raise DataError(
+        f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}; delete {self.path}, or set another --out"
+      ) from error
 
   def _shard(self, split: str, number: int, count: int) -> str:
     return os.path.join(self.path, f"{self.name}-{split}.tfrecord-{number:05d}-of-{count:05d}")
@@ -177,6 +205,7 @@ class Preparation:
   def _write_metadata(self) -> dict[str, list[tuple[int, int]]]:
     """(records, bytes) of every shard, as they lie there."""
     import tensorflow_datasets as tfds
+
     lengths: dict[str, list[tuple[int, int]]] = {split: [] for split in self._sources}
     for split, number, count, _, _ in self._shards:
       with open(self._shard(split, number, count), "rb") as stream:
@@ -186,14 +215,27 @@ class Preparation:
     names = next(iter(self._sources.values())).class_names
     image, label = self._config.image_key, self._config.label_key
     # no encoding format: images that were small enough keep their bytes, whatever they are
-    tfds.features.FeaturesDict({image: tfds.features.Image(shape=(None, None, 3)),
-                                label: tfds.features.ClassLabel(names=list(names))}).save_config(self.path)
-    splits = [{"filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", "name": split,
-               "numBytes": str(sum(size for _, size in found)), "shardLengths": [str(count) for count, _ in found]}
-              for split, found in lengths.items()]
-    info = {"name": self.name, "version": VERSION, "fileFormat": "tfrecord", "moduleName": __name__, "splits": splits,
-            "description": f"{self._config.name}, shorter side at most {self._short_side} pixels, JPEG quality {self._quality}",
-            "supervisedKeys": {"tuple": {"items": [{"featureKey": image}, {"featureKey": label}]}}}
+    tfds.features.FeaturesDict(
+      {image: tfds.features.Image(shape=(None, None, 3)), label: tfds.features.ClassLabel(names=list(names))}
+    ).save_config(self.path)
+    splits = [
+      {
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+        "name": split,
+        "numBytes": str(sum(size for _, size in found)),
+        "shardLengths": [str(count) for count, _ in found],
+      }
+      for split, found in lengths.items()
+    ]
+    info = {
+      "name": self.name,
+      "version": VERSION,
+      "fileFormat": "tfrecord",
+      "moduleName": __name__,
+      "splits": splits,
+      "description": f"{self._config.name}, shorter side at most {self._short_side} pixels, JPEG quality {self._quality}",
+      "supervisedKeys": {"tuple": {"items": [{"featureKey": image}, {"featureKey": label}]}},
+    }
     with _whole(os.path.join(self.path, "dataset_info.json")) as stream:  # the last file: without it there is no dataset
       stream.write(json.dumps(info, indent=2).encode())
     return lengths

@@ -1,4 +1,5 @@
 """A training state's arrays by path, as checkpoints hold them."""
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +17,11 @@ Shapes = dict[str, list[Any]]  # by path: [dtype, shape], as JSON has it
 def split(state: TrainState) -> dict[str, Any]:
   """The trees that are saved, by item; any field that TrainState gets is part of "training" at once. `halted` is not saved."""
   others = {field.name for field in dataclasses.fields(state)} - {"params", "stats", "ema", "halted"}
-  return {"model": {"params": state.params, "stats": state.stats},
-          "ema": state.ema and dict(zip(("params", "stats"), state.ema, strict=True)),
-          "training": {name: getattr(state, name) for name in sorted(others)}}
+  return {
+    "model": {"params": state.params, "stats": state.stats},
+    "ema": state.ema and dict(zip(("params", "stats"), state.ema, strict=True)),
+    "training": {name: getattr(state, name) for name in sorted(others)},
+  }
 
 
 def join(trees: dict[str, Any], like: TrainState) -> TrainState:
@@ -47,8 +50,11 @@ def shapes(tree: Any) -> Shapes:
 def differences(saved: Shapes, expected: Shapes) -> list[str]:
   """A line for each array that is not the same."""
   show = lambda array: f"{array[0]} {tuple(array[1])}" if array else "not there"
-  return [f"{path} (saved {show(saved.get(path))}, expected {show(expected.get(path))})"
-          for path in sorted(saved | expected) if saved.get(path) != expected.get(path)]
+  return [
+    f"{path} (saved {show(saved.get(path))}, expected {show(expected.get(path))})"
+    for path in sorted(saved | expected)
+    if saved.get(path) != expected.get(path)
+  ]
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -59,8 +65,9 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def fill(tree: Any, found: Mapping[str, jax.Array]) -> Any:
   """`tree` with the arrays of `found`, which are named by `name`."""
-  return jax.tree.unflatten(jax.tree.structure(tree),
-                            [found[name(path)] if leaf.size else _zeros(leaf) for path, leaf in _leaves(tree)])
+  return jax.tree.unflatten(
+    jax.tree.structure(tree), [found[name(path)] if leaf.size else _zeros(leaf) for path, leaf in _leaves(tree)]
+  )
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

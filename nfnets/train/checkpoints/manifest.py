@@ -2,6 +2,7 @@
 
 Needs no jax: programs that only look at checkpoints start at once.
 """
+
 import concurrent.futures
 import datetime
 import hashlib
@@ -31,8 +32,10 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
   """Brings all files to the disk, then makes `directory` a checkpoint. `facts`: what to say of it beside the files; as JSON."""
   paths = [path for path in directory.rglob("*") if path.is_file()]
   found = _map(lambda path: _digest(path, sync=True), paths)
-  files = {path.relative_to(directory).as_posix(): {"size": size, "sha256": digest}
-           for path, (size, digest) in zip(paths, found, strict=True)}
+  files = {
+    path.relative_to(directory).as_posix(): {"size": size, "sha256": digest}
+    for path, (size, digest) in zip(paths, found, strict=True)
+  }
   for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory, directory.parent):
     sync_directory(path)
   body = {"schema": SCHEMA, "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **facts, "files": files}
@@ -98,6 +101,7 @@ def verify(directory: pathlib.Path, progress: Callable[[int], None] = lambda cou
     except OSError as error:
       return f"{name} cannot be read: {error.strerror}"
     return None if digest == wanted["sha256"] else f"{name} is damaged: its SHA-256 is another"
+
   return [problem for problem in _map(look, files.items()) if problem]
 
 

@@ -2,6 +2,7 @@
 
 Needs no jax: programs that only look at checkpoints start at once.
 """
+
 import math
 import pathlib
 import re
@@ -49,8 +50,9 @@ def kept(manifests: Iterable[dict[str, Any]], *, newest: int, every: float = 0.0
     if period:
       reasons.setdefault(step, []).append("every")
   sign = -1 if best.endswith("loss") else 1
-  scores = [(sign * one["metrics"][best], one["step"]) for one in manifests
-            if math.isfinite((one["metrics"] or {}).get(best, math.nan))]
+  scores = [
+    (sign * one["metrics"][best], one["step"]) for one in manifests if math.isfinite((one["metrics"] or {}).get(best, math.nan))
+  ]
   if scores:
     reasons.setdefault(max(scores)[1], []).append("best")
   return reasons

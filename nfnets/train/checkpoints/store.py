@@ -1,4 +1,5 @@
 """Checkpoints: written by Orbax in the background, sealed with a manifest, verified before they are restored."""
+
 import concurrent.futures
 import json
 import logging
@@ -35,8 +36,15 @@ class Checkpoints:
   `restore_model` must be called by all, in one order; the workdir must be on storage that all of them see.
   """
 
-  def __init__(self, workdir: str, *, keep: int | None = None, keep_every: float = 0.0, keep_best: str = "",
-               say: Callable[[str], None] = print):
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    keep: int | None = None,
+    keep_every: float = 0.0,
+    keep_best: str = "",
+    say: Callable[[str], None] = print,
+  ):
     """keep: the newest so many stay; keep_every, keep_best: see Config. `say` gets a line about whatever goes wrong."""
     self.directory, _ = retention.locate(workdir)
     self.say = say
@@ -132,8 +140,17 @@ class Checkpoints:
 
   # ---- writing
 
-  def save(self, state: TrainState, config: Config, *, num_classes: int, records: int,
-           results: dict[str, dict[str, float]] | None = None, shuffle_block: int = 1, rows: int | None = None) -> None:
+  def save(
+    self,
+    state: TrainState,
+    config: Config,
+    *,
+    num_classes: int,
+    records: int,
+    results: dict[str, dict[str, float]] | None = None,
+    shuffle_block: int = 1,
+    rows: int | None = None,
+  ) -> None:
     """Copies the state to the host, then writes in the background; what goes wrong there is said, and raised by wait().
 
     A step that is saved already is left alone. records: length of the training set. results: this very state's evaluation,
@@ -148,12 +165,25 @@ class Checkpoints:
     trees = arrays.split(state)
     known = {"step": step, "epoch": epoch, "keep": self._keep, "versions": compatibility.versions()}
     facts = {**known, "metrics": _flat(results)}
-    meta = {"schema": manifest.SCHEMA, **known, "previous_step": max(self.steps(), default=None), "num_classes": num_classes,
-            "config": compatibility.to_json(config), "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
-            "data": {"seed": config.seed, "records": records, "next_step": step + int(state.passed_over),
-                     "shuffle_block": shuffle_block, "rows": rows},
-            "rng": compatibility.random_numbers(config), "processes": jax.process_count(), "devices": jax.device_count(),
-            "commit": compatibility.commit()}
+    meta = {
+      "schema": manifest.SCHEMA,
+      **known,
+      "previous_step": max(self.steps(), default=None),
+      "num_classes": num_classes,
+      "config": compatibility.to_json(config),
+      "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
+      "data": {
+        "seed": config.seed,
+        "records": records,
+        "next_step": step + int(state.passed_over),
+        "shuffle_block": shuffle_block,
+        "rows": rows,
+      },
+      "rng": compatibility.random_numbers(config),
+      "processes": jax.process_count(),
+      "devices": jax.device_count(),
+      "commit": compatibility.commit(),
+    }
     self._committed.wait()  # Orbax writes one at a time; hashing the one before may still go on
     # A new one each time: an error stays in the old one.
     writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_WRITE_SECONDS)
@@ -166,8 +196,9 @@ class Checkpoints:
     self._newest, self._committed = step, threading.Event()
     self._finished = self._pool.submit(self._finish, writer, facts, error, self._committed)
 
-  def _finish(self, writer: ocp.AsyncCheckpointer, facts: dict[str, Any], error: Exception | None,
-              committed: threading.Event) -> None:
+  def _finish(
+    self, writer: ocp.AsyncCheckpointer, facts: dict[str, Any], error: Exception | None, committed: threading.Event
+  ) -> None:
     """In the background: waits for Orbax, writes the manifest, deletes what is kept no longer."""
     step, first = facts["step"], jax.process_index() == 0
     try:
@@ -307,8 +338,11 @@ class Checkpoints:
 
 
 def _flat(results: dict[str, dict[str, float]] | None) -> dict[str, float] | None:
-  return {("ema_" if weights == "ema" else "") + name: float(value)
-          for weights, values in (results or {}).items() for name, value in values.items()} or None
+  return {
+    ("ema_" if weights == "ema" else "") + name: float(value)
+    for weights, values in (results or {}).items()
+    for name, value in values.items()
+  } or None
 
 
 def _some(problems: list[str]) -> str:

@@ -1,4 +1,5 @@
 """The picture of a run: loss, accuracy, learning rate and clip fraction."""
+
 import pathlib
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, train_label: str = "train") -> None:
   """Loss, accuracy, learning rate, and clip fraction by layer, over epochs."""
   from matplotlib.figure import Figure
+
   train = [record for record in records if record["kind"] == "train"]
   test = [record for record in records if record["kind"] == "test"]
   column = lambda rows, key: [row[key] for row in rows if key in row]

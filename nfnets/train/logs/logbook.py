@@ -1,4 +1,5 @@
 """What a run writes down: a progress bar, JSONL and TensorBoard events."""
+
 import contextlib
 import json
 import os
@@ -43,8 +44,15 @@ class Logbook:
   run's record reads as an uninterrupted one's.
   """
 
-  def __init__(self, workdir: str, *, start_step: int, total_steps: int, train_label: str = "train",
-               console: rich.console.Console | None = None):
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    start_step: int,
+    total_steps: int,
+    train_label: str = "train",
+    console: rich.console.Console | None = None,
+  ):
     self.console = console or Terminal(highlight=False, soft_wrap=True)
     self._dir = pathlib.Path(workdir)
     self._total, self._train_label, self._hinted = total_steps, train_label, False
@@ -54,11 +62,15 @@ class Logbook:
     self.rewind(start_step)
     whole = rich.table.Column(no_wrap=True)
     self._bar = rich.progress.Progress(
-        rich.progress.MofNCompleteColumn(table_column=whole),
-        rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1, min_width=4)),
-        rich.progress.TextColumn("{task.fields[text]}", table_column=whole),
-        rich.progress.TimeRemainingColumn(table_column=whole),
-        console=self.console, disable=not self.console.is_terminal, transient=True, expand=True)
+      rich.progress.MofNCompleteColumn(table_column=whole),
+      rich.progress.BarColumn(bar_width=None, table_column=rich.table.Column(ratio=1, min_width=4)),
+      rich.progress.TextColumn("{task.fields[text]}", table_column=whole),
+      rich.progress.TimeRemainingColumn(table_column=whole),
+      console=self.console,
+      disable=not self.console.is_terminal,
+      transient=True,
+      expand=True,
+    )
     self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="compiling …")
     self._bar.start()
 
@@ -88,29 +100,35 @@ class Logbook:
   def advance(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
 
-  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float],
-            seconds_per_step: float | None) -> None:
+  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float | None) -> None:
     """scalars: means since the last call: "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction", …"""
     self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
-    text = (f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}" +
-            (f"  {scalars['images_per_second']:,.0f} images/s" if "images_per_second" in scalars else "") +
-            (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else "") +
-            (f"  data_wait {scalars['data_wait']:.0%}" if "data_wait" in scalars else ""))
+    text = (
+      f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}"
+      + (f"  {scalars['images_per_second']:,.0f} images/s" if "images_per_second" in scalars else "")
+      + (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else "")
+      + (f"  data_wait {scalars['data_wait']:.0%}" if "data_wait" in scalars else "")
+    )
     if scalars.get("data_wait", 0) > 0.05 and not self._hinted:
       self._hinted = True
-      self.say(f"the devices waited for data {scalars['data_wait']:.0%} of the time: give this host more cores or "
-               "config.data.threads, or smaller images (python -m launch.data prepare); what takes the time: "
-               "python -m launch.bench data")
+      self.say(
+        f"the devices waited for data {scalars['data_wait']:.0%} of the time: give this host more cores or "
+        "config.data.threads, or smaller images (python -m launch.data prepare); what takes the time: "
+        "python -m launch.bench data"
+      )
     self._bar.update(self._task, completed=step, text=text)
     if not self.console.is_terminal:
       left = (self._total - step) * (seconds_per_step or 0)
-      self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  epoch {scalars['epoch']:.1f}  {text}  "
-                         f"lr {scalars['lr']:.4g}" + (f"  {left // 60:.0f}:{left % 60:02.0f} left" if seconds_per_step else ""))
+      self.console.print(
+        f"step {step:>{len(str(self._total))}}/{self._total}  epoch {scalars['epoch']:.1f}  {text}  "
+        f"lr {scalars['lr']:.4g}" + (f"  {left // 60:.0f}:{left % 60:02.0f} left" if seconds_per_step else "")
+      )
 
   def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
     """results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""
-    flat = {key if name == "params" else f"{name}_{key}": value
-            for name, found in results.items() for key, value in found.items()}
+    flat = {
+      key if name == "params" else f"{name}_{key}": value for name, found in results.items() for key, value in found.items()
+    }
     if not any(record["kind"] == "test" and record["step"] == step for record in self._records):
       self._write({"kind": "test", "step": step, "epoch": epoch, **flat})
     parts = "  ".join(f"{name}: top-1 {found['top1']:.2%} loss {found['loss']:.4f}" for name, found in results.items())

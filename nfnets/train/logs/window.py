@@ -1,4 +1,5 @@
 """What is measured and summed up between two lines of the log."""
+
 import time
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,5 @@
 """The loss of a batch and its gradients: on one device, over a mesh, in parts, and SAM's."""
+
 import contextlib
 import functools
 from collections.abc import Callable
@@ -33,9 +34,16 @@ def step_key(config: Config, step: jax.Array) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)  # 1: not the parameters' key
 
 
-def batch_loss(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch,
-               tap: Callable[[str, jax.Array], None] | None = None, *, standardized: bool = False) -> tuple[
-                   jax.Array, tuple[nnx.State, Metrics]]:
+def batch_loss(
+  config: Config,
+  graph: nnx.GraphDef,
+  params: nnx.State,
+  stats: nnx.State,
+  batch: Batch,
+  tap: Callable[[str, jax.Array], None] | None = None,
+  *,
+  standardized: bool = False,
+) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
   """(mean loss, (new running statistics, sums of loss, top-1, top-5 and count)) of a training batch.
 
   standardized: the kernels in `params` are standardized already.
@@ -44,10 +52,17 @@ def batch_loss(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nn
   """
   network = nnx.merge(graph, params, stats, copy=True)  # a copy: BatchNorm moves its statistics within this trace
   with layers.standardized() if standardized else contextlib.nullcontext():
-    outputs = network.outputs(normalise(batch["image"], config.data), train=True, rngs=batch["key"],
-                              **({"tap": tap} if tap else {}))
-  each = losses.cross_entropy(outputs["logits"], batch["label"], label_smoothing=config.label_smoothing, kind=config.loss,
-                              mix_labels=batch.get("mix_label"), ratio=batch.get("ratio"))
+    outputs = network.outputs(
+      normalise(batch["image"], config.data), train=True, rngs=batch["key"], **({"tap": tap} if tap else {})
+    )
+  each = losses.cross_entropy(
+    outputs["logits"],
+    batch["label"],
+    label_smoothing=config.label_smoothing,
+    kind=config.loss,
+    mix_labels=batch.get("mix_label"),
+    ratio=batch.get("ratio"),
+  )
   sums = losses.metric_sums(outputs["logits"], batch["label"], each)
   return jnp.mean(each), (nnx.state(network, nnx.BatchStat), sums)
 
@@ -58,8 +73,9 @@ def row_keys(key: jax.Array, rows: int, axis: str | None = None) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(rows))
 
 
-def local_gradients(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, *,
-                    axis: str | None = None) -> Gradients:
+def local_gradients(
+  config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, *, axis: str | None = None
+) -> Gradients:
   """(gradients of the mean loss, that loss, new running statistics, sums over the batch), of one device.
 
   batch: as in `batch_loss`, with its "key". With `axis`, of a `jax.pmap` or `jax.shard_map`, all are averaged over its devices
@@ -77,8 +93,9 @@ def local_gradients(config: Config, graph: nnx.GraphDef, params: nnx.State, stat
   return grads, loss, stats, sums
 
 
-def mesh_gradients(config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.State, stats: nnx.State,
-                   batch: Batch) -> Gradients:
+def mesh_gradients(
+  config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.State, stats: nnx.State, batch: Batch
+) -> Gradients:
   """The same of the global batch, over a mesh: each device takes its rows, then the float32 gradients are averaged, once.
 
   Where config.shard divides the state, weights are gathered after their standardization, and each device is left its part of
@@ -94,7 +111,8 @@ def mesh_gradients(config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.
   weights, pull_back = jax.vjp(functools.partial(_standardized, graph, stats), params)
   if needs_all_rows(config, stats):
     place = lambda tree, spec_of: jax.lax.with_sharding_constraint(
-        tree, jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), tree))
+      tree, jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), tree)
+    )
     grads, *rest = _in_parts(config, graph, place(weights, lambda x: whole), stats, batch, mesh)
     return pull_back(place(grads, spec))[0], *rest
 
@@ -102,8 +120,10 @@ def mesh_gradients(config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.
     grads, loss, stats, sums = _in_parts(config, graph, weights, stats, batch)
     loss, stats = jax.lax.pmean((loss, stats), sharding.AXIS)
     return jax.tree.map(_mean_of_part, grads, specs), loss, stats, jax.lax.psum(sums, sharding.AXIS)
-  grads, *rest = jax.shard_map(on_each, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(specs, whole, whole, whole),
-                               check_vma=False)(weights, stats, batch)
+
+  grads, *rest = jax.shard_map(
+    on_each, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(specs, whole, whole, whole), check_vma=False
+  )(weights, stats, batch)
   return pull_back(grads)[0], *rest
 
 
@@ -123,7 +143,9 @@ def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   """The devices' mean: all of it on each, or where `spec` divides it each device's part."""
   if sharding.AXIS not in spec:
     return jax.lax.pmean(x, sharding.AXIS)
-  return jax.lax.psum_scatter(x, sharding.AXIS, scatter_dimension=spec.index(sharding.AXIS), tiled=True) / jax.lax.axis_size(sharding.AXIS)
+  return jax.lax.psum_scatter(x, sharding.AXIS, scatter_dimension=spec.index(sharding.AXIS), tiled=True) / jax.lax.axis_size(
+    sharding.AXIS
+  )
 
 
 def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> nnx.State:
@@ -132,8 +154,9 @@ def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> n
   return nnx.state(network, nnx.Param)
 
 
-def _in_parts(config: Config, graph: nnx.GraphDef, weights: nnx.State, stats: nnx.State, batch: Batch,
-              mesh: Mesh | None = None) -> Gradients:
+def _in_parts(
+  config: Config, graph: nnx.GraphDef, weights: nnx.State, stats: nnx.State, batch: Batch, mesh: Mesh | None = None
+) -> Gradients:
   """Gradients with respect to standardized weights: the mean over config.accumulate parts of the batch, taken one by one."""
   loss_of = lambda weights, stats, part: batch_loss(config, graph, weights, stats, part, standardized=True)
 
@@ -159,10 +182,12 @@ def _in_parts(config: Config, graph: nnx.GraphDef, weights: nnx.State, stats: nn
 
 def _divided(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
   """[B, …] → [parts, B / parts, …]; every device keeps its own rows and takes as many of them for each part."""
+
   def divide(x: jax.Array) -> jax.Array:
     devices = 1 if mesh is None else mesh.size
     x = jnp.moveaxis(x.reshape(devices, parts, -1, *x.shape[1:]), 0, 1).reshape(parts, -1, *x.shape[1:])
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, sharding.AXIS)))
+
   return jax.tree.map(divide, batch)
 
 

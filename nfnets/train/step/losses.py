@@ -87,9 +87,7 @@ def cross_entropy(
     raise ValueError(f"kind = {kind!r}: expected 'softmax' or 'sigmoid'.")
   logits = _check_logits(logits)
   num_classes = logits.shape[-1]
-  targets = target_distribution(
-    labels, num_classes, label_smoothing=label_smoothing, mix_labels=mix_labels, ratio=ratio
-  )
+  targets = target_distribution(labels, num_classes, label_smoothing=label_smoothing, mix_labels=mix_labels, ratio=ratio)
   if targets.shape != logits.shape:
     raise ValueError(f"logits {logits.shape} need labels of the same batch: got labels {jnp.shape(labels)}.")
   if mask is not None:
@@ -141,9 +139,7 @@ def topk_correct(
   return {**sums, "count": counted.sum(dtype=jnp.int32)}
 
 
-def metric_sums(
-  logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array | None = None
-) -> dict[str, jax.Array]:
+def metric_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array | None = None) -> dict[str, jax.Array]:
   """Loss, top-1 and top-5 of a batch as sums, with the count to divide by.
 
   Sums of several batches add up leaf by leaf (`jax.tree.map(operator.add, a, b)`); `summarize` divides.
@@ -207,6 +203,4 @@ def _one_hot(labels: jax.Array, num_classes: int, name: str) -> jax.Array:
     return jnp.where(valid[:, None], jax.nn.one_hot(labels, num_classes, dtype=jnp.float32), jnp.nan)
   if jnp.issubdtype(labels.dtype, jnp.floating) and labels.ndim == 2 and labels.shape[-1] == num_classes:
     return labels.astype(jnp.float32)
-  raise ValueError(
-    f"{name} must be int [batch] or float [batch, {num_classes}]: got {labels.dtype} {labels.shape}."
-  )
+  raise ValueError(f"{name} must be int [batch] or float [batch, {num_classes}]: got {labels.dtype} {labels.shape}.")

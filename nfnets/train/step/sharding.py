@@ -1,4 +1,5 @@
 """Every device of every process in one mesh: the batch is split over it, the state is copied to each device or split as well."""
+
 from typing import Any
 
 import jax
@@ -47,9 +48,11 @@ def place(mesh: Mesh, like: Any, *, shard: bool = False) -> Any:
 
 def put(tree: Any, like: Any) -> Any:
   """Arrays that every process has whole, placed as `like` says; each process sends its own devices' parts alone."""
+
   def send(x: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, wanted.sharding, lambda part: host[part])
+
   return jax.tree.map(send, tree, like)
 
 

@@ -1,4 +1,5 @@
 """The state of a training run, and the one seam between NNX modules and pure functions."""
+
 import dataclasses
 from typing import Any
 
@@ -48,5 +49,14 @@ def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTra
   """The state before the first step; also on jax.eval_shape's abstract values. EMA starts as a copy of the parameters."""
   average = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, (params, stats))
   zero = jnp.zeros((), jnp.int32)
-  return TrainState(step=zero, params=params, stats=stats, opt_state=optimizer.init(params), ema=average,
-                    halted=jnp.zeros((), bool), loss_mean=jnp.zeros(()), bad_steps=zero, passed_over=zero)
+  return TrainState(
+    step=zero,
+    params=params,
+    stats=stats,
+    opt_state=optimizer.init(params),
+    ema=average,
+    halted=jnp.zeros((), bool),
+    loss_mean=jnp.zeros(()),
+    bad_steps=zero,
+    passed_over=zero,
+  )

@@ -1,4 +1,5 @@
 """The training step and the evaluation step: pure functions of (state, batch), and their compiled forms over a mesh."""
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -24,8 +25,14 @@ def all_finite(tree: Any) -> jax.Array:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def make_train_step(config: Config, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None,
-                    axis: str | None = None) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+  config: Config,
+  graph: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  *,
+  mesh: Mesh | None = None,
+  axis: str | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure step: gradients → optimizer (AGC first) → parameters → EMA, all float32.
 
   For one device or, with the `mesh` that `train_step_over` compiles for, for the global batch; with `axis`, for each device's
@@ -53,36 +60,55 @@ def make_train_step(config: Config, graph: nnx.GraphDef, optimizer: optax.Gradie
     if config.spike:
       bad |= (state.loss_mean > 0) & (loss > config.spike * state.loss_mean)
     halted = state.halted if config.on_bad_step == "skip" else state.halted | bad
-    new = TrainState(step=state.step, params=params, stats=stats, opt_state=opt_state, ema=average, halted=halted,
-                     loss_mean=jnp.where(state.loss_mean > 0, LOSS_DECAY * state.loss_mean + (1 - LOSS_DECAY) * loss, loss),
-                     bad_steps=state.bad_steps, passed_over=state.passed_over)
+    new = TrainState(
+      step=state.step,
+      params=params,
+      stats=stats,
+      opt_state=opt_state,
+      ema=average,
+      halted=halted,
+      loss_mean=jnp.where(state.loss_mean > 0, LOSS_DECAY * state.loss_mean + (1 - LOSS_DECAY) * loss, loss),
+      bad_steps=state.bad_steps,
+      passed_over=state.passed_over,
+    )
     kept = jax.tree.map(lambda before, after: jnp.where(halted | bad, before, after), state, new)
     kept = dataclasses.replace(kept, halted=halted, step=state.step + ~halted, bad_steps=state.bad_steps + (bad & ~state.halted))
     return kept, {**sums, **said, "grad_norm": optax.tree.norm(grads), "bad": bad}
+
   return train_step
 
 
 def make_eval_step(config: Config, graph: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
   """The pure evaluation step: sums over the images that the batch's "mask" counts; plain cross-entropy, no smoothing."""
+
   def eval_step(params: nnx.State, stats: nnx.State, batch: Batch) -> Metrics:
     logits = nnx.merge(graph, params, stats)(normalise(batch["image"], config.data))
     each = losses.cross_entropy(logits, batch["label"], kind=config.loss, mask=batch["mask"])
     return losses.metric_sums(logits, batch["label"], each, batch["mask"])
+
   return eval_step
 
 
-def train_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef, optimizer: optax.GradientTransformation,
-                    like: TrainState) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def train_step_over(
+  config: Config, mesh: Mesh, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, like: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The step compiled over the mesh, for a state that lies as `like` says (`meshes.place`) and a batch split over the devices.
 
   The old state's memory becomes the new one's. Raises ValueError for SAM with BatchNorm over the global batch.
   """
   if config.optim.sam_rho and jax.tree.leaves(like.stats) and config.batch_stats == "global" and mesh.size > 1:
-    raise ValueError("config.batch_stats='global' with config.optim.sam_rho: each device climbs by itself, with statistics of "
-                     "its own images; expected config.batch_stats='device'")
+    raise ValueError(
+      "config.batch_stats='global' with config.optim.sam_rho: each device climbs by itself, with statistics of "
+      "its own images; expected config.batch_stats='device'"
+    )
   places = jax.tree.map(lambda x: x.sharding, like)
   step = make_train_step(config, graph, optimizer, mesh=mesh)
-  return jax.jit(step, in_shardings=(places, sharding.batch_sharding(mesh)), out_shardings=(places, sharding.replicated(mesh)), donate_argnums=0)
+  return jax.jit(
+    step,
+    in_shardings=(places, sharding.batch_sharding(mesh)),
+    out_shardings=(places, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
 
 
 def eval_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
@@ -92,4 +118,5 @@ def eval_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef) -> Callable[
   def eval_step(params: nnx.State, stats: nnx.State, batch: Batch) -> Metrics:
     gathered = jax.lax.with_sharding_constraint((params, stats), jax.tree.map(lambda x: whole, (params, stats)))
     return make_eval_step(config, graph)(*gathered, batch)
+
   return jax.jit(eval_step, in_shardings=(None, None, sharding.batch_sharding(mesh)), out_shardings=whole)

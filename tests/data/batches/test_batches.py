@@ -1,4 +1,5 @@
 """Batches are a function of (seed, step) alone; evaluation sees every image once; corrupt records are counted; nothing hangs."""
+
 import dataclasses
 import hashlib
 import io
@@ -21,8 +22,17 @@ from nfnets.data.sources.base import Record, Source
 from nfnets.data.sources.open import open_source
 
 DIGITS = DataConfig(name="digits", shift=2, flip=True)
-FULL = DataConfig(train_crop="inception", image_size=24, flip=True, mix="mixup_cutmix", augment="randaugment",
-                  randaugment_layers=2, randaugment_magnitude=5, test_crop="squash", test_image_size=32)
+FULL = DataConfig(
+  train_crop="inception",
+  image_size=24,
+  flip=True,
+  mix="mixup_cutmix",
+  augment="randaugment",
+  randaugment_layers=2,
+  randaugment_magnitude=5,
+  test_crop="squash",
+  test_image_size=32,
+)
 
 
 class Photos(Source):
@@ -70,6 +80,7 @@ def batches():
   def make(source, config=DIGITS, *, batch=100, seed=0, **options):
     made.append(TrainBatches(source, config, batch=batch, seed=seed, **options))
     return made[-1]
+
   yield make
   for each in made:
     each.close()
@@ -88,10 +99,20 @@ def test_any_step_in_any_order_gives_the_same_batch(digits, batches):
   assert digest(batches(digits, seed=4)[0]) != in_order[0]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"mix": "none"}, {"mix": "mixup"}, {"mix": "cutmix", "mix_with": "second"}, {"augment_before_mix": True},
-    {"repeats": 2}, {"augment": "autoaugment", "mix_with": "second", "augment_before_mix": True}, {"shuffle_block": 4}],
-    ids=str)
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"mix": "none"},
+    {"mix": "mixup"},
+    {"mix": "cutmix", "mix_with": "second"},
+    {"augment_before_mix": True},
+    {"repeats": 2},
+    {"augment": "autoaugment", "mix_with": "second", "augment_before_mix": True},
+    {"shuffle_block": 4},
+  ],
+  ids=str,
+)
 def test_batches_are_equal_for_any_number_of_processes_and_threads(photos, batches, changes):
   """Through two edges of epochs: 50 images, batches of 24; 8 processes own 3 rows each and so cut through pairs."""
   config = dataclasses.replace(FULL, **changes)
@@ -108,13 +129,13 @@ def test_resuming_at_any_of_20_steps_gives_the_same_batches(photos, batches):
   whole = [digest(part) for part in prefetch(batches(photos, FULL, batch=16).start, 0, 40)]
   for start in np.random.default_rng(0).choice(38, 20, replace=False):
     resumed = batches(photos, FULL, batch=16)
-    assert [digest(part) for part in prefetch(resumed.start, int(start), int(start) + 2)] == whole[start:start + 2]
+    assert [digest(part) for part in prefetch(resumed.start, int(start), int(start) + 2)] == whole[start : start + 2]
 
 
 def test_each_epoch_holds_every_image_once_without_a_gap(photos, batches):
   made = batches(photos, dataclasses.replace(FULL, mix="none", augment="none"), batch=16)
   stream = np.concatenate([made[step]["label"] for step in range(10)])
-  epochs = [stream[i * 50:(i + 1) * 50] for i in range(3)]
+  epochs = [stream[i * 50 : (i + 1) * 50] for i in range(3)]
   for epoch in epochs:
     np.testing.assert_array_equal(np.sort(epoch), np.arange(50))
   assert not np.array_equal(epochs[0], epochs[1])
@@ -202,14 +223,20 @@ def test_a_bucket_is_told_what_comes_next_in_order(batches):
   made = batches(remote, dataclasses.replace(FULL, shuffle_block=2), batch=8, process=(1, 2))
   read = np.concatenate([part["label"] for part in prefetch(made.start, 5, 30)])
   hinted = np.concatenate(remote.hints)
-  np.testing.assert_array_equal(hinted[:len(read)], read)  # from the step of the resume on, each once, none left out
+  np.testing.assert_array_equal(hinted[: len(read)], read)  # from the step of the resume on, each once, none left out
   assert min(map(len, remote.hints[1:])) >= 16  # enough at once for neighbours to be read together
 
 
-@pytest.mark.parametrize("changes, options, message", [
-    ({}, {"batch": 7}, "config.batch=7 is odd"), ({"repeats": 3}, {}, "repeats=3 times"),
-    ({"mix": "none"}, {"process": (0, 3)}, "3 processes"), ({"randaugment_layers": None}, {}, "randaugment_layers"),
-    ({"train_crop": "none", "image_size": None}, {}, "are not square")])
+@pytest.mark.parametrize(
+  "changes, options, message",
+  [
+    ({}, {"batch": 7}, "config.batch=7 is odd"),
+    ({"repeats": 3}, {}, "repeats=3 times"),
+    ({"mix": "none"}, {"process": (0, 3)}, "3 processes"),
+    ({"randaugment_layers": None}, {}, "randaugment_layers"),
+    ({"train_crop": "none", "image_size": None}, {}, "are not square"),
+  ],
+)
 def test_what_cannot_be_is_refused_in_words(photos, batches, changes, options, message):
   with pytest.raises(DataError, match=message):
     batches(photos, dataclasses.replace(FULL, **changes), **{"batch": 16, **options})[0]
@@ -220,6 +247,7 @@ def test_prefetch_keeps_order_raises_where_it_broke_and_leaves_no_thread(photos)
     if step == 3:
       raise OSError("disk gone")
     return made.start(step)
+
   before = threading.active_count()
   made = TrainBatches(photos, FULL, batch=4, seed=0)
   assert [part["image"].shape[0] for part in prefetch(made.start, 5, 9)] == [4] * 4
@@ -252,9 +280,13 @@ np.savez(out, **{f"{step}/{name}": value for step, part in enumerate(parts) for 
 
 def test_real_processes_make_the_same_global_batch(batches, tmp_path):
   """Two processes of their own, one thread and four: pairs that are mixed across the border between them included."""
-  running = [subprocess.Popen([sys.executable, "-c", REAL, str(index), "2", threads, str(tmp_path / f"{index}.npz")],
-                              cwd=pathlib.Path(__file__).parents[3])
-             for index, threads in ((0, "1"), (1, "4"))]
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-c", REAL, str(index), "2", threads, str(tmp_path / f"{index}.npz")],
+      cwd=pathlib.Path(__file__).parents[3],
+    )
+    for index, threads in ((0, "1"), (1, "4"))
+  ]
   assert [process.wait(120) for process in running] == [0, 0]
   halves = [np.load(tmp_path / f"{index}.npz") for index in (0, 1)]
   config = dataclasses.replace(FULL, name="digits")

@@ -127,10 +127,11 @@ def test_contrast_is_towards_the_number_of_pixels():
     assert (augment.contrast(image, 0.5) == (10 + grey) // 2).all()
 
 
-@pytest.mark.parametrize("policy", [
-  lambda image, rng: augment.randaugment(image, rng, layers=4, magnitude=15),
-  augment.autoaugment,
-], ids=["randaugment", "autoaugment"])
+@pytest.mark.parametrize(
+  "policy",
+  [lambda image, rng: augment.randaugment(image, rng, layers=4, magnitude=15), augment.autoaugment],
+  ids=["randaugment", "autoaugment"],
+)
 def test_a_function_of_the_generator_alone(policy):
   image = picture(40, 56)
   before = image.copy()
@@ -154,6 +155,7 @@ def test_every_operation_and_both_signs_come_up(monkeypatch):
     def record(image, *arguments):
       seen[name].append(arguments)
       return image
+
     return record
 
   for name, operation in augment.OPERATIONS.items():
@@ -171,9 +173,11 @@ def test_every_operation_and_both_signs_come_up(monkeypatch):
   assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 29, 0, 49)
 
 
-@pytest.mark.parametrize("image", [
-  np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8),
-], ids=lambda image: f"{image.dtype}{image.shape}")
+@pytest.mark.parametrize(
+  "image",
+  [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)],
+  ids=lambda image: f"{image.dtype}{image.shape}",
+)
 def test_refuses_other_images(image):
   with pytest.raises(ValueError, match="expected uint8"):
     augment.randaugment(image, np.random.default_rng(0), layers=1, magnitude=5)

@@ -1,4 +1,5 @@
 """Pixels and crops against TensorFlow's (tests/golden/README.md), and bytes that are no image."""
+
 import io
 import pathlib
 
@@ -73,9 +74,17 @@ def jpeg(**options) -> bytes:
   return out.getvalue()
 
 
-@pytest.mark.parametrize("data, message", [
-    (b"", "no bytes"), (b"hello, world", "not an image"), (jpeg()[:len(jpeg()) // 2], "truncated"), (jpeg()[:10], "."),
-    (GOLDEN["file_png"].tobytes()[:200], "."), (b"\xff\xd8\xff" + bytes(500), ".")])
+@pytest.mark.parametrize(
+  "data, message",
+  [
+    (b"", "no bytes"),
+    (b"hello, world", "not an image"),
+    (jpeg()[: len(jpeg()) // 2], "truncated"),
+    (jpeg()[:10], "."),
+    (GOLDEN["file_png"].tobytes()[:200], "."),
+    (b"\xff\xd8\xff" + bytes(500), "."),
+  ],
+)
 def test_what_is_no_image_is_said_so(data, message):
   with pytest.raises(decode.UnreadableImage, match=message):
     decode.pixels(data)

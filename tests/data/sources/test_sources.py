@@ -54,14 +54,17 @@ def fails(message, root, *args, **fields):
 # TFRecord ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split, parts", [
-  ("train", [("train", range(12))]),
-  ("train[10:]", [("train", [10, 11])]),
-  ("train[:98%]", [("train", range(12))]),
-  ("train[25%:-10%]", [("train", range(3, 11))]),
-  ("validation[3:]+train[5:6]+train[3:5]", [("validation", [3]), ("train", [5, 3, 4])]),
-  ("train+validation", [("train", range(12)), ("validation", range(4))]),
-])
+@pytest.mark.parametrize(
+  "split, parts",
+  [
+    ("train", [("train", range(12))]),
+    ("train[10:]", [("train", [10, 11])]),
+    ("train[:98%]", [("train", range(12))]),
+    ("train[25%:-10%]", [("train", range(3, 11))]),
+    ("validation[3:]+train[5:6]+train[3:5]", [("validation", [3]), ("train", [5, 3, 4])]),
+    ("train+validation", [("train", range(12)), ("validation", range(4))]),
+  ],
+)
 def test_split_expressions_are_exact(root, split, parts):
   assert contents(load(root, split)) == sum((expected(name, *numbers) for name, numbers in parts), [])
 
@@ -115,8 +118,11 @@ def test_what_is_wrong_with_the_request(root):
   fails(r"no split 'train\[' ", root, "train[")
   fails("no split 'all", root, "all[:2]")
   fails(r"split 'train\[5:3\]' of pictures is empty \(config.data.train_split\)", root, "train[5:3]")
-  fails(r"image_key='file_name' is no Image feature of pictures; it has: file_name \(Text\), image \(Image\), label \(C", root,
-        image_key="file_name")
+  fails(
+    r"image_key='file_name' is no Image feature of pictures; it has: file_name \(Text\), image \(Image\), label \(C",
+    root,
+    image_key="file_name",
+  )
   fails("label_key='image' is no ClassLabel feature", root, label_key="image")
   fails("label_key='nothing' is no ClassLabel feature", root, label_key="nothing")
   fails("num_classes=7, but pictures has 5 classes", root, num_classes=7)
@@ -193,6 +199,7 @@ def test_a_file_that_vanishes_is_a_corrupt_record(root):
 
 def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
   from array_record.python import array_record_module as module
+
   directory = tmp_path / "rows" / "pictures" / "1.0.0"
   shards.write_metadata(directory, "pictures", SPLITS, classes=5, file_format="array_record")
   for split, lengths in SPLITS.items():
@@ -215,7 +222,7 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
 
   shard = directory / "pictures-train.array_record-00001-of-00003"
   whole = shard.read_bytes()
-  shard.write_bytes(whole[:len(whole) // 2])
+  shard.write_bytes(whole[: len(whole) // 2])
   fails(f"shard {shard} (is truncated|holds)", tmp_path / "rows")
   shard.write_bytes(b"")
   fails(f"shard {shard} is empty", tmp_path / "rows")
@@ -229,8 +236,16 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
   top = tmp_path / "images"
-  for path in ("train/cat/b.JPEG", "train/cat/a.jpg", "train/ant/c.png", "train/ant/._c.png", "train/ant/notes.txt",
-               "train/dog/z.jpeg", "val/dog/1.jpg", "val/ant/2.JPG"):
+  for path in (
+    "train/cat/b.JPEG",
+    "train/cat/a.jpg",
+    "train/ant/c.png",
+    "train/ant/._c.png",
+    "train/ant/notes.txt",
+    "train/dog/z.jpeg",
+    "val/dog/1.jpg",
+    "val/ant/2.JPG",
+  ):
     (top / path).parent.mkdir(parents=True, exist_ok=True)
     (top / path).write_bytes(path.encode())
   return top
@@ -278,8 +293,13 @@ def test_what_is_wrong_with_a_folder(folder):
 @pytest.mark.parametrize("below", ["", "ILSVRC/Data/CLS-LOC"])
 def test_the_flat_validation_folder_of_imagenet(tmp_path, below):
   top = tmp_path / "kaggle" / below
-  for path in ("train/n02/n02_1.JPEG", "train/n01/n01_9.JPEG", "val/ILSVRC2012_val_00000002.JPEG",
-               "val/ILSVRC2012_val_00000001.JPEG", "test/ILSVRC2012_test_00000001.JPEG"):
+  for path in (
+    "train/n02/n02_1.JPEG",
+    "train/n01/n01_9.JPEG",
+    "val/ILSVRC2012_val_00000002.JPEG",
+    "val/ILSVRC2012_val_00000001.JPEG",
+    "test/ILSVRC2012_test_00000001.JPEG",
+  ):
     (top / path).parent.mkdir(parents=True, exist_ok=True)
     (top / path).write_bytes(path.encode())
   table = tmp_path / "kaggle" / "LOC_val_solution.csv"

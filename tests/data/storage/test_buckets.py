@@ -1,4 +1,5 @@
 """Buckets: what is fetched together, kept, tried again and refused. memory:// for all but one test against an S3 server."""
+
 import json
 import os
 import threading
@@ -60,7 +61,7 @@ def _records(n, size=1000, start=0):
 
 
 def _check(reader, data, keys):
-  assert all(reader.read(*key) == data[key[1]:key[1] + key[2]] for key in keys)
+  assert all(reader.read(*key) == data[key[1] : key[1] + key[2]] for key in keys)
 
 
 def _settle(reader):
@@ -132,9 +133,11 @@ def test_many_threads_read_what_is_still_on_its_way(reader, shard):
   keys = [(0, int(i) * 4000, 3999) for i in np.random.default_rng(1).permutation(1000)]
   Flaky.gate.clear()
   found = {}
+
   def read(part):
     for key in part:
       found[key] = reader.read(*key)
+
   reader.prefetch(keys[:600])
   threads = [threading.Thread(target=read, args=(keys[i::8],)) for i in range(8)]
   for thread in threads:
@@ -143,7 +146,7 @@ def test_many_threads_read_what_is_still_on_its_way(reader, shard):
   Flaky.gate.set()
   for thread in threads:
     thread.join(10)
-  assert found == {key: shard[1][key[1]:key[1] + key[2]] for key in keys}
+  assert found == {key: shard[1][key[1] : key[1] + key[2]] for key in keys}
   assert reader._bytes == 0
 
 
@@ -162,13 +165,16 @@ def test_given_up_after_a_while(reader, shard, monkeypatch):
     reader.read(0, 0, 10)
 
 
-@pytest.mark.parametrize(("failure", "message"), [
-  (PermissionError("Access\nDenied"), r"x-00000: refused \(PermissionError: Access Denied\)"),
-  (OSError("Forbidden: x"), "x-00000: refused"),
-  (type("NoCredentialsError", (Exception,), {})("none"), r"x-00000: no credentials \(NoCredentialsError: none\)"),
-  (FileNotFoundError("x"), "x-00000: no such file, directory or bucket"),
-  (OSError(22, "bad"), "x-00000: OSError"),
-])
+@pytest.mark.parametrize(
+  ("failure", "message"),
+  [
+    (PermissionError("Access\nDenied"), r"x-00000: refused \(PermissionError: Access Denied\)"),
+    (OSError("Forbidden: x"), "x-00000: refused"),
+    (type("NoCredentialsError", (Exception,), {})("none"), r"x-00000: no credentials \(NoCredentialsError: none\)"),
+    (FileNotFoundError("x"), "x-00000: no such file, directory or bucket"),
+    (OSError(22, "bad"), "x-00000: OSError"),
+  ],
+)
 def test_what_a_person_must_mend_is_an_error_at_once(reader, failure, message):
   Flaky.failures.append(failure)
   reader.prefetch(_records(2))
@@ -198,11 +204,13 @@ def test_close_ends_everything_and_wakes_readers(shard):
   Flaky.gate.clear()
   reader.prefetch(_records(3))
   errors = []
+
   def read():
     try:
       reader.read(0, 0, 1000)
     except DataError as error:
       errors.append(str(error))
+
   waiting = threading.Thread(target=read)
   waiting.start()
   threading.Timer(0.05, Flaky.gate.set).start()
@@ -243,7 +251,7 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
   assert [len(block) for block in remote.stream(f"{newest}/x-00000", block=100)] == [100, 100, 50]
   assert b"".join(remote.stream(f"{newest}/x-00000", block=7)) == bytes(range(250))
 
-  (size, stamp), = remote.stat_files([f"{newest}/x-00000"])
+  ((size, stamp),) = remote.stat_files([f"{newest}/x-00000"])
   remote.write_file(f"{newest}/x-00000", bytes(250))
   assert size == 250 and remote.stat_files([f"{newest}/x-00000"])[0] != (size, stamp)
 
@@ -264,6 +272,7 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
 def test_what_is_missing_is_named(monkeypatch):
   def missing(url, **options):
     raise ImportError("Install s3fs to access S3")
+
   with pytest.raises(DataError, match="Protocol not known: nothing"):
     remote.list_files("nothing://bucket")
   monkeypatch.setattr("fsspec.core.url_to_fs", missing)

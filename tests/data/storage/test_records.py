@@ -60,7 +60,7 @@ def test_a_stale_or_damaged_index_is_built_again(files, tmp_path, lines):
   assert "a shard has changed" in lines[1]
   os.utime(files[0], ns=(1, 1))
   assert read() == changed and len(lines) == 3
-  kept, = cache.iterdir()
+  (kept,) = cache.iterdir()
   kept.write_bytes(kept.read_bytes()[:200])
   assert read() == changed
   assert "cannot be read" in lines[3]
@@ -117,7 +117,7 @@ def test_a_stream_of_blocks_is_scanned_like_a_file(files):
   data = pathlib.Path(files[2]).read_bytes()
   expected = [len(payload) for payload in PAYLOADS[2]]
   for block in (1, 7, 64, 10**6):
-    read = _forwards(iter([data[at:at + block] for at in range(0, len(data), block)]))
+    read = _forwards(iter([data[at : at + block] for at in range(0, len(data), block)]))
     assert tfrecord.scan("x", len(data), read).tolist() == expected
 
 
@@ -150,20 +150,27 @@ def test_checksums():
   tfrecord.check_crc(record)
   for at in range(len(record)):
     with pytest.raises(ValueError, match="its (length|bytes)"):
-      tfrecord.check_crc(record[:at] + bytes([record[at] ^ 4]) + record[at + 1:])
+      tfrecord.check_crc(record[:at] + bytes([record[at] ^ 4]) + record[at + 1 :])
   with pytest.raises(ValueError):
     tfrecord.check_crc(record[:10])
 
 
 def reference():
   from tensorflow_datasets.proto import tf_example_pb2
+
   return tf_example_pb2.Example()
 
 
 @settings(max_examples=60, deadline=None)
-@given(image=st.binary(max_size=300), label=st.integers(-2**63, 2**63 - 1), packed=st.booleans(),
-       others=st.dictionaries(st.text(max_size=3), st.one_of(st.lists(st.binary(max_size=3)), st.lists(st.integers(0, 2**63 - 1)),
-                                                             st.lists(st.floats(width=32)))))
+@given(
+  image=st.binary(max_size=300),
+  label=st.integers(-(2**63), 2**63 - 1),
+  packed=st.booleans(),
+  others=st.dictionaries(
+    st.text(max_size=3),
+    st.one_of(st.lists(st.binary(max_size=3)), st.lists(st.integers(0, 2**63 - 1)), st.lists(st.floats(width=32))),
+  ),
+)
 def test_parse_agrees_with_protobuf(image, label, packed, others):
   message = reference()
   feature = message.features.feature
@@ -183,8 +190,13 @@ def test_parse_agrees_with_protobuf(image, label, packed, others):
 def test_damaged_bytes_raise_nothing_but_value_error(data):
   whole = shards.example(file_name=b"x" * 200, image=b"image" * 40, label=300)
   at = data.draw(st.integers(0, len(whole) - 1))
-  damaged = data.draw(st.one_of(st.just(whole[:at]), st.binary(max_size=40),
-                                st.integers(0, 255).map(lambda byte: whole[:at] + bytes([byte]) + whole[at + 1:])))
+  damaged = data.draw(
+    st.one_of(
+      st.just(whole[:at]),
+      st.binary(max_size=40),
+      st.integers(0, 255).map(lambda byte: whole[:at] + bytes([byte]) + whole[at + 1 :]),
+    )
+  )
   try:
     found = parse_example(damaged, ("image", "label"))
   except ValueError:
@@ -192,11 +204,14 @@ def test_damaged_bytes_raise_nothing_but_value_error(data):
   assert isinstance(found["image"], bytes | int) and isinstance(found["label"], bytes | int)
 
 
-@pytest.mark.parametrize("features, message", [
-  (dict(image=b"x"), "it has no feature 'label'"),
-  (dict(image=[b"x", b"y"], label=1), "its feature 'image' holds 2 values, not one"),
-  (dict(image=b"x", label=[]), "its feature 'label' holds 0 values"),
-])
+@pytest.mark.parametrize(
+  "features, message",
+  [
+    (dict(image=b"x"), "it has no feature 'label'"),
+    (dict(image=[b"x", b"y"], label=1), "its feature 'image' holds 2 values, not one"),
+    (dict(image=b"x", label=[]), "its feature 'label' holds 0 values"),
+  ],
+)
 def test_what_a_wrong_example_is_told(features, message):
   with pytest.raises(ValueError, match=message):
     parse_example(shards.example(**features), ("image", "label"))

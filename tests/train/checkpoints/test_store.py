@@ -1,4 +1,5 @@
 """Checkpoints: equal bits on any devices, what is kept, what is refused in words, errors of the background, several processes."""
+
 import dataclasses
 import json
 import os
@@ -34,6 +35,7 @@ def said():
 
 
 # ---- round trips
+
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("shard", [False, True])
@@ -98,9 +100,18 @@ def test_meta_says_what_wrote_it(tmp_path):
   writer.save(small_state(4), **RUN, results={"params": {"top1": 0.5, "loss": 1.0}, "ema": {"top1": 0.75, "loss": 0.5}})
   writer.close()
   meta = writer.meta(4)
-  assert meta["config"] == compatibility.to_json(Config()) and (meta["step"], meta["num_classes"], meta["schema"]) == (4, 10, manifest.SCHEMA)
-  assert meta["data"] == {"seed": 0, "records": 1000, "next_step": 4 + int(small_state(4).passed_over), "shuffle_block": 1,
-                          "rows": None}
+  assert meta["config"] == compatibility.to_json(Config()) and (meta["step"], meta["num_classes"], meta["schema"]) == (
+    4,
+    10,
+    manifest.SCHEMA,
+  )
+  assert meta["data"] == {
+    "seed": 0,
+    "records": 1000,
+    "next_step": 4 + int(small_state(4).passed_over),
+    "shuffle_block": 1,
+    "rows": None,
+  }
   assert meta["rng"] == {"seed": 0, "implementation": "threefry2x32"} and (meta["processes"], meta["devices"]) == (1, 8)
   assert set(meta["versions"]) == {"nfnets", "jax", "jaxlib", "flax", "orbax", "optax", "numpy", "python"}
   assert writer.metrics(4) == {"top1": 0.5, "loss": 1.0, "ema_top1": 0.75, "ema_loss": 0.5}
@@ -111,6 +122,7 @@ def test_meta_says_what_wrote_it(tmp_path):
 
 
 # ---- what is kept
+
 
 def manifests(steps: range, metrics: dict[int, dict[str, float]]) -> list[dict]:
   return [{"step": step, "epoch": step / 10, "metrics": metrics.get(step)} for step in steps]
@@ -163,6 +175,7 @@ def test_training_does_not_wait_for_hashing(tmp_path, monkeypatch):
 
 
 # ---- falling back and refusing
+
 
 def flip(path: pathlib.Path) -> None:
   data = bytearray(path.read_bytes())
@@ -261,14 +274,24 @@ def test_other_configurations_and_data_are_refused_and_what_changes_nothing_is_n
   meta["data"] = {"records": 1000}
   with pytest.raises(CheckpointError, match="runs/a saw other data: training images 1000, now 999; classes 10, now 11"):
     compatibility.check_same_data(meta, Config(), "runs/a", **known | {"records": 999, "num_classes": 11})
-  same_run = Config(accumulate=2, shard=True, keep_every=1.0, keep_best="top1", on_bad_step="skip", spike=3.0, max_bad_steps=2,
-                    watchdog=1.0, keep_checkpoints=1)
+  same_run = Config(
+    accumulate=2,
+    shard=True,
+    keep_every=1.0,
+    keep_best="top1",
+    on_bad_step="skip",
+    spike=3.0,
+    max_bad_steps=2,
+    watchdog=1.0,
+    keep_checkpoints=1,
+  )
   compatibility.check_same_run(compatibility.to_json(Config()), same_run, "runs/a")
   with pytest.raises(CheckpointError, match="config.batch was 256, is 128"):
     compatibility.check_same_run(compatibility.to_json(Config()), Config(batch=128), "runs/a")
 
 
 # ---- errors of the background
+
 
 def test_an_error_in_the_background_is_one_line_and_the_next_save_works(tmp_path, said, monkeypatch):
   writer, write = Checkpoints(str(tmp_path), keep=3, say=said.append), manifest.write
@@ -277,11 +300,14 @@ def test_an_error_in_the_background_is_one_line_and_the_next_save_works(tmp_path
 
   def denied(*_):
     raise PermissionError(13, "Permission denied")
+
   monkeypatch.setattr(manifest, "write", denied)
   writer.save(small_state(2), **RUN)
   assert writer.latest() == 1 and leftovers(tmp_path) == []
-  assert said == [f"checkpoint of step 2 could not be written to {tmp_path}/checkpoints: Permission denied; the checkpoints "
-                  "before it are untouched, training goes on"]
+  assert said == [
+    f"checkpoint of step 2 could not be written to {tmp_path}/checkpoints: Permission denied; the checkpoints "
+    "before it are untouched, training goes on"
+  ]
   monkeypatch.setattr(manifest, "write", write)
   writer.save(small_state(2), **RUN)  # the same step once more
   writer.wait()
@@ -336,8 +362,16 @@ def test_two_processes_write_one_checkpoint_and_agree_on_what_to_restore(tmp_pat
     one.bind(("127.0.0.1", 0))
     port = one.getsockname()[1]
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-  both = [subprocess.Popen([sys.executable, "-c", PROGRAM, str(port), str(index), str(tmp_path)], env=environment, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for index in range(2)]
+  both = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROGRAM, str(port), str(index), str(tmp_path)],
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+    for index in range(2)
+  ]
   try:
     out = "\n".join(one.communicate(timeout=120)[0] for one in both)
   finally:

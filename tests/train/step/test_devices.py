@@ -1,4 +1,5 @@
 """However the devices share the work, the step is the same: copied or split state, parts of a batch, a loop of one's own."""
+
 import dataclasses
 import functools
 
@@ -17,15 +18,25 @@ from nfnets.train.step.state import build_network, init_state, split_network
 from nfnets.train.step.step import make_train_step, train_step_over
 
 STEPS = 20
-TINY = {"width": (16, 32), "group_width": 8, "stem_width": (4, 4, 8), "depth": (1, 1), "stem_strides": (1, 1, 1, 2),
-        "stage_strides": (1, 2)}  # two blocks: compiling takes most of the time
+TINY = {
+  "width": (16, 32),
+  "group_width": 8,
+  "stem_width": (4, 4, 8),
+  "depth": (1, 1),
+  "stem_strides": (1, 1, 1, 2),
+  "stage_strides": (1, 2),
+}  # two blocks: compiling takes most of the time
 
 
 def make_config(**changes) -> Config:
   """AGC, Nesterov, EMA, dropout and stochastic depth on."""
-  config = Config(model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
-                  data=DataConfig(name="digits"), batch=32, epochs=2,
-                  optim=OptimConfig(base_lr=0.8, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9))
+  config = Config(
+    model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
+    data=DataConfig(name="digits"),
+    batch=32,
+    epochs=2,
+    optim=OptimConfig(base_lr=0.8, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9),
+  )
   return dataclasses.replace(config, **changes)
 
 
@@ -117,8 +128,11 @@ def test_weights_are_standardized_once_however_many_parts(monkeypatch):
     config = make_config(accumulate=accumulate)
     graph, optimizer, state = prepare(config)
     program = jax.make_jaxpr(make_train_step(config, graph, optimizer))(state, batch_of(0))
-    convolutions = sum(path[-1] == "gain" for path, _ in jax.tree_util.tree_flatten_with_path(state.params.to_pure_dict())[0]
-                       for path in [[str(getattr(part, "key", part)) for part in path]])
+    convolutions = sum(
+      path[-1] == "gain"
+      for path, _ in jax.tree_util.tree_flatten_with_path(state.params.to_pure_dict())[0]
+      for path in [[str(getattr(part, "key", part)) for part in path]]
+    )
     counts.append(str(program).count(" rsqrt "))
     assert convolutions > 10 and counts[-1] == convolutions
   assert counts[0] == counts[1]
@@ -135,13 +149,16 @@ def test_statistics_of_each_device():
   after, _ = train_step_over(config, mesh, graph, optimizer, like)(sharding.put(state, like), sharding.put_batch(mesh, batch))
   gradients = jax.jit(functools.partial(local_gradients, config, graph))
   batch["key"] = row_keys(step_key(config, 0), 32)
-  halves = [gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch))
-            for part in (slice(0, 16), slice(16, 32))]
+  halves = [
+    gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch))
+    for part in (slice(0, 16), slice(16, 32))
+  ]
   grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
   updates, _ = optimizer.update(grads, state.opt_state, state.params)
   assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5 and furthest(after.stats, stats) < 1e-5
   other = train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
-      sharding.put(state, like), sharding.put_batch(mesh, batch_of(0)))[0]
+    sharding.put(state, like), sharding.put_batch(mesh, batch_of(0))
+  )[0]
   assert furthest(after.stats, other.stats) > 1e-4 and furthest(after.params, other.params) > 1e-4
 
 

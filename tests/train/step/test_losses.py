@@ -100,8 +100,9 @@ def test_masked_images_cost_nothing_and_pass_no_gradient(batch, kind):
   np.testing.assert_array_equal(got, np.where(mask, want, 0))
   grads = jax.grad(lambda x: loss(x).sum())(logits)
   assert np.isfinite(grads).all() and not np.any(grads[9:]) and np.all(np.any(grads[:9], axis=-1))
-  np.testing.assert_array_equal(loss(logits), losses.cross_entropy(
-    logits, labels, label_smoothing=0.1, kind=kind, mask=mask.astype(np.float32)))
+  np.testing.assert_array_equal(
+    loss(logits), losses.cross_entropy(logits, labels, label_smoothing=0.1, kind=kind, mask=mask.astype(np.float32))
+  )
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES])
@@ -191,21 +192,24 @@ def test_jit_over_all_devices_equals_eager(batch):
   assert jax.device_get(jit_sums) == jax.device_get(sums)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-  ({"kind": "hinge"}, "kind = 'hinge': expected 'softmax' or 'sigmoid'"),
-  ({"label_smoothing": 1.0}, r"label_smoothing = 1.0: expected a number in \[0, 1\)"),
-  ({"label_smoothing": float("nan")}, "label_smoothing = nan"),
-  ({"mix_labels": np.zeros(BATCH, int)}, "got mix_labels without ratio"),
-  ({"ratio": 0.5}, "got ratio without mix_labels"),
-  ({"mix_labels": np.zeros(BATCH, int), "ratio": np.zeros((BATCH, 1))}, r"ratio \(12, 1\)"),
-  ({"mix_labels": np.zeros(3, int), "ratio": 0.5}, r"mix_labels \(3,\)"),
-  ({"labels": np.zeros(3, int)}, r"logits \(12, 7\) need labels of the same batch: got labels \(3,\)"),
-  ({"labels": np.zeros((BATCH, 3), np.float32)}, r"labels must be int \[batch\] or float \[batch, 7\]"),
-  ({"labels": np.zeros(BATCH, np.float32)}, "labels must be int"),
-  ({"logits": np.zeros((BATCH, 2, CLASSES))}, r"logits must be float \[batch, num_classes\]"),
-  ({"logits": np.zeros((BATCH, CLASSES), int)}, "logits must be float"),
-  ({"mask": np.ones((BATCH, 1))}, r"mask must be bool \(12,\)"),
-])
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"kind": "hinge"}, "kind = 'hinge': expected 'softmax' or 'sigmoid'"),
+    ({"label_smoothing": 1.0}, r"label_smoothing = 1.0: expected a number in \[0, 1\)"),
+    ({"label_smoothing": float("nan")}, "label_smoothing = nan"),
+    ({"mix_labels": np.zeros(BATCH, int)}, "got mix_labels without ratio"),
+    ({"ratio": 0.5}, "got ratio without mix_labels"),
+    ({"mix_labels": np.zeros(BATCH, int), "ratio": np.zeros((BATCH, 1))}, r"ratio \(12, 1\)"),
+    ({"mix_labels": np.zeros(3, int), "ratio": 0.5}, r"mix_labels \(3,\)"),
+    ({"labels": np.zeros(3, int)}, r"logits \(12, 7\) need labels of the same batch: got labels \(3,\)"),
+    ({"labels": np.zeros((BATCH, 3), np.float32)}, r"labels must be int \[batch\] or float \[batch, 7\]"),
+    ({"labels": np.zeros(BATCH, np.float32)}, "labels must be int"),
+    ({"logits": np.zeros((BATCH, 2, CLASSES))}, r"logits must be float \[batch, num_classes\]"),
+    ({"logits": np.zeros((BATCH, CLASSES), int)}, "logits must be float"),
+    ({"mask": np.ones((BATCH, 1))}, r"mask must be bool \(12,\)"),
+  ],
+)
 def test_bad_arguments_of_cross_entropy(batch, change, message):
   arguments = {"logits": batch["logits"], "labels": batch["labels"], **change}
   with pytest.raises(ValueError, match=message):

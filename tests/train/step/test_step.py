@@ -1,4 +1,5 @@
 """The step: the same on 1 and 8 devices, nothing changes once a number is not finite, exact evaluation on any batch."""
+
 import dataclasses
 
 import jax
@@ -21,9 +22,13 @@ from nfnets.train.step.step import eval_step_over, train_step_over
 
 def make_config(model: str) -> Config:
   small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
-  return Config(model=ModelConfig(name=model, drop_rate=0.2, overrides=small), data=DataConfig(name="digits", shift=1),
-                optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9),
-                batch=64, epochs=2)
+  return Config(
+    model=ModelConfig(name=model, drop_rate=0.2, overrides=small),
+    data=DataConfig(name="digits", shift=1),
+    optim=OptimConfig(base_lr=0.2, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9),
+    batch=64,
+    epochs=2,
+  )
 
 
 def prepare(config: Config, devices: int):
@@ -34,8 +39,13 @@ def prepare(config: Config, devices: int):
   optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=22, total_steps=44)
   state = init_state(params, stats, optimizer, config)
   like = sharding.place(mesh, state, shard=config.shard)
-  return (mesh, train_step_over(config, mesh, graph, optimizer, like), eval_step_over(config, mesh, graph),
-          sharding.put(state, like), TrainBatches(data, config.data, batch=config.batch, seed=config.seed))
+  return (
+    mesh,
+    train_step_over(config, mesh, graph, optimizer, like),
+    eval_step_over(config, mesh, graph),
+    sharding.put(state, like),
+    TrainBatches(data, config.data, batch=config.batch, seed=config.seed),
+  )
 
 
 def test_eight_devices_equal_one():
