@@ -9,6 +9,7 @@ schedule, weight decay, augmentation, EMA.
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 
 NETWORKS = {"none": "nf_resnet_tiny", "batch": "resnet_tiny"}
 
@@ -16,7 +17,7 @@ NETWORKS = {"none": "nf_resnet_tiny", "batch": "resnet_tiny"}
 def get_config(arg: str = "norm=none") -> Config:
   key, _, norm = arg.partition("=")
   if key != "norm" or norm not in NETWORKS:
-    raise ValueError(f"configs/cifar10.py takes norm=none or norm=batch, got {arg!r}")
+    raise UserError(f"configs/cifar10.py takes norm=none or norm=batch, got {arg!r}")
   return Config(
     model=ModelConfig(name=NETWORKS[norm]),
     data=DataConfig(name="cifar10", num_classes=10, shift=4, flip=True, mean=(125.3, 123.0, 113.9), std=(63.0, 62.1, 66.7)),

@@ -6,11 +6,12 @@ The published recipe (AGC, Nesterov, warm-up and cosine, label smoothing, EMA) o
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 
 
 def get_config(arg: str = "") -> Config:
   if arg:
-    raise ValueError(f"configs/digits.py takes no argument, got {arg!r}")
+    raise UserError(f"configs/digits.py takes no argument, got {arg!r}")
   return Config(
     model=ModelConfig(name="nfnet_digits"),
     data=DataConfig(name="digits", shift=1, mean=(77.8,) * 3, std=(95.9,) * 3),

@@ -7,12 +7,13 @@ Not yet run to its end here.
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 
 
 def get_config(arg: str = "B0") -> Config:
   variant, *options = arg.split(",")
   if variant not in ("B0", "B1", "B2", "B3", "B4", "B5") or set(options) - {"minival"}:
-    raise ValueError(f"configs/nf_regnet.py takes B0 to B5, and minival, e.g. B0,minival; got {arg!r}")
+    raise UserError(f"configs/nf_regnet.py takes B0 to B5, and minival, e.g. B0,minival; got {arg!r}")
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(
     model=ModelConfig(name=f"nf_regnet_{variant.lower()}"),

@@ -9,6 +9,7 @@ Not yet run to its end here.
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 
 DEPTHS = ("50", "101", "152", "200", "288", "600")
 
@@ -17,7 +18,7 @@ def get_config(arg: str = "50") -> Config:
   depth, *options = arg.split(",")
   sizes = [option.removeprefix("bs=") for option in options if option.startswith("bs=")] or ["1024"]
   if depth not in DEPTHS or len(sizes) + ("minival" in options) < len(options) or not sizes[0].isdigit() or int(sizes[0]) < 1:
-    raise ValueError(f"configs/nf_resnet.py takes a depth of {', '.join(DEPTHS)}, bs=N and minival, e.g. 50,bs=1024; got {arg!r}")
+    raise UserError(f"configs/nf_resnet.py takes a depth of {', '.join(DEPTHS)}, bs=N and minival, e.g. 50,bs=1024; got {arg!r}")
   batch = int(sizes[0])
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(

@@ -9,6 +9,7 @@ Not yet run to its end here. Published top-1: F0 83.6, F1 84.7, F2 85.1, F3 85.7
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 
 VARIANTS = tuple(f"F{level}{plus}" for plus in ("", "+") for level in range(8))
 
@@ -16,7 +17,7 @@ VARIANTS = tuple(f"F{level}{plus}" for plus in ("", "+") for level in range(8))
 def get_config(arg: str = "F0") -> Config:
   variant, *options = arg.split(",")
   if variant not in VARIANTS or set(options) - {"minival"}:
-    raise ValueError(f"configs/nfnet.py takes F0 to F7 or F0+ to F7+, and minival, e.g. F0,minival; got {arg!r}")
+    raise UserError(f"configs/nfnet.py takes F0 to F7 or F0+ to F7+, and minival, e.g. F0,minival; got {arg!r}")
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(
     # dropout, image sizes and RandAugment come from the variant's row

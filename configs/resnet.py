@@ -8,13 +8,14 @@ Not yet run to its end here.
 
 from nfnets import models
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 
 
 def get_config(arg: str = "50") -> Config:
   depth, *options = arg.split(",")
   depths = [name.removeprefix("resnet") for name in models.names() if name.removeprefix("resnet").isdigit()]
   if depth not in depths or set(options) - {"minival"}:
-    raise ValueError(f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival; got {arg!r}")
+    raise UserError(f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival; got {arg!r}")
   train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
   return Config(
     model=ModelConfig(name=f"resnet{depth}"),

@@ -12,7 +12,6 @@ export: writes the newest good checkpoint's network, the average (EMA) where it 
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 
@@ -22,6 +21,7 @@ import rich.table
 from absl import flags
 
 from launch import cli
+from nfnets.files import write_file
 from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManifestError
 
 
@@ -158,14 +158,7 @@ def export(values: flags.FlagValues, where: str) -> int:
     "weights": weights,
     **{name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()},
   }
-  temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-  try:
-    safetensors.numpy.save_file(arrays, temporary, metadata)
-    with open(temporary, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, out)
-  finally:
-    temporary.unlink(missing_ok=True)
+  write_file(out, safetensors.numpy.save(arrays, metadata))
   _console().print(
     f"{out}: {weights} of {checkpoints.path(step)}, {len(arrays)} arrays, "
     f"{sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"

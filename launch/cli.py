@@ -17,15 +17,15 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import config_flags
 
-import nfnets
 from nfnets import distributed
 from nfnets.config import Config
 from nfnets.distributed.errors import LostPeer
+from nfnets.errors import UserError
 from nfnets.train.checkpoints import retention
 from nfnets.train.checkpoints.errors import SaveError
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
   """The command line asks for something that cannot be."""
 
 
@@ -102,10 +102,7 @@ def main(
     distributed.shutdown()
   except LostPeer as error:
     fail(error, distributed.LOST)
-  except ValueError as error:
-    if not _raised_here(error):
-      _fail_with_traceback(error)
-      raise
+  except UserError as error:
     fail(error, 2)
   except (FloatingPointError, SaveError) as error:
     fail(error, 1)
@@ -162,13 +159,6 @@ def _fail_with_traceback(error: Exception) -> None:
   """In a run of several processes: every line with the process's number, and the end of them all. Otherwise nothing."""
   lines = "".join(traceback.format_exception(error)).splitlines()
   distributed.fail(error, 1, "".join(f"{distributed.label()}{line}\n" for line in lines))
-
-
-def _raised_here(error: BaseException) -> bool:
-  """Whether our own code raised this, on purpose; what a library raised is a bug of ours."""
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  ours = (pathlib.Path(__file__).parent, pathlib.Path(nfnets.__file__).parent, pathlib.Path("configs").resolve())
-  return any(path in pathlib.Path(frame.filename).resolve().parents for path in ours)
 
 
 def _check_config_arguments(arguments: list[str]) -> None:

@@ -23,6 +23,7 @@ import optax
 
 from nfnets.agc import agc, named_leaves
 from nfnets.config import OptimConfig
+from nfnets.errors import UserError
 
 # Leaf names of our models, of Flax layers and of Haiku's; the published rule spares gains, biases, scales and offsets.
 KERNELS = r"(^|/)(kernel|embedding|w)$"
@@ -61,13 +62,13 @@ def default_groups(params: Any, config: OptimConfig) -> tuple[ParameterGroup, ..
     config: `agc_exclude` is read.
 
   Raises:
-    ValueError: a pattern of `config.agc_exclude` is found in no path.
+    UserError: a pattern of `config.agc_exclude` is found in no path.
   """
   config.validate()
   leaves = _leaves(params)
   for pattern in config.agc_exclude:
     if not any(re.search(pattern, path) for path, _, _ in leaves):
-      raise ValueError(
+      raise UserError(
         f"OptimConfig.agc_exclude: pattern {pattern!r} is found in none of the {len(leaves)} parameter paths, such as "
         f"{_listing([path for path, _, _ in leaves])}."
       )
@@ -91,29 +92,29 @@ def parameter_groups(params: Any, groups: Sequence[ParameterGroup]) -> dict[str,
     {path: group} for every leaf, in the tree's order.
 
   Raises:
-    ValueError: a parameter is in no group or in several, a pattern is found in no path, two groups share a name, or a
+    UserError: a parameter is in no group or in several, a pattern is found in no path, two groups share a name, or a
       group clips a parameter that its model marks as not to be clipped.
   """
   leaves = _leaves(params)
   names = [group.name for group in groups]
   if len(set(names)) < len(names):
-    raise ValueError(f"Parameter groups need names of their own: got {names}.")
+    raise UserError(f"Parameter groups need names of their own: got {names}.")
   shown = "; ".join(f"{group.name!r} has patterns {_listing(map(repr, group.patterns))}" for group in groups)
   for group in groups:
     for pattern in group.patterns + group.but_not:
       if not any(re.search(pattern, path) for path, _, _ in leaves):
-        raise ValueError(f"Pattern {pattern!r} of parameter group {group.name!r} is found in no parameter's path.")
+        raise UserError(f"Pattern {pattern!r} of parameter group {group.name!r} is found in no parameter's path.")
 
   found = {path: [group for group in groups if group.matches(path)] for path, _, _ in leaves}
   orphans = [path for path, owners in found.items() if not owners]
   if orphans:
-    raise ValueError(f"In no parameter group: {_listing(orphans)}. Groups: {shown}. Widen a pattern or pass `groups`.")
+    raise UserError(f"In no parameter group: {_listing(orphans)}. Groups: {shown}. Widen a pattern or pass `groups`.")
   shared = [f"{path} ({', '.join(o.name for o in owners)})" for path, owners in found.items() if len(owners) > 1]
   if shared:
-    raise ValueError(f"In several parameter groups: {_listing(shared)}. Groups: {shown}. Use `but_not` to part them.")
+    raise UserError(f"In several parameter groups: {_listing(shared)}. Groups: {shown}. Use `but_not` to part them.")
   clipped = [path for path, marked, _ in leaves if marked and found[path][0].clip]
   if clipped:
-    raise ValueError(f"Marked agc=False by the model, but in a group that clips: {_listing(clipped)}. Groups: {shown}.")
+    raise UserError(f"Marked agc=False by the model, but in a group that clips: {_listing(clipped)}. Groups: {shown}.")
   return {path: owners[0] for path, owners in found.items()}
 
 
@@ -154,7 +155,7 @@ def peak_lr(config: OptimConfig, batch: int) -> float:
     batch: images a step, over all devices.
   """
   if batch < 1:
-    raise ValueError(f"batch = {batch!r}: expected the number of images a step, at least 1.")
+    raise UserError(f"batch = {batch!r}: expected the number of images a step, at least 1.")
   return config.base_lr * batch / 256 if config.scale_lr else config.base_lr
 
 
@@ -174,22 +175,22 @@ def make_schedule(config: OptimConfig, *, batch: int, steps_per_epoch: float, to
     schedule: step (int or int []) → learning rate, float32 [].
 
   Raises:
-    ValueError: a number is out of range, the warm-up leaves no step after it, or the end is above the peak.
+    UserError: a number is out of range, the warm-up leaves no step after it, or the end is above the peak.
   """
   config.validate()
   peak, end = peak_lr(config, batch), config.end_lr
   if not 0 < steps_per_epoch < math.inf:
-    raise ValueError(f"steps_per_epoch = {steps_per_epoch!r}: expected a finite number > 0.")
+    raise UserError(f"steps_per_epoch = {steps_per_epoch!r}: expected a finite number > 0.")
   if total_steps < 1:
-    raise ValueError(f"total_steps = {total_steps!r}: expected at least 1.")
+    raise UserError(f"total_steps = {total_steps!r}: expected at least 1.")
   warmup = config.warmup_epochs * steps_per_epoch
   if warmup >= total_steps:
-    raise ValueError(
+    raise UserError(
       f"The warm-up of {config.warmup_epochs:g} epochs ({warmup:g} steps) does not end within the training of "
       f"{total_steps} steps. Lower OptimConfig.warmup_epochs or train for longer."
     )
   if end > peak:
-    raise ValueError(f"OptimConfig.end_lr = {end:g} is above the peak learning rate {peak:g}; lower it.")
+    raise UserError(f"OptimConfig.end_lr = {end:g} is above the peak learning rate {peak:g}; lower it.")
 
   def schedule(step: jax.Array | int) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
@@ -232,7 +233,7 @@ def make_optimizer(
     groups: parameter groups; None = `default_groups(params, config)`.
 
   Raises:
-    ValueError: a field is invalid, the schedule does not fit (`make_schedule`), a parameter is not in exactly one group
+    UserError: a field is invalid, the schedule does not fit (`make_schedule`), a parameter is not in exactly one group
       (`parameter_groups`); at init or update, the tree has a parameter that `params` lacks.
   """
   schedule = make_schedule(config, batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
@@ -242,7 +243,7 @@ def make_optimizer(
     # By path, not as a fixed tree: so it also fits a tree that another wrapper has masked or annotated.
     paths = [path for path, _, _ in _leaves(tree)]
     if strangers := [path for path in paths if path not in owners]:
-      raise ValueError(f"This optimizer was made for other parameters; it does not know {_listing(strangers)}.")
+      raise UserError(f"This optimizer was made for other parameters; it does not know {_listing(strangers)}.")
     return jax.tree.unflatten(jax.tree.structure(tree), [owners[path].decay for path in paths])
 
   links = {}

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "nfnets.train",
   ),
   "nfnets": ("nfnets.agc", "nfnets.models"),  # the package's front door, nfnets/__init__.py
-  "configs": ("nfnets.config", "nfnets.models"),
+  "configs": ("nfnets.config", "nfnets.errors", "nfnets.models", "configs"),
   "launch": ("nfnets", "configs"),
 }
 

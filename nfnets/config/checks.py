@@ -1,11 +1,13 @@
-"""What the fields of every configuration are checked with: one clear ValueError, naming field, value and expectation."""
+"""What the fields of every configuration are checked with: one clear UserError, naming field, value and expectation."""
 
 import difflib
 import re
 
+from nfnets.errors import UserError
 
-def invalid(field: str, value: object, expected: str, kind: str = "OptimConfig") -> ValueError:
-  return ValueError(f"{kind}.{field} = {value!r}: expected {expected}.")
+
+def invalid(field: str, value: object, expected: str, kind: str = "OptimConfig") -> UserError:
+  return UserError(f"{kind}.{field} = {value!r}: expected {expected}.")
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...], kind: str = "OptimConfig") -> None:
@@ -13,7 +15,7 @@ def check_choice(field: str, value: object, choices: tuple[str, ...], kind: str 
     return
   near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
   hint = f" Did you mean {near[0]!r}?" if near else ""
-  raise ValueError(f"{kind}.{field} = {value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
+  raise UserError(f"{kind}.{field} = {value!r}: expected one of {', '.join(map(repr, choices))}.{hint}")
 
 
 def check_number(field: str, value: object, expected: str, accepts, kind: str = "OptimConfig") -> None:

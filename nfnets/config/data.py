@@ -70,7 +70,7 @@ class DataConfig:
   std: tuple[float, ...] = (58.395, 57.12, 57.375)
 
   def validate(self) -> None:
-    """Checks every field; raises ValueError naming the field, the value got and what was expected."""
+    """Checks every field; raises UserError naming the field, the value got and what was expected."""
     for field, choices in _DATA_CHOICES.items():
       check_choice(field, getattr(self, field), choices, "DataConfig")
     for field in ("name", "train_split", "test_split", "image_key", "label_key"):

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from nfnets.errors import UserError
+
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ModelConfig:
@@ -30,4 +32,4 @@ class ModelConfig:
 
   def validate(self) -> None:
     if self.dtype not in ("float32", "bfloat16"):
-      raise ValueError(f"ModelConfig.dtype = {self.dtype!r}: expected 'float32' or 'bfloat16'.")
+      raise UserError(f"ModelConfig.dtype = {self.dtype!r}: expected 'float32' or 'bfloat16'.")

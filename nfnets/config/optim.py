@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from nfnets.config.checks import check_choice, check_number, check_patterns, invalid
+from nfnets.errors import UserError
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
 SCHEDULES = ("cosine", "constant")
@@ -28,7 +29,7 @@ class OptimConfig:
   computed in `nfnets.optim`, never stored.
 
   Raises:
-    ValueError: a field has a wrong type or range, names an unknown choice, or is not read by the chosen optimizer.
+    UserError: a field has a wrong type or range, names an unknown choice, or is not read by the chosen optimizer.
   """
 
   # Optimizer: "sgd", "adamw" or "lars". Plain SGD is "sgd" with momentum 0.
@@ -81,7 +82,7 @@ class OptimConfig:
     self.validate()
 
   def validate(self) -> None:
-    """Checks every field; raises ValueError naming the field, the value got and what was expected."""
+    """Checks every field; raises UserError naming the field, the value got and what was expected."""
     check_choice("name", self.name, OPTIMIZERS)
     check_choice("schedule", self.schedule, SCHEDULES)
     for field in ("base_lr", "eps", "agc_eps", "trust_coefficient"):
@@ -106,13 +107,13 @@ class OptimConfig:
       readers = _READ_BY.get(field.name, OPTIMIZERS)
       value = getattr(self, field.name)
       if self.name not in readers and value != field.default:
-        raise ValueError(
+        raise UserError(
           f"OptimConfig.{field.name} = {value!r} has no effect: only {' and '.join(readers)} read it, and name is "
           f"{self.name!r}. Leave it at its default {field.default!r} or change OptimConfig.name."
         )
     if self.schedule == "constant" and self.end_lr != 0:
-      raise ValueError(
+      raise UserError(
         f"OptimConfig.end_lr = {self.end_lr!r} has no effect with schedule 'constant'. Set it to 0 or choose 'cosine'."
       )
     if self.name == "sgd" and self.nesterov and self.momentum == 0:
-      raise ValueError("OptimConfig.nesterov = True needs momentum > 0, got momentum 0. Raise it or unset nesterov.")
+      raise UserError("OptimConfig.nesterov = True needs momentum > 0, got momentum 0. Raise it or unset nesterov.")

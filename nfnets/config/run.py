@@ -7,6 +7,7 @@ from nfnets.config.checks import check_choice, check_number, invalid
 from nfnets.config.data import DataConfig
 from nfnets.config.model import ModelConfig
 from nfnets.config.optim import OptimConfig
+from nfnets.errors import UserError
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -14,7 +15,7 @@ class Config:
   """A whole training run. Values that follow from others (steps, learning rate) are computed where they are used.
 
   Raises (from `validate`, which the programs call after the command line's overrides):
-    ValueError: a field has a wrong value; the message names it.
+    UserError: a field has a wrong value; the message names it.
   """
 
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -67,11 +68,11 @@ class Config:
     for field in ("batch", "eval_batch", "accumulate", "log_every", "keep_checkpoints", "max_bad_steps"):
       value = getattr(self, field)
       if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Config.{field} = {value!r}: expected a whole number >= 1.")
+        raise UserError(f"Config.{field} = {value!r}: expected a whole number >= 1.")
     for field in ("epochs", "eval_every", "checkpoint_every"):
       value = getattr(self, field)
       if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"Config.{field} = {value!r}: expected a finite number of epochs > 0.")
+        raise UserError(f"Config.{field} = {value!r}: expected a finite number of epochs > 0.")
     for field in ("keep_every", "watchdog", "spike"):
       check_number(field, getattr(self, field), "a finite number >= 0", lambda x: 0 <= x < math.inf, "Config")
     for field, choices in _CHOICES.items():
@@ -81,9 +82,9 @@ class Config:
     if 0 < self.spike <= 1:
       raise invalid("spike", self.spike, "a factor > 1 (or 0: any loss will do)", "Config")
     if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-      raise ValueError(f"Config.seed = {self.seed!r}: expected a whole number in [0, 2**32).")
+      raise UserError(f"Config.seed = {self.seed!r}: expected a whole number in [0, 2**32).")
     if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing < 1:
-      raise ValueError(f"Config.label_smoothing = {self.label_smoothing!r}: expected a number in [0, 1).")
+      raise UserError(f"Config.label_smoothing = {self.label_smoothing!r}: expected a number in [0, 1).")
 
 
 _METRICS = tuple(f"{average}{metric}" for average in ("", "ema_") for metric in ("top1", "top5", "loss"))

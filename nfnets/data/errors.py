@@ -1,7 +1,9 @@
 """What can be wrong with data: one error for what a person must mend, one for a single record that can be replaced."""
 
+from nfnets.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
   """The data is not there, cannot be read, or is not what the configuration says."""
 
 

@@ -2,7 +2,7 @@
 
 from nfnets.distributed.agree import broadcast_from_first, differences, require_equal, require_seen, require_shared_storage
 from nfnets.distributed.errors import LostPeer, ProcessError
-from nfnets.distributed.start import LOST, STOPPED, TIMEOUT_S, Processes, fail, label, shutdown, start
+from nfnets.distributed.processes import LOST, STOPPED, TIMEOUT_S, Processes, fail, label, shutdown, start
 
 __all__ = [
   "LOST",

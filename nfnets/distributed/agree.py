@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 import nfnets
 from nfnets.distributed.errors import ProcessError
-from nfnets.distributed.start import Say, print_line
+from nfnets.distributed.processes import Say, print_line
 
 _SHOWN = 48  # characters of a value that an error shows; of longer ones it shows a hash, or the fields that differ
 

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from nfnets import models, optim
 from nfnets.config import Config
+from nfnets.errors import UserError
 from nfnets.measure import hlo, plan_report, step
 from nfnets.measure.chips import chip
 from nfnets.models import layers
@@ -57,7 +58,7 @@ _LIBTPU = {
 HEARTBEAT = 60.0  # seconds between two lines while a compiler works
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError):
   """The topology cannot be had; the message says which can, or what to install."""
 
 
@@ -109,7 +110,7 @@ def make_plan(
     say: gets a line as each compilation begins and ends, and every minute between.
 
   Raises:
-    TopologyError; ValueError where the config is wrong, or the devices cannot share its batch; what `models.create` raises.
+    TopologyError; UserError where the config is wrong, or the devices cannot share its batch; what `models.create` raises.
   """
   config.validate()
   mesh = mesh or sharding.make_mesh(None if topology is None else tpu_devices(topology))

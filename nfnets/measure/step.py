@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 
 from nfnets import models, optim
 from nfnets.config import Config
+from nfnets.errors import UserError
 from nfnets.measure.chips import peak_tflops
 from nfnets.measure.step_report import AgcOverhead, Memory, Spread, StepReport
 from nfnets.train.step import sharding
@@ -41,7 +42,7 @@ IMAGENET_IMAGES = 1_281_167
 AGC_PAIRS = 10
 
 
-class OutOfMemoryError(ValueError):
+class OutOfMemoryError(UserError):
   """The step does not fit into the devices' memory; the message says what to lower."""
 
 
@@ -70,7 +71,7 @@ def benchmark_step(
     say: gets a line as each phase begins.
 
   Raises:
-    ValueError: a field or argument is out of range, the batch does not divide among the devices, `without_agc` where
+    UserError: a field or argument is out of range, the batch does not divide among the devices, `without_agc` where
       the config has no AGC; OutOfMemoryError where it does not fit; what `models.create` and `optim.make_optimizer`
       raise.
     FloatingPointError: the loss or a gradient was not finite, so the times would mean nothing.
@@ -78,10 +79,10 @@ def benchmark_step(
   config.validate()
   for name, value in (("steps", steps), ("warmup", warmup)):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ValueError(f"{name} = {value!r}: expected a whole number >= 1.")
+      raise UserError(f"{name} = {value!r}: expected a whole number >= 1.")
   clips = config.optim.clipping is not None and config.optim.clipping < math.inf
   if without_agc and not clips:
-    raise ValueError(
+    raise UserError(
       f"without_agc needs AGC to compare with, but config.optim.clipping={config.optim.clipping}; set it, e.g. to 0.01"
     )
   mesh = sharding.make_mesh() if mesh is None else mesh

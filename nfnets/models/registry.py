@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nfnets.errors import UserError
 from nfnets.models import layers, nf_regnet, nf_resnet, nfnet, resnet
 from nfnets.models.network import Network
 
@@ -28,15 +29,15 @@ _VARIANTS: dict[str, tuple[type[Network], Config]] = {
 }
 
 
-class UnknownModelError(ValueError):
+class UnknownModelError(UserError):
   """No model has this name; the message lists near ones."""
 
 
-class UnknownOverrideError(ValueError):
+class UnknownOverrideError(UserError):
   """This model has no field of that name; the message lists near ones, or all."""
 
 
-class InvalidOverrideError(ValueError):
+class InvalidOverrideError(UserError):
   """A field of the model was given a value that it cannot have."""
 
 

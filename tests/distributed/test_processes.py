@@ -12,7 +12,7 @@ import time
 import pytest
 
 from nfnets import distributed
-from nfnets.distributed import agree, detect, lifeline, meeting, start
+from nfnets.distributed import agree, detect, lifeline, meeting, processes
 from nfnets.distributed.detect import Membership
 from nfnets.distributed.errors import LostPeer, ProcessError
 
@@ -189,8 +189,8 @@ def test_a_task_gets_one_gpu_only_where_several_share_a_node():
 
 def test_one_process_starts_nothing(monkeypatch):
   said = []
-  monkeypatch.setattr(start, "_started", False)
-  monkeypatch.setattr(start, "_me", None)
+  monkeypatch.setattr(processes, "_started", False)
+  monkeypatch.setattr(processes, "_me", None)
   monkeypatch.setattr(meeting, "meet", lambda *_, **__: pytest.fail("met somebody"))
   me = distributed.start(count=1, say=said.append)
   assert me == distributed.Processes(0, 1, "flags") and said == ["processes: one (flags)"]

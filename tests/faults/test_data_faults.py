@@ -12,7 +12,7 @@ from fsspec.registry import register_implementation
 from PIL import Image
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.data.storage import buckets
+from nfnets.data.storage import remote
 from nfnets.train import loop
 from nfnets.train.logs.logbook import read_jsonl
 from tests import shards
@@ -112,7 +112,7 @@ def test_images_that_cannot_be_decoded_are_counted_exactly(dataset, tmp_path, ca
 @pytest.mark.long
 def test_storage_that_fails_and_stalls_changes_nothing(dataset, tmp_path, monkeypatch, row):
   """Every fifth read fails, some stall: the same losses as from the disk."""
-  monkeypatch.setattr(buckets, "BLOCK", 4096)  # a few images a request
+  monkeypatch.setattr(remote, "BLOCK", 4096)  # a few images a request
   memory = MemoryFileSystem()
   for file in sorted((dataset / "whole" / "1.0.0").iterdir()):
     memory.pipe_file(f"/faults/whole/1.0.0/{file.name}", file.read_bytes())

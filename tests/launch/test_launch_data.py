@@ -149,13 +149,13 @@ def test_an_interrupted_shard_is_made_again_and_the_finished_are_kept(photos, tm
   path = pathlib.Path(job.path)
   assert sorted(file.name for file in path.iterdir()) == ["pictures-train.tfrecord-00000-of-00003", "prepared.json"]
   kept = (path / "pictures-train.tfrecord-00000-of-00003").stat().st_mtime_ns
-  (path / "pictures-train.tfrecord-00001-of-00003.tmp").write_bytes(b"of a run that was killed")
+  (path / ".pictures-train.tfrecord-00001-of-00003.0123456789ab.tmp").write_bytes(b"of a run that was killed")
   with contextlib.closing(prepare.Preparation(photos, str(tmp_path / "out"), short_side=20, shards=3)) as job:
     assert (job.done, job.total) == (3, 15)
     made = job.run()
   assert (made.kept, made.shards, made.records) == (1, 4, {"train": 11, "validation": 4})
   assert (path / "pictures-train.tfrecord-00000-of-00003").stat().st_mtime_ns == kept
-  assert not list(path.glob("*.tmp"))
+  assert not list(path.glob(".*.tmp"))
   for file in pathlib.Path(expected.path).iterdir():
     assert (path / file.name).read_bytes() == file.read_bytes()
 

@@ -228,7 +228,8 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
 def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
   """As Ctrl-C does with `… | tee log`: the run still saves, and its status says "run me again"."""
   program = (
-    "import os, signal, sys; from nfnets.train.logs.logbook import Logbook; from nfnets.distributed.signals import stop_on_signals\n"
+    "import os, signal, sys; from nfnets.train.logs.logbook import Logbook\n"
+    "from nfnets.distributed.signals import stop_on_signals\n"
     "with stop_on_signals() as stop:\n"
     "  log = Logbook(sys.argv[1], start_step=0, total_steps=10)\n"
     "  sys.stdin.read()\n"

@@ -44,7 +44,7 @@ def _encoded(keys: tuple[str, ...]) -> dict[bytes, str]:
   return {key.encode(): key for key in keys}
 
 
-def _encode_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
   """The number at `at`, seven bits a byte, lowest first, and where it ends."""
   value = data[at]
   if value < 128:
@@ -66,16 +66,16 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     tag = data[at]  # nearly always one byte; a call for each would double the time
     at += 1
     if tag > 127:
-      tag, at = _encode_varint(data, at - 1)
+      tag, at = _read_varint(data, at - 1)
     kind = tag & 7
     if kind == 2:
       size = data[at]
       start = at + 1
       if size > 127:
-        size, start = _encode_varint(data, at)
+        size, start = _read_varint(data, at)
       at = start + size
     elif kind == 0:
-      start, at = _encode_varint(data, at)
+      start, at = _read_varint(data, at)
     elif kind in (1, 5):
       start = at
       at += 8 if kind == 1 else 4
@@ -97,7 +97,7 @@ def _value(data: bytes, at: int, end: int, key: str) -> bytes | int:
           values.append(a)
         elif tag == 0o12:
           while a < b:
-            number, a = _encode_varint(data, a)
+            number, a = _read_varint(data, a)
             values.append(number)
     elif kind == 0o22:
       raise ValueError(f"its feature {key!r} holds floats, not bytes or integers")

@@ -7,7 +7,6 @@ import io
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from nfnets.data.errors import reason
 from nfnets.data.storage import remote, tfrecord
+from nfnets.files import whole_file
 
 _SAY_EVERY = 10.0  # seconds between two progress lines
 
@@ -173,11 +173,5 @@ def _write_cache(path: str, index: RecordIndex, stamps: list[tuple[int, str]]) -
     remote.write_file(path, stream.getvalue())
     return
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-  try:
-    with open(temporary, "xb") as stream:
-      np.savez(stream, **arrays)
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.unlink(temporary)
+  with whole_file(path) as stream:
+    np.savez(stream, **arrays)

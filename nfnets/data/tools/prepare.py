@@ -6,13 +6,11 @@ whole or not at all, so that an interrupted run goes on with the first one missi
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -26,6 +24,7 @@ from nfnets.data.sources.base import Source
 from nfnets.data.sources.open import open_source
 from nfnets.data.storage import remote, tfrecord
 from nfnets.data.storage.example import serialize_example
+from nfnets.files import remove_unfinished, whole_file, write_file
 
 VERSION = "1.0.0"
 
@@ -110,10 +109,11 @@ class Preparation:
     done, lost = self.done, 0
     self._prefetch(missing[:1])
     try:
+      remove_unfinished(self.path)
       with _Results(self._encoded, [(shard[0], i) for shard in missing for i in range(*shard[3:])]) as results:
         for at, (split, number, count, start, stop) in enumerate(missing):
           self._prefetch(missing[at + 1 : at + 2])
-          with _whole(self._shard(split, number, count)) as stream:
+          with whole_file(self._shard(split, number, count)) as stream:
             for payload in results.take(stop - start):
               if isinstance(payload, CorruptRecord):
                 lost += 1
@@ -169,8 +169,7 @@ class Preparation:
         ) from None
       try:
         os.makedirs(self.path, exist_ok=True)
-        with _whole(path) as stream:
-          stream.write(json.dumps(settings, indent=2).encode())
+        write_file(path, json.dumps(settings, indent=2).encode())
       except OSError as error:
         raise DataError(f"{self.path} cannot be written: {error.strerror}") from error
     except (OSError, json.JSONDecodeError, AttributeError) as error:
@@ -236,8 +235,8 @@ class Preparation:
       "description": f"{self._config.name}, shorter side at most {self._short_side} pixels, JPEG quality {self._quality}",
       "supervisedKeys": {"tuple": {"items": [{"featureKey": image}, {"featureKey": label}]}},
     }
-    with _whole(os.path.join(self.path, "dataset_info.json")) as stream:  # the last file: without it there is no dataset
-      stream.write(json.dumps(info, indent=2).encode())
+    # the last file: without it there is no dataset
+    write_file(os.path.join(self.path, "dataset_info.json"), json.dumps(info, indent=2).encode())
     return lengths
 
 
@@ -266,19 +265,6 @@ def smaller(image: bytes | np.ndarray, *, short_side: int, quality: int) -> byte
   size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
   pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
   return simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
-
-
-@contextlib.contextmanager
-def _whole(path: str) -> Iterator[BinaryIO]:
-  """A file to be written that appears under its name when all is in it."""
-  temporary = f"{path}.tmp"
-  try:
-    with open(temporary, "wb") as stream:
-      yield stream
-    os.replace(temporary, path)
-  finally:
-    if os.path.exists(temporary):
-      os.unlink(temporary)
 
 
 class _Results:

@@ -1,7 +1,9 @@
 """What can be wrong with checkpoints: nothing good to go on from, or nothing written."""
 
+from nfnets.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
   """There is no good checkpoint, or it is not one of this configuration's; the message says what is wrong or differs."""
 
 

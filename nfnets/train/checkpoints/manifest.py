@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from nfnets.files import replace, sync_directory
+from nfnets.files import sync_directory, write_file
 from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManifestError
 
 NAME = "manifest.json"
@@ -39,13 +39,13 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
   for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory, directory.parent):
     sync_directory(path)
   body = {"schema": SCHEMA, "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **facts, "files": files}
-  replace(directory / NAME, _render(body).encode())
+  write_file(directory / NAME, _render(body).encode())
   return body
 
 
 def amend(directory: pathlib.Path, **facts: Any) -> None:
   """Changes what a manifest says beside the files."""
-  replace(directory / NAME, _render(read(directory) | facts).encode())
+  write_file(directory / NAME, _render(read(directory) | facts).encode())
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from nfnets import distributed
-from nfnets.files import replace
+from nfnets.files import write_file
 from nfnets.train.logs.curves import draw_curves
 
 LINES, EVENTS = "metrics.jsonl", "tensorboard"
@@ -87,7 +87,7 @@ class Logbook:
   def _open_lines(self) -> None:
     """Writes all records anew: metrics.jsonl is the old or the whole new one, whenever the power fails."""
     path = self._dir / LINES
-    replace(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+    write_file(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
     self._files[LINES] = open(path, "a", encoding="utf-8")
 
   def _open_events(self, step: int) -> None:

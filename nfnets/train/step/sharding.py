@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nfnets.errors import UserError
+
 AXIS = "data"
 SMALLEST = 4096  # elements; smaller arrays are copied: sending them costs more than they take
 
@@ -68,10 +70,10 @@ def whole_batch(batch: int, mesh: Mesh) -> int:
 
 
 def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Raises ValueError where the devices cannot share `batch` images evenly, in `accumulate` equal parts each."""
+  """Raises UserError where the devices cannot share `batch` images evenly, in `accumulate` equal parts each."""
   parts = mesh.size * accumulate
   if batch % parts:
     lower, upper = batch // parts * parts, -(-batch // parts) * parts
     near = f"{lower} or {upper}" if lower else str(upper)
     times = f" times config.accumulate={accumulate}" if accumulate > 1 else ""
-    raise ValueError(f"config.batch={batch} is not divisible by the {mesh.size} devices{times}; use {near}")
+    raise UserError(f"config.batch={batch} is not divisible by the {mesh.size} devices{times}; use {near}")

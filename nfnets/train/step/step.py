@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nfnets.config import Config
+from nfnets.errors import UserError
 from nfnets.optim import ema_update
 from nfnets.train.step import losses, sharding
 from nfnets.train.step.gradients import Batch, Metrics, local_gradients, mesh_gradients, normalise, row_keys, step_key
@@ -21,8 +22,13 @@ LOSS_DECAY = 0.98  # of the running mean that a spike of the loss is measured ag
 
 
 def all_finite(tree: Any) -> jax.Array:
-  """Whether no number of the tree is NaN or infinite: bool []. (A norm would overflow for finite ones.)"""
-  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+  """Whether no number of the tree is NaN or infinite: bool []. (A norm would overflow for finite ones.)
+
+  The barrier keeps XLA from fusing all that computes a leaf into the leaf's reduction, several times over: without it the step of
+  NFNet-F0 compiles 100 s longer on CPU and runs no faster.
+  """
+  leaves = jax.lax.optimization_barrier(jax.tree.leaves(tree))
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def make_train_step(
@@ -94,10 +100,10 @@ def train_step_over(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The step compiled over the mesh, for a state that lies as `like` says (`meshes.place`) and a batch split over the devices.
 
-  The old state's memory becomes the new one's. Raises ValueError for SAM with BatchNorm over the global batch.
+  The old state's memory becomes the new one's. Raises UserError for SAM with BatchNorm over the global batch.
   """
   if config.optim.sam_rho and jax.tree.leaves(like.stats) and config.batch_stats == "global" and mesh.size > 1:
-    raise ValueError(
+    raise UserError(
       "config.batch_stats='global' with config.optim.sam_rho: each device climbs by itself, with statistics of "
       "its own images; expected config.batch_stats='device'"
     )

@@ -87,7 +87,7 @@ def test_neighbours_are_fetched_together_in_the_order_of_need(shard):
 
 
 def test_a_request_is_no_larger_than_the_block_unless_a_record_is(shard, monkeypatch):
-  monkeypatch.setattr(buckets, "BLOCK", 10_000)
+  monkeypatch.setattr(remote, "BLOCK", 10_000)
   reader = buckets.BucketReader([shard[0]])
   keys = _records(25) + [(0, 25_000, 30_000)]
   reader.prefetch(keys)
