@@ -119,3 +119,10 @@ def require_seen(path: pathlib.Path) -> None:
     if not seen.all():
       blind = ", ".join(map(str, np.flatnonzero(seen == 0)))
       raise ProcessError(f"process {blind} does not see {path}: the workdir must be on storage that all processes share")
+
+
+def any_process(flag: bool) -> bool:
+  """Whether `flag` is True in one process at least; to be called by all of them."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))

@@ -20,11 +20,13 @@ import numpy as np
 
 from nfnets.config import Config
 from nfnets.train.checkpoints import manifest, retention
+from nfnets.train.checkpoints.compatibility import RunFacts
 from nfnets.train.checkpoints.errors import SaveError
-from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.checkpoints.reader import CheckpointReader
+from nfnets.train.checkpoints.writer import CheckpointWriter
 from nfnets.train.step.state import TrainState
 
-RUN = {"config": Config(), "num_classes": 10, "records": 1000}
+FACTS = RunFacts(config=Config(), num_classes=10, records=1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +101,9 @@ def same(a: TrainState, b: TrainState) -> bool:
 
 def save(workdir: pathlib.Path, *steps: int, keep: int = 9, say: Callable[[str], None] = print) -> None:
   """Saves these steps' states one after the other."""
-  checkpoints = Checkpoints(str(workdir), keep=keep, say=say)
+  checkpoints = CheckpointWriter(str(workdir), FACTS, keep=keep, say=say)
   for step in steps:
-    checkpoints.save(small_state(step), **RUN)
+    checkpoints.save(small_state(step))
     checkpoints.wait()
   checkpoints.close()
 
@@ -109,7 +111,7 @@ def save(workdir: pathlib.Path, *steps: int, keep: int = 9, say: Callable[[str],
 def leftovers(workdir: pathlib.Path) -> list[str]:
   """What is in the directory and no checkpoint."""
   directory = workdir / "checkpoints"
-  good = {str(step) for step in Checkpoints(str(workdir)).steps()}
+  good = {str(step) for step in CheckpointReader(str(workdir)).steps()}
   return sorted(path.name for path in directory.iterdir() if path.name not in good)
 
 
@@ -130,28 +132,28 @@ def kill_during_saves(workdir: pathlib.Path, kills: int, seed: int = 0) -> Kills
     finished = _last(ours)
     before = _listing(workdir)
     unfinished += bool(leftovers(workdir))
-    reader = Checkpoints(str(workdir), say=lambda line: None)
+    reader = CheckpointReader(str(workdir), say=lambda line: None)
     step = reader.choose()
     found = reader.restore(step, jax.eval_shape(lambda: small_state(0)))
     restorable += step >= finished and before == _listing(workdir)
     wrong += not same(found, small_state(step))
-  opened = Checkpoints(str(workdir), keep=2, say=lambda line: None)
+  opened = CheckpointWriter(str(workdir), FACTS, keep=2, say=lambda line: None)
   opened.close()
   return Kills(kills, restorable, wrong, len(leftovers(workdir)), unfinished)
 
 
 def _save_for_ever(workdir: str, pipe) -> None:
   os.environ["XLA_FLAGS"] = ""  # one device starts sooner than eight
-  checkpoints = Checkpoints(workdir, keep=2, say=lambda line: None)
-  step = checkpoints.choose() or 0
+  checkpoints = CheckpointWriter(workdir, FACTS, keep=2, say=lambda line: None)
+  step = CheckpointReader(workdir).choose() or 0
   if step:
-    checkpoints.restore(step, jax.eval_shape(lambda: small_state(0)))
+    checkpoints.go_on_from(step)
   while True:
     step += 1
     state = small_state(step)
     jax.block_until_ready(state)
     began = time.perf_counter()
-    checkpoints.save(state, **RUN)
+    checkpoints.save(state)
     checkpoints.wait()
     pipe.send(time.perf_counter() - began)
     pipe.send(step)
@@ -214,7 +216,7 @@ def _damage(
     whole = path.read_bytes()
     path.unlink() if content is None else path.write_bytes(content)
     said: list[str] = []
-    reader = Checkpoints(str(workdir), say=said.append)
+    reader = CheckpointReader(str(workdir), say=said.append)
     step = reader.choose()
     attempts, silent = attempts + 1, silent + (step == 20)
     named = len(said) == 1 and path.relative_to(newest).as_posix() in said[0]
@@ -224,7 +226,7 @@ def _damage(
       and (attempts % 20 != 1 or same(reader.restore(10, jax.eval_shape(lambda: small_state(0))), small_state(10)))
     )
     path.write_bytes(whole)
-  assert Checkpoints(str(workdir)).choose() == 20, "the damage was not undone"
+  assert CheckpointReader(str(workdir)).choose() == 20, "the damage was not undone"
   return Damage(attempts, len(files), silent, fallbacks)
 
 
@@ -237,9 +239,9 @@ def fill_disk(workdir: pathlib.Path) -> DiskFull:
   )
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   said: list[str] = []
-  checkpoints = Checkpoints(str(workdir), keep=9, say=said.append)
+  checkpoints = CheckpointWriter(str(workdir), FACTS, keep=9, say=said.append)
   try:
-    checkpoints.save(small_state(1), **RUN)
+    checkpoints.save(small_state(1))
     checkpoints.wait()
     if mounted:
       with open(workdir / "ballast", "wb", buffering=0) as file:
@@ -250,7 +252,7 @@ def fill_disk(workdir: pathlib.Path) -> DiskFull:
           file.truncate(file.tell() - 100_000)
     else:
       resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, limits[1]))
-    checkpoints.save(small_state(2), **RUN)
+    checkpoints.save(small_state(2))
     try:
       checkpoints.wait()
       raised = False
@@ -259,11 +261,11 @@ def fill_disk(workdir: pathlib.Path) -> DiskFull:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (workdir / "ballast").unlink(missing_ok=True)
     like = jax.eval_shape(lambda: small_state(0))
-    reader = Checkpoints(str(workdir))
+    reader = CheckpointReader(str(workdir))
     intact = reader.choose() == 1 and same(reader.restore(1, like), small_state(1))
-    checkpoints.save(small_state(3), **RUN)
+    checkpoints.save(small_state(3))
     checkpoints.wait()
-    later = Checkpoints(str(workdir))
+    later = CheckpointReader(str(workdir))
     saved = later.choose() == 3 and same(later.restore(3, like), small_state(3))
     return DiskFull("tmpfs" if mounted else "RLIMIT_FSIZE", "\n".join(said), raised, intact, saved, len(leftovers(workdir)))
   finally:
@@ -278,5 +280,5 @@ def lost_manifests(workdir: pathlib.Path) -> list[int]:
   save(workdir, 10, 20)
   for step in (10, 20):
     (workdir / "checkpoints" / str(step) / manifest.NAME).unlink()
-  Checkpoints(str(workdir), keep=2, say=lambda line: None).close()
+  CheckpointWriter(str(workdir), FACTS, keep=2, say=lambda line: None).close()
   return retention.steps(workdir / "checkpoints")

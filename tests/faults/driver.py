@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from launch import cli, train as program
 from nfnets import optim
 from nfnets.data.batches.training import TrainBatches
-from nfnets.train import loop
+from nfnets.train import run as training_run
 from nfnets.train.step import gradients
 
 POISON = 255  # an image of nothing else has a loss that is not a number
@@ -39,7 +39,7 @@ def fill(ballast: pathlib.Path, full: bool) -> None:
 
 def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
   start, normalise, make_optimizer = TrainBatches.start, gradients.normalise, optim.make_optimizer
-  train_step_over = loop.train_step_over
+  train_step_over = training_run.train_step_over
   mine = lambda fault: fault.get("process", 0) == jax.process_index()
 
   def faulty_start(self, at):
@@ -98,7 +98,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     finally:
       optim.make_schedule = schedule
 
-  TrainBatches.start, loop.train_step_over = faulty_start, faulty_step_over
+  TrainBatches.start, training_run.train_step_over = faulty_start, faulty_step_over
   if "nan" in faults:
     gradients.normalise = faulty_normalise
   if "lr" in faults:

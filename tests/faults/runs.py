@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.checkpoints.reader import CheckpointReader
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -80,12 +80,11 @@ def steps_lost(stopped: Ended, again: Ended) -> int:
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """Parameters and their average of the newest checkpoint."""
-  checkpoints = Checkpoints(str(workdir))
+  checkpoints = CheckpointReader(str(workdir))
   step = checkpoints.choose()
   found = {
     f"{which}/{path}": array for which in ("params", "ema") for path, array in checkpoints.restore_weights(step, which).items()
   }
-  checkpoints.close()
   return found | {"step": np.int64(step)}
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nfnets.train.checkpoints.errors import CheckpointError
-from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.checkpoints.reader import CheckpointReader
 from tests.faults import checkpoint_faults as faults
 
 
@@ -53,4 +53,4 @@ def test_a_full_disk_is_said_and_survived(tmp_path, row):
 def test_checkpoints_that_all_lost_their_manifests_are_no_reason_to_start_anew(tmp_path):
   assert faults.lost_manifests(tmp_path) == [10, 20]
   with pytest.raises(CheckpointError, match="20: has no manifest.json: unfinished, or the file is lost"):
-    Checkpoints(str(tmp_path), keep=2).choose()
+    CheckpointReader(str(tmp_path)).choose()

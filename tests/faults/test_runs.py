@@ -10,7 +10,7 @@ import pytest
 
 from nfnets import distributed
 from nfnets.train.checkpoints import manifest
-from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.checkpoints.reader import CheckpointReader
 from tests.faults import runs
 
 EVERY = 4  # steps between two checkpoints of the recipe
@@ -54,9 +54,7 @@ def test_a_killed_process_ends_all_and_a_restart_goes_on(clean_pair, tmp_path, r
   seconds = time.time() - (tmp_path / f"done-SIGKILL-{rank}").stat().st_mtime
   assert ended.status in (76, 137) and seconds < 60, ended.output
   reached = max(runs.batches(tmp_path, 1 - rank))
-  checkpoints = Checkpoints(str(tmp_path))
-  lost = reached - checkpoints.choose()
-  checkpoints.close()
+  lost = reached - CheckpointReader(str(tmp_path)).choose()
   assert lost <= EVERY + 4  # those that were on their way ahead
   again = runs.run(tmp_path, processes=2)
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output

@@ -17,14 +17,17 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from nfnets import optim
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.data.batches.evaluation import EvalBatches
 from nfnets.data.batches.training import TrainBatches
-from nfnets.train import loop
+from nfnets.train import loop, recovery, run as training_run
+from nfnets.train.checkpoints import manifest
 from nfnets.train.checkpoints.errors import CheckpointError
-from nfnets.train.checkpoints.store import Checkpoints
+from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.logs import window
 from nfnets.train.logs.logbook import Logbook, read_jsonl
-from nfnets.train.step.state import build_network, split_network
+from nfnets.train.step import state as states
 
 TINY = {
   "width": (16, 16),
@@ -56,10 +59,9 @@ def tiny_config(**changes) -> Config:
 def final_arrays(workdir) -> list[np.ndarray]:
   """Everything a run's last checkpoint holds, in one order."""
   config = tiny_config()
-  graph, params, stats = split_network(build_network(config.model, 10))
-  checkpoints = Checkpoints(str(workdir))
-  found = checkpoints.restore_model(checkpoints.latest(), params, stats)
-  checkpoints.close()
+  graph, params, stats = states.split_network(states.build_network(config.model, 10))
+  reader = CheckpointReader(str(workdir))
+  found = reader.restore_model(reader.choose(), params, stats)
   return [np.asarray(x) for x in jax.tree.leaves(found)]
 
 
@@ -92,7 +94,7 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
   """SIGTERM while the parts of a step are computed, at an epoch's edge too: same images, keys, state, metrics, to the bit."""
   original = TrainBatches.start
   one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
-  monkeypatch.setattr(loop, "prefetch", one_by_one)
+  monkeypatch.setattr(training_run, "prefetch", one_by_one)
   stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # at 12 the first epoch is evaluated
   for at in stops:
 
@@ -165,12 +167,11 @@ def test_an_update_that_overflows_is_never_saved(tmp_path):
   config.optim = OptimConfig(base_lr=3e38, scale_lr=False, warmup_epochs=0.1, clipping=None, ema_decay=None, momentum=0)
   with pytest.raises(loop.NonFiniteError, match="learning rate is too high|not finite"):
     loop.train(config, str(tmp_path))
-  checkpoints = Checkpoints(str(tmp_path))
-  graph, params, stats = split_network(build_network(config.model, 10))
-  for step in [checkpoints.latest()] if checkpoints.latest() else []:
-    found = checkpoints.restore_model(step, params, stats)
+  reader = CheckpointReader(str(tmp_path))
+  graph, params, stats = states.split_network(states.build_network(config.model, 10))
+  for step in reader.steps()[-1:]:
+    found = reader.restore_model(step, params, stats)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-  checkpoints.close()
 
 
 def test_waiting_counts_only_while_the_devices_are_idle(monkeypatch):
@@ -183,15 +184,81 @@ def test_waiting_counts_only_while_the_devices_are_idle(monkeypatch):
       yield batch
 
   idle = iter([True, False, True])
-  waits = window.Waits(slow([1.0, 2.0, 3.0]), lambda: next(idle))
-  for _ in waits:
+  steps = window.Window(lambda: next(idle))
+  for _ in steps.batches(slow([1.0, 2.0, 3.0])):
     clock[0] += 1.0  # the step
-  assert waits.share() == pytest.approx((1.0 + 3.0) / 9.0)
-  assert waits.restart() == 9.0 and waits.share() == 0.0
+    steps.add({})
+  assert steps.waiting_share() == pytest.approx((1.0 + 3.0) / 9.0) and steps.seconds_per_step() == 3.0
+  steps.start_anew()
+  assert steps.waiting_share() == 0.0 and steps.seconds_per_step() is None
+
+
+def test_the_logged_learning_rate_is_that_of_the_updates_made(tmp_path):
+  """A step that was skipped makes no update, one that was rolled back is made again: the optimizer's own count says which."""
+  config = tiny_config()
+  schedule = optim.make_schedule(config.optim, batch=128, steps_per_epoch=11, total_steps=22)
+  network = states.build_network(config.model, 10)
+  _, params, stats = states.split_network(network)
+  optimizer = optim.make_optimizer(config.optim, params, batch=128, steps_per_epoch=11, total_steps=22)
+  state = states.init_state(params, stats, optimizer, config)
+  count = state.opt_state["learning_rate"]._replace(count=np.int32(7))
+  changed = {"step": np.int32(9), "bad_steps": np.int32(2), "opt_state": {**state.opt_state, "learning_rate": count}}
+  metrics = {"bad": np.bool_(False), "grad_norm": np.float32(1)}
+  sums = {name: np.float32(1) for name in ("loss_sum", "top1", "top5", "count")}
+  scalars, _ = window.summarize(config, dataclasses.replace(state, **changed), [metrics | sums], schedule, 11.0)
+  assert scalars["lr"] == float(schedule(6)) and scalars["epoch"] == 9 / 11 and scalars["bad_steps"] == 2
+
+
+def test_an_evaluation_ends_early_when_a_signal_comes_and_is_made_by_the_next_run(uninterrupted, tmp_path, monkeypatch):
+  """A notice of 30 seconds is not lost to an evaluation that takes longer: the step is saved, its evaluation comes later."""
+  start = EvalBatches.start
+
+  def interrupting(self, step):
+    if step == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return start(self, step)
+
+  monkeypatch.setattr(EvalBatches, "start", interrupting)
+  config = tiny_config(eval_batch=16)  # 23 batches
+  ended = loop.train(config, str(tmp_path))
+  assert not ended.finished and ended.step == 12 and CheckpointReader(str(tmp_path)).metrics(12) is None
+  monkeypatch.setattr(EvalBatches, "start", start)
+  again = loop.train(config, str(tmp_path))
+  assert again.finished and CheckpointReader(str(tmp_path)).metrics(12) is not None
+  assert again.results["params"]["top1"] == uninterrupted[1].results["params"]["top1"]
+  tests = [record for record in read_jsonl(tmp_path / "metrics.jsonl") if record["kind"] == "test"]
+  assert [record["step"] for record in tests] == [12, 22]
+
+
+def test_an_error_of_a_save_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+  monkeypatch.setattr(manifest, "write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+  config = tiny_config(checkpoint_every=0.1, epochs=1)
+  config.optim = OptimConfig(base_lr=1e30, warmup_epochs=0.25, clipping=None, ema_decay=None)
+  with pytest.raises(loop.NonFiniteError):
+    loop.train(config, str(tmp_path))
+
+
+def test_a_process_that_cannot_look_for_the_bad_layer_keeps_the_others_from_waiting(monkeypatch):
+  """No process enters the program that looks at every layer unless all can."""
+  asked = []
+  monkeypatch.setattr(recovery.distributed, "any_process", lambda flag: asked.append(flag) or True)
+  config = tiny_config()
+  graph, params, stats = states.split_network(states.build_network(config.model, 10))
+  optimizer = optim.make_optimizer(config.optim, params, batch=128, steps_per_epoch=11, total_steps=22)
+  state = states.init_state(params, stats, optimizer, config)
+
+  def broken():
+    raise OSError("the disk is gone")
+
+  assert recovery.first_nonfinite(config, graph, state, broken) == "the layer could not be found (the disk is gone)"
+  batch = {"image": np.zeros((4, 8, 8, 3), np.uint8), "label": np.zeros(4, np.int32)}
+  found = recovery.first_nonfinite(config, graph, state, lambda: batch)
+  assert found == "the layer could not be found (another process could not look)" and asked == [True, False]
 
 
 def test_waiting_for_data_is_hinted_at_once(tmp_path, capsys):
-  log = Logbook(str(tmp_path), start_step=0, total_steps=10)
+  log = Logbook(str(tmp_path))
+  log.begin(0, 10)
   scalars = {"epoch": 0.1, "loss": 1.0, "top1": 0.5, "lr": 0.1, "images_per_second": 10.0}
   for step, share in ((1, 0.04), (2, 0.5), (3, 0.5)):
     log.train(step, {**scalars, "data_wait": share}, {}, 1.0)
@@ -203,7 +270,8 @@ def test_waiting_for_data_is_hinted_at_once(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:Exception ignored")  # tensorboardX leaves a file open that it could not flush
 def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
   """Files may not grow for a while (RLIMIT_FSIZE); what was not written is there as soon as they may."""
-  log = Logbook(str(tmp_path), start_step=0, total_steps=10)
+  log = Logbook(str(tmp_path))
+  log.begin(0, 10)
   scalars, clip = {"epoch": 0.1, "loss": 1.0, "top1": 0.5, "lr": 0.1}, {f"blocks/{i}/conv1": 0.25 for i in range(100)}
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
@@ -231,7 +299,8 @@ def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
     "import os, signal, sys; from nfnets.train.logs.logbook import Logbook\n"
     "from nfnets.distributed.signals import stop_on_signals\n"
     "with stop_on_signals() as stop:\n"
-    "  log = Logbook(sys.argv[1], start_step=0, total_steps=10)\n"
+    "  log = Logbook(sys.argv[1])\n"
+    "  log.begin(0, 10)\n"
     "  sys.stdin.read()\n"
     "  os.kill(os.getpid(), signal.SIGINT)\n"
     "  log.say('x' * 100_000)\n"

@@ -43,42 +43,105 @@ MAY_DIFFER = (
 _LIBRARIES = {"jax": "jax", "jaxlib": "jaxlib", "flax": "flax", "orbax": "orbax-checkpoint", "optax": "optax", "numpy": "numpy"}
 
 
-def check_same_run(saved: dict[str, Any], config: Config, where: str, *, only: tuple[str, ...] = ("",)) -> None:
-  """Raises CheckpointError where a checkpoint's configuration is not this one's, naming the fields.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+  """What a run's images, their order and its arithmetic follow from; a continuation must find the same.
 
-  `only`: prefixes of the fields to compare, all by default. A field that is newer than the checkpoint had its default.
+  Attributes:
+    config: the configuration, see `check_same_run` for the fields that may change.
+    num_classes: classes of the data set.
+    records: length of the training set, which the order of the images follows from.
+    shuffle_block: records that stay together in that order, which follows from it too.
+    rows_normalized: images that BatchNorm normalizes together; None without it. Changes with the devices and config.accumulate.
+    rows_ascended: images of a device that SAM's ascent is taken on; None without it. Changes with the devices.
+  """
+
+  config: Config
+  num_classes: int
+  records: int
+  shuffle_block: int = 1
+  rows_normalized: int | None = None
+  rows_ascended: int | None = None
+
+  def data(self) -> dict[str, Any]:
+    """What a checkpoint's "data" says of it, beside the position in the stream of images."""
+    return {
+      "seed": self.config.seed,
+      "records": self.records,
+      "shuffle_block": self.shuffle_block,
+      "rows": self.rows_normalized,
+      "ascent_rows": self.rows_ascended,
+    }
+
+
+def check_same_run(saved: dict[str, Any], config: Config, workdir: str, *, only: tuple[str, ...] = ("",)) -> None:
+  """Compares a checkpoint's configuration with this one.
+
+  Args:
+    saved: the configuration as the checkpoint's "config" has it; a field that is newer than the checkpoint had its default.
+    config: this configuration.
+    workdir: for the message.
+    only: prefixes of the fields to compare, all by default; fields of MAY_DIFFER are never compared.
+
+  Raises:
+    CheckpointError: a field differs; the message names up to four, with both values.
   """
   defaults = to_json(Config())
   saved = {key: {**defaults[key], **value} if isinstance(defaults.get(key), dict) else value for key, value in saved.items()}
   before, now = _flat({**defaults, **saved}), _flat(to_json(config))
-  odd = sorted(key for key in before | now if before.get(key) != now.get(key) and key not in MAY_DIFFER and key.startswith(only))
-  if odd:
-    lines = ", ".join(f"config.{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in odd[:4])
+  compared = [key for key in sorted(before | now) if key not in MAY_DIFFER and key.startswith(only)]
+  differing = [key for key in compared if before.get(key) != now.get(key)]
+  if differing:
+    lines = ", ".join(f"config.{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing[:4])
     raise CheckpointError(
-      f"{where} belongs to another configuration: {lines}{' …' if len(odd) > 4 else ''}; take another "
+      f"{workdir} belongs to another configuration: {lines}{' …' if len(differing) > 4 else ''}; take another "
       "directory, or the configuration it was started with"
     )
 
 
-def check_same_data(
-  meta: dict[str, Any], config: Config, where: str, *, records: int, num_classes: int, shuffle_block: int, rows: int | None
-) -> None:
-  """Raises CheckpointError where the images or random numbers that a checkpoint's run saw are not those this one would see.
+def check_same_data(meta: dict[str, Any], facts: RunFacts, workdir: str) -> None:
+  """Compares the images and random numbers that a checkpoint's run saw with those that this one would see.
 
-  meta: `Checkpoints.meta`. records: length of the training set, which the order of the images follows from, as it does from
-  shuffle_block. rows: images that BatchNorm normalizes together; changes with the devices and config.accumulate.
+  Args:
+    meta: the checkpoint's, `CheckpointReader.meta`. What an older nfnets did not note is not compared.
+    facts: of this run.
+    workdir: for the message.
+
+  Raises:
+    CheckpointError: something differs; the message names all of it, with both values.
   """
-  data = {"shuffle_block": shuffle_block, "rows": rows, **meta["data"]}
-  pairs = {
-    "training images": (data["records"], records),
-    "classes": (meta["num_classes"], num_classes),
-    "config.data.shuffle_block (unset: 32 for a bucket, 1 for a disk)": (data["shuffle_block"], shuffle_block),
-    "images normalized together (config.accumulate, or devices with config.batch_stats='device')": (data["rows"], rows),
-    "jax_default_prng_impl": (meta["rng"]["implementation"], random_numbers(config)["implementation"]),
+  names = {
+    "records": "training images",
+    "shuffle_block": "config.data.shuffle_block (unset: 32 for a bucket, 1 for a disk)",
+    "rows": "images normalized together (config.accumulate, or devices with config.batch_stats='device')",
+    "ascent_rows": "images of a device that the ascent of SAM is taken on (config.optim.sam_rho: another number of devices is "
+    "another algorithm)",
   }
-  odd = [f"{name} {before}, now {now}" for name, (before, now) in pairs.items() if before != now]
-  if odd:
-    raise CheckpointError(f"{where} saw other data: {'; '.join(odd)}; take another directory, or the data it was started with")
+  before, now = meta["data"], facts.data()
+  pairs = {label: (before.get(name, now[name]), now[name]) for name, label in names.items()}
+  pairs["classes"] = meta["num_classes"], facts.num_classes
+  pairs["jax_default_prng_impl"] = meta["rng"]["implementation"], random_numbers(facts.config)["implementation"]
+  differing = [f"{label} {old}, now {new}" for label, (old, new) in pairs.items() if old != new]
+  if differing:
+    raise CheckpointError(
+      f"{workdir} saw other data: {'; '.join(differing)}; take another directory, or the data it was started with"
+    )
+
+
+def check_same_order(meta: dict[str, Any], order_digest: str, workdir: str) -> None:
+  """Compares the order in which the next epoch's images were to come with the order that this machine would give them.
+
+  The order is NumPy's, whose generators promise their stream for one version only.
+
+  Raises:
+    CheckpointError: the order is another; the message names the versions of NumPy.
+  """
+  saved = meta["data"].get("order_digest", "")
+  if saved and saved != order_digest:
+    raise CheckpointError(
+      f"{workdir}: the images of the next epoch would come in another order (digest {order_digest}, saved {saved}); NumPy was "
+      f"{meta['versions'].get('numpy')}, is {versions()['numpy']}: install the version that the run was started with"
+    )
 
 
 def to_json(config: Config) -> dict[str, Any]:

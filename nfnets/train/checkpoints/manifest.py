@@ -17,24 +17,18 @@ from nfnets.files import sync_directory, write_file
 from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManifestError
 
 NAME = "manifest.json"
-
-
 SCHEMA = 1  # of the manifest and of what lies beside it; counts up when an older nfnets could not read it
-
-
 _CHUNK = 4 << 20  # bytes read at once
-
-
-_THREADS = 4  # SHA-256 lets other threads run
+_THREADS = 4  # files hashed at a time; hashing lets other threads run
 
 
 def write(directory: pathlib.Path, facts: dict[str, Any]) -> dict[str, Any]:
-  """Brings all files to the disk, then makes `directory` a checkpoint. `facts`: what to say of it beside the files; as JSON."""
+  """Brings all files to the disk, then makes `directory` a checkpoint. facts: what the manifest says beside the files."""
   paths = [path for path in directory.rglob("*") if path.is_file()]
-  found = _map(lambda path: _digest(path, sync=True), paths)
+  digests = _map(lambda path: _digest(path, sync=True), paths)
   files = {
     path.relative_to(directory).as_posix(): {"size": size, "sha256": digest}
-    for path, (size, digest) in zip(paths, found, strict=True)
+    for path, (size, digest) in zip(paths, digests, strict=True)
   }
   for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory, directory.parent):
     sync_directory(path)
@@ -49,7 +43,11 @@ def amend(directory: pathlib.Path, **facts: Any) -> None:
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:
-  """The manifest. Raises CheckpointError, or one of its kinds, that says in a line why there is none to rely on."""
+  """The manifest of a checkpoint.
+
+  Raises:
+    NoManifestError: there is none. NewerError: a newer nfnets wrote it. CheckpointError: it cannot be read, or is damaged.
+  """
   try:
     text = (directory / NAME).read_bytes().decode()
     body = json.loads(text)
@@ -71,10 +69,24 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   return body
 
 
-def verify(directory: pathlib.Path, progress: Callable[[int], None] = lambda count: None, *, hashes: bool = True) -> list[str]:
-  """What is wrong with a checkpoint, a line each; nothing if it is good. `progress` gets the numbers of bytes read.
+def readable(directory: pathlib.Path) -> dict[str, Any] | None:
+  """The manifest, or None where `read` raises."""
+  try:
+    return read(directory)
+  except CheckpointError:
+    return None
 
-  hashes: read the files as well; without, only their sizes are looked at. Raises NewerError.
+
+def verify(directory: pathlib.Path, progress: Callable[[int], None] = lambda count: None, *, hashes: bool = True) -> list[str]:
+  """What is wrong with a checkpoint, a line each; empty if it is good.
+
+  Args:
+    directory: of the checkpoint.
+    progress: gets the number of bytes after each read.
+    hashes: read the files as well; without, only their sizes are compared.
+
+  Raises:
+    NewerError: a newer nfnets wrote it.
   """
   try:
     files = read(directory)["files"]
@@ -106,6 +118,7 @@ def verify(directory: pathlib.Path, progress: Callable[[int], None] = lambda cou
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any] | None:
+  """What a step says of itself beside its arrays, or None where that cannot be read."""
   try:
     return json.loads((path / "meta" / "metadata").read_text(encoding="utf-8"))
   except (OSError, ValueError):

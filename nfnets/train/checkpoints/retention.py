@@ -14,54 +14,69 @@ from nfnets.files import sync_directory
 from nfnets.train.checkpoints import manifest
 from nfnets.train.checkpoints.errors import CheckpointError
 
-_LITTER = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.deleted)")
+_STEP = re.compile(r"\d+", re.ASCII)
+_UNFINISHED = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.deleted)", re.ASCII)
 
 
-def locate(where: str) -> tuple[pathlib.Path, int | None]:
+def locate(path: str) -> tuple[pathlib.Path, int | None]:
   """(directory of checkpoints, step or None) for a workdir, its `checkpoints` or one step in there.
 
-  Raises CheckpointError for a bucket's URL: appending and renaming need a file system.
+  Raises:
+    CheckpointError: a bucket's URL; appending and renaming need a file system.
   """
-  if "://" in where:
-    raise CheckpointError(f"{where}: expected a directory; mount the bucket (docs/pods.md says how) and give the path in there")
-  path = pathlib.Path(where).resolve()
-  if path.name.isdigit() and path.parent.name == "checkpoints":
-    return path.parent, int(path.name)
-  return (path if path.name == "checkpoints" else path / "checkpoints"), None
+  if "://" in path:
+    raise CheckpointError(f"{path}: expected a directory; mount the bucket (docs/pods.md says how) and give the path in there")
+  resolved = pathlib.Path(path).resolve()
+  if _STEP.fullmatch(resolved.name) and resolved.parent.name == "checkpoints":
+    return resolved.parent, int(resolved.name)
+  return (resolved if resolved.name == "checkpoints" else resolved / "checkpoints"), None
 
 
 def steps(directory: pathlib.Path) -> list[int]:
   """Steps that have a directory, finished or not, ascending."""
-  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+  names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+  return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+
+def finished_steps(directory: pathlib.Path) -> list[int]:
+  """Steps that have a manifest, ascending; no file is hashed."""
+  return [step for step in steps(directory) if manifest.readable(directory / str(step)) is not None]
+
+
+def period(epoch: float, every: float) -> int:
+  """How many whole periods of `every` epochs have passed at `epoch`; what is due once a period is due where this grows."""
+  return int(epoch / every + 1e-9)
 
 
 def kept(manifests: Iterable[dict[str, Any]], *, newest: int, every: float = 0.0, best: str = "") -> dict[int, list[str]]:
   """The steps to keep, each with the reasons out of "newest", "every" and "best".
 
-  newest: how many. every: the first of each so many epochs stays for ever (0 = none). best: a metric, e.g. "ema_top1"; the
-  smallest where it is a loss, else the largest.
+  Args:
+    manifests: of all finished steps.
+    newest: how many of the newest stay.
+    every: the first step of each so many epochs stays for ever; 0 = none.
+    best: a metric, e.g. "ema_top1"; the step with the smallest one stays where it is a loss, else with the largest.
   """
-  manifests = sorted(manifests, key=lambda one: one["step"])
-  reasons: dict[int, list[str]] = {one["step"]: ["newest"] for one in manifests[-newest:]}
-  periods = {}
-  for one in manifests if every else ():
-    periods.setdefault(int(one["epoch"] / every + 1e-9), one["step"])
-  for period, step in periods.items():
-    if period:
+  manifests = sorted(manifests, key=lambda body: body["step"])
+  reasons: dict[int, list[str]] = {body["step"]: ["newest"] for body in manifests[-newest:]}
+  first_of_period: dict[int, int] = {}
+  for body in manifests if every else ():
+    first_of_period.setdefault(period(body["epoch"], every), body["step"])
+  for number, step in first_of_period.items():
+    if number:
       reasons.setdefault(step, []).append("every")
   sign = -1 if best.endswith("loss") else 1
-  scores = [
-    (sign * one["metrics"][best], one["step"]) for one in manifests if math.isfinite((one["metrics"] or {}).get(best, math.nan))
-  ]
+  values = [((body["metrics"] or {}).get(best, math.nan), body["step"]) for body in manifests]
+  scores = [(sign * value, step) for value, step in values if math.isfinite(value)]
   if scores:
     reasons.setdefault(max(scores)[1], []).append("best")
   return reasons
 
 
 def remove(path: pathlib.Path) -> None:
-  """Deletes a directory of checkpoints' entry; killed on the way, it leaves nothing that counts as one."""
+  """Deletes a step, or what is left of one; killed half-way, this leaves nothing that counts as a checkpoint."""
   doomed = path
-  if path.name.isdigit():
+  if _STEP.fullmatch(path.name):
     doomed = path.with_name(f"{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -70,7 +85,7 @@ def remove(path: pathlib.Path) -> None:
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
-  """Renames a step so that it counts no more but is still there to be looked at; its new path."""
+  """Renames a step so that it no longer counts but can still be looked at; returns its new path."""
   aside = path.with_name(f"{path.name}.aside")
   shutil.rmtree(aside, ignore_errors=True)
   path.rename(aside)
@@ -81,13 +96,13 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
 def litter(directory: pathlib.Path) -> list[pathlib.Path]:
   """What killed saves and deletions left behind.
 
-  A directory without manifest is such where another has one, or where the run had finished none before it; else manifests that
-  were there are gone, and something else is wrong. What an older nfnets wrote, without any, is left alone.
+  A step without manifest is litter if another step has one, or if the run had finished none before it. Otherwise manifests
+  that were there are gone, and something else is wrong. What an older nfnets wrote, without any manifest, is left alone.
   """
-  left = [path for path in directory.iterdir() if _LITTER.fullmatch(path.name)]
-  found = [directory / str(step) for step in steps(directory)]
-  bare = [path for path in found if not (path / manifest.NAME).exists()]
-  if len(bare) < len(found):
-    return left + [path for path in bare if (manifest.read_meta(path) or {"schema": manifest.SCHEMA}).get("schema")]
-  first = all((manifest.read_meta(path) or {}).get("previous_step", 0) is None for path in bare)
-  return left + (bare if first else [])
+  unfinished = [path for path in directory.iterdir() if _UNFINISHED.fullmatch(path.name)]
+  all_steps = [directory / str(step) for step in steps(directory)]
+  bare = [path for path in all_steps if not (path / manifest.NAME).exists()]
+  if len(bare) < len(all_steps):
+    return unfinished + [path for path in bare if (manifest.read_meta(path) or {"schema": manifest.SCHEMA}).get("schema")]
+  first_of_run = all((manifest.read_meta(path) or {}).get("previous_step", 0) is None for path in bare)
+  return unfinished + (bare if first_of_run else [])

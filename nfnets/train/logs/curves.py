@@ -1,13 +1,13 @@
 """The picture of a run: loss, accuracy, learning rate and clip fraction."""
 
-import pathlib
+import io
 from typing import Any
 
 import numpy as np
 
 
-def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, train_label: str = "train") -> None:
-  """Loss, accuracy, learning rate, and clip fraction by layer, over epochs."""
+def draw_curves(records: list[dict[str, Any]], train_label: str = "train") -> bytes:
+  """A PNG of loss, accuracy, learning rate, and clip fraction by layer, over epochs, from the records of metrics.jsonl."""
   from matplotlib.figure import Figure
 
   train = [record for record in records if record["kind"] == "train"]
@@ -40,4 +40,6 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, train_label: 
   clip.set_title("clip fraction by layer (kernels)", loc="left")
   for axis in (loss, accuracy, rate, clip):
     axis.set_xlabel("epoch")
-  figure.savefig(path, dpi=110)
+  image = io.BytesIO()
+  figure.savefig(image, dpi=110, format="png")
+  return image.getvalue()

@@ -1,4 +1,4 @@
-"""What a run writes down: a progress bar, JSONL and TensorBoard events."""
+"""What a run writes down: a progress bar, JSONL and TensorBoard events, its picture."""
 
 import contextlib
 import json
@@ -20,13 +20,10 @@ from nfnets import distributed
 from nfnets.files import write_file
 from nfnets.train.logs.curves import draw_curves
 
-LINES, EVENTS = "metrics.jsonl", "tensorboard"
-
-
+LINES, EVENTS, CURVES = "metrics.jsonl", "tensorboard", "curves.png"
 FLUSH_SECONDS = 30  # until TensorBoard sees what is new
-
-
 REDRAW_SECONDS = 600  # a long run's picture is drawn again at an evaluation after this time
+WAITING_HINT = 0.05  # share of waiting for data from which on the log says what helps
 
 
 class Terminal(rich.console.Console):
@@ -38,28 +35,20 @@ class Terminal(rich.console.Console):
 
 
 class Logbook:
-  """Writes `workdir/metrics.jsonl`, `workdir/tensorboard/` and `workdir/curves.png`, and shows progress on `console`.
+  """Writes `workdir/metrics.jsonl`, `workdir/tensorboard/` and `workdir/curves.png`, and shows progress: a bar or plain lines.
 
-  On a terminal a bar, elsewhere plain lines. Starting at a step drops what was written about later ones, so that a resumed
-  run's record reads as an uninterrupted one's.
+  With `write=False`, as in every process but the first, nothing is written or shown but warnings. No error of the disk ends the
+  training: the record that could not be written is said, and the next one tries a new file.
   """
 
-  def __init__(
-    self,
-    workdir: str,
-    *,
-    start_step: int,
-    total_steps: int,
-    train_label: str = "train",
-    console: rich.console.Console | None = None,
-  ):
-    self.console = console or Terminal(highlight=False, soft_wrap=True)
-    self._dir = pathlib.Path(workdir)
-    self._total, self._train_label, self._hinted = total_steps, train_label, False
-    self._records = read_jsonl(self._dir / LINES)
-    self._files: dict[str, Any] = {}  # what is open; an error closes it
-    self._drawn, self._drawn_records = time.monotonic(), 0
-    self.rewind(start_step)
+  def __init__(self, workdir: str, *, write: bool = True, console: rich.console.Console | None = None):
+    self.console = console or (Terminal(highlight=False, soft_wrap=True) if write else rich.console.Console(quiet=True))
+    self._dir, self._write = pathlib.Path(workdir), write
+    self._records: list[dict[str, Any]] = []
+    self._open_files: dict[str, Any] = {}  # by name; an error closes a file and takes it out
+    self._flushed = self._drawn = time.monotonic()
+    self._drawn_records, self._hinted = 0, False
+    self._total_steps, self._train_label = 0, "train"
     whole = rich.table.Column(no_wrap=True)
     self._bar = rich.progress.Progress(
       rich.progress.MofNCompleteColumn(table_column=whole),
@@ -71,45 +60,50 @@ class Logbook:
       transient=True,
       expand=True,
     )
-    self._task = self._bar.add_task("training", total=total_steps, completed=start_step, text="compiling …")
+    self._task = self._bar.add_task("training", total=None, text="compiling …")
+
+  def begin(self, step: int, total_steps: int, train_label: str = "train") -> None:
+    """The run begins at `step` of `total_steps`. What was written about later steps is dropped, as by `rewind`."""
+    self._total_steps, self._train_label = total_steps, train_label
+    if self._write:
+      self._records = read_jsonl(self._dir / LINES)
+    self.rewind(step)
+    self._bar.update(self._task, total=total_steps, completed=step)
     self._bar.start()
 
   def rewind(self, step: int) -> None:
-    """Drops what was written about later steps."""
+    """Drops what was written about later steps, so that a resumed run's record reads as that of an uninterrupted one."""
+    if not self._write:
+      return
     self._records = [record for record in self._records if record["step"] <= step]
-    self._drop(LINES)
-    self._drop(EVENTS)
-    with self._whatever_the_disk_does(LINES):
+    self._close_file(LINES)
+    self._close_file(EVENTS)
+    with self._going_on_after_disk_errors(LINES):
       self._open_lines()
-    with self._whatever_the_disk_does(EVENTS):
+    with self._going_on_after_disk_errors(EVENTS):
       self._open_events(step + 1)
-
-  def _open_lines(self) -> None:
-    """Writes all records anew: metrics.jsonl is the old or the whole new one, whenever the power fails."""
-    path = self._dir / LINES
-    write_file(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
-    self._files[LINES] = open(path, "a", encoding="utf-8")
-
-  def _open_events(self, step: int) -> None:
-    """Not by SummaryWriter: its thread ends at the first error of the disk, after which its queue blocks who adds to it."""
-    (self._dir / EVENTS).mkdir(exist_ok=True)
-    self._files[EVENTS], self._flushed = EventsWriter(str(self._dir / EVENTS / "events"), f".{step}"), time.monotonic()
-    hides_what_came_later = SessionLog(status=SessionLog.START)
-    self._files[EVENTS].write_event(Event(step=step, session_log=hides_what_came_later))
 
   def advance(self, step: int) -> None:
     self._bar.update(self._task, completed=step)
 
   def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float | None) -> None:
-    """scalars: means since the last call: "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction", …"""
-    self._write({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
-    text = (
-      f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}"
-      + (f"  {scalars['images_per_second']:,.0f} images/s" if "images_per_second" in scalars else "")
-      + (f"  clip {scalars['clip_fraction']:.1%}" if "clip_fraction" in scalars else "")
-      + (f"  data_wait {scalars['data_wait']:.0%}" if "data_wait" in scalars else "")
-    )
-    if scalars.get("data_wait", 0) > 0.05 and not self._hinted:
+    """Writes down the steps since the last call.
+
+    Args:
+      step: the last of them.
+      scalars: their means, "loss", "top1" (fraction), "lr", "images_per_second", with AGC "clip_fraction" …
+      clip_by_layer: share of each layer's units that were clipped at the last step; empty without AGC.
+      seconds_per_step: None where it is not known.
+    """
+    self._record({"kind": "train", "step": step, **scalars, **({"clip": clip_by_layer} if clip_by_layer else {})})
+    text = f"loss {scalars['loss']:.3f}  top-1 {scalars['top1']:.1%}"
+    for name, form in (
+      ("images_per_second", "{:,.0f} images/s"),
+      ("clip_fraction", "clip {:.1%}"),
+      ("data_wait", "data_wait {:.0%}"),
+    ):
+      text += f"  {form.format(scalars[name])}" if name in scalars else ""
+    if scalars.get("data_wait", 0) > WAITING_HINT and not self._hinted:
       self._hinted = True
       self.say(
         f"the devices waited for data {scalars['data_wait']:.0%} of the time: give this host more cores or "
@@ -118,118 +112,121 @@ class Logbook:
       )
     self._bar.update(self._task, completed=step, text=text)
     if not self.console.is_terminal:
-      left = (self._total - step) * (seconds_per_step or 0)
+      left = (self._total_steps - step) * (seconds_per_step or 0)
       self.console.print(
-        f"step {step:>{len(str(self._total))}}/{self._total}  epoch {scalars['epoch']:.1f}  {text}  "
+        f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  epoch {scalars['epoch']:.1f}  {text}  "
         f"lr {scalars['lr']:.4g}" + (f"  {left // 60:.0f}:{left % 60:02.0f} left" if seconds_per_step else "")
       )
 
   def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
-    """results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""
-    flat = {
-      key if name == "params" else f"{name}_{key}": value for name, found in results.items() for key, value in found.items()
-    }
+    """Writes down an evaluation. results: {"params": {"loss", "top1", "top5", "count"}, "ema": …}."""
     if not any(record["kind"] == "test" and record["step"] == step for record in self._records):
-      self._write({"kind": "test", "step": step, "epoch": epoch, **flat})
-    parts = "  ".join(f"{name}: top-1 {found['top1']:.2%} loss {found['loss']:.4f}" for name, found in results.items())
+      flat = {
+        name if weights == "params" else f"{weights}_{name}": value
+        for weights, values in results.items()
+        for name, value in values.items()
+      }
+      self._record({"kind": "test", "step": step, "epoch": epoch, **flat})
+    parts = "  ".join(f"{name}: top-1 {values['top1']:.2%} loss {values['loss']:.4f}" for name, values in results.items())
     self.console.print(f"test at epoch {epoch:.1f}, {results['params']['count']:,} images  {parts}")
     if time.monotonic() - self._drawn > REDRAW_SECONDS:
       self.draw()
 
   def say(self, text: str) -> None:
+    """A line for people; the first process says it for all."""
     self.console.print(text, markup=False)
 
-  warn = say
+  def warn(self, text: str) -> None:
+    """A line about this very process: every process says its own."""
+    if self._write:
+      self.say(text)
+    else:
+      print(f"{distributed.label()}{text}", flush=True)
 
   def draw(self) -> pathlib.Path | None:
+    """Draws the picture of all records; its path, or None where there is nothing to draw or it cannot be written."""
     self._drawn, self._drawn_records = time.monotonic(), len(self._records)
-    path = self._dir / "curves.png"
     if not any(record["kind"] == "train" for record in self._records):
       return None
-    with self._whatever_the_disk_does("curves.png"):
-      draw_curves(self._records, path, self._train_label)
-    return path
+    path = self._dir / CURVES
+    with self._going_on_after_disk_errors(CURVES):
+      write_file(path, draw_curves(self._records, self._train_label))
+      return path
+    return None
 
   def sync(self) -> None:
     """Brings the records to the disk (or into the mounted bucket): as safe as the checkpoint that follows."""
-    with self._whatever_the_disk_does(LINES):
-      if LINES not in self._files:
+    if not self._write:
+      return
+    with self._going_on_after_disk_errors(LINES):
+      if LINES not in self._open_files:
         self._open_lines()
-      os.fsync(self._files[LINES].fileno())
-    with self._whatever_the_disk_does(EVENTS):
-      if EVENTS in self._files:
-        self._files[EVENTS].flush()
+      os.fsync(self._open_files[LINES].fileno())
+    with self._going_on_after_disk_errors(EVENTS):
+      if EVENTS in self._open_files:
+        self._open_files[EVENTS].flush()
 
   def close(self) -> None:
-    """Ends the bar; after an error the picture still shows how far it went."""
+    """Ends the bar; after an error the picture still shows how far the run went."""
     self._bar.stop()
     if self._drawn_records < len(self._records):
       self.draw()
     self.sync()
-    self._drop(LINES)
-    self._drop(EVENTS)
+    self._close_file(LINES)
+    self._close_file(EVENTS)
 
-  def _write(self, record: dict[str, Any]) -> None:
+  def _record(self, record: dict[str, Any]) -> None:
+    if not self._write:
+      return
     self._records.append(record)
-    with self._whatever_the_disk_does(LINES):
-      if LINES not in self._files:
-        self._open_lines()
+    with self._going_on_after_disk_errors(LINES):
+      if LINES not in self._open_files:
+        self._open_lines()  # writes this record too
       else:
-        self._files[LINES].write(json.dumps(record) + "\n")
-        self._files[LINES].flush()
-    scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step", "clip")}
-    scalars |= {f"clip/{layer}": value for layer, value in record.get("clip", {}).items()}
-    values = [value for name, number in scalars.items() for value in summary.scalar(name, number).value]
-    with self._whatever_the_disk_does(EVENTS):
-      if EVENTS not in self._files:
+        self._open_files[LINES].write(json.dumps(record) + "\n")
+        self._open_files[LINES].flush()
+    with self._going_on_after_disk_errors(EVENTS):
+      if EVENTS not in self._open_files:
         self._open_events(record["step"])
-      self._files[EVENTS].write_event(Event(step=record["step"], wall_time=time.time(), summary=summary.Summary(value=values)))
+      self._open_files[EVENTS].write_event(_event(record))
       if time.monotonic() - self._flushed > FLUSH_SECONDS:
-        self._files[EVENTS].flush()
+        self._open_files[EVENTS].flush()
         self._flushed = time.monotonic()
 
+  def _open_lines(self) -> None:
+    """Writes all records anew: whenever the power fails, metrics.jsonl is the old or the whole new one."""
+    path = self._dir / LINES
+    write_file(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+    self._open_files[LINES] = open(path, "a", encoding="utf-8")
+
+  def _open_events(self, step: int) -> None:
+    """Not by SummaryWriter: its thread ends at the first error of the disk, and then its queue blocks the training."""
+    (self._dir / EVENTS).mkdir(exist_ok=True)
+    events, self._flushed = EventsWriter(str(self._dir / EVENTS / "events"), f".{step}"), time.monotonic()
+    self._open_files[EVENTS] = events
+    events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))  # hides what was written of later steps
+
   @contextlib.contextmanager
-  def _whatever_the_disk_does(self, name: str) -> Iterator[None]:
-    """Training goes on without a record; the next one tries a new file."""
+  def _going_on_after_disk_errors(self, name: str) -> Iterator[None]:
     try:
       yield
     except OSError as error:
-      self._drop(name)
+      self._close_file(name)
       self.say(f"{self._dir / name} cannot be written: {error.strerror}; training goes on")
 
-  def _drop(self, name: str) -> None:
-    file = self._files.pop(name, None)
+  def _close_file(self, name: str) -> None:
+    file = self._open_files.pop(name, None)
     if file is not None:
       with contextlib.suppress(OSError):
         file.close()
 
 
-class Silence:
-  """The logbook of every process but the first: nothing is written, and only what is wrong here is said."""
-
-  console = rich.console.Console(quiet=True)
-
-  def train(self, step: int, scalars: dict[str, float], clip_by_layer: dict[str, float], seconds_per_step: float) -> None:
-    pass
-
-  def test(self, step: int, epoch: float, results: dict[str, dict[str, float]]) -> None:
-    pass
-
-  def advance(self, step: int) -> None:
-    pass
-
-  rewind = advance
-
-  def say(self, text: str) -> None:
-    pass
-
-  def warn(self, text: str) -> None:
-    print(f"{distributed.label()}{text}", flush=True)
-
-  def draw(self) -> None:
-    pass
-
-  sync = draw
+def _event(record: dict[str, Any]) -> Event:
+  """A record as TensorBoard has it."""
+  scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step", "clip")}
+  scalars |= {f"clip/{layer}": value for layer, value in record.get("clip", {}).items()}
+  values = [value for name, number in scalars.items() for value in summary.scalar(name, number).value]
+  return Event(step=record["step"], wall_time=time.time(), summary=summary.Summary(value=values))
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:

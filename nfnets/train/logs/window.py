@@ -1,33 +1,113 @@
-"""What is measured and summed up between two lines of the log."""
+"""The steps between two lines of the log: their metrics, their time, how long the devices waited, and what is said of them."""
 
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 
-class Waits:
-  """Iterates over batches and measures how long the devices had nothing to do but wait for the next one."""
+from nfnets.agc import agc_metrics
+from nfnets.config import Config
+from nfnets.train.step import losses
+from nfnets.train.step.state import TrainState
 
-  def __init__(self, batches: Iterator[Any], idle: Callable[[], bool]):
-    self._batches, self._idle = batches, idle
-    self.restart()
+Metrics = dict[str, Any]
 
-  def __iter__(self) -> Iterator[Any]:
+
+class Window:
+  """Collects the metrics of steps and measures how long the devices had nothing to do but wait for the next batch.
+
+  metrics: of the steps since the last line, oldest first; on the devices until `fetch`.
+  """
+
+  def __init__(self, devices_are_idle: Callable[[], bool]):
+    self._devices_are_idle = devices_are_idle
+    self.metrics: list[Metrics] = []
+    self._untimed = 0
+    self.restart_clock()
+
+  def batches(self, source: Iterator[Any]) -> Iterator[Any]:
+    """Yields from `source`; waiting counts only while the devices have no step to compute."""
     while True:
       asked = time.perf_counter()
       try:
-        batch = next(self._batches)
+        batch = next(source)
       except StopIteration:
         return
-      if self._idle():  # devices that still have a step to compute did not wait
+      if self._devices_are_idle():
         self._waited += time.perf_counter() - asked
       yield batch
 
-  def restart(self) -> float:
-    """Starts a new window of time; the moment, by time.perf_counter."""
-    self._waited, self._since = 0.0, time.perf_counter()
-    return self._since
+  def add(self, metrics: Metrics) -> None:
+    self.metrics.append(metrics)
 
-  def share(self) -> float:
-    """Waiting's share of the time since the restart, in [0, 1]."""
+  def leave_out(self) -> float:
+    """The steps so far do not count for the time that a step takes (the first one compiles); returns their seconds."""
+    seconds = time.perf_counter() - self._since
+    self._untimed = len(self.metrics)
+    self.restart_clock()
+    return seconds
+
+  def restart_clock(self) -> None:
+    """What has happened since the last step (an evaluation, a checkpoint) counts for no step."""
+    self._since, self._waited = time.perf_counter(), 0.0
+
+  def start_anew(self) -> None:
+    """After a line of the log."""
+    self.metrics, self._untimed = [], 0
+    self.restart_clock()
+
+  def seconds_per_step(self) -> float | None:
+    """None for a window of steps that are left out."""
+    timed = len(self.metrics) - self._untimed
+    return (time.perf_counter() - self._since) / timed if timed else None
+
+  def waiting_share(self) -> float:
+    """Waiting's share of the time since the clock was restarted, in [0, 1]."""
     return min(1.0, self._waited / max(time.perf_counter() - self._since, 1e-9))
+
+
+def summarize(
+  config: Config, state: TrainState, window: list[Metrics], schedule: Callable[[Any], Any], steps_per_epoch: float
+) -> tuple[dict[str, float], dict[str, float]]:
+  """What the log says of a window of steps.
+
+  Args:
+    config: of the run.
+    state: after the last of the steps.
+    window: the metrics of each step, on the host.
+    schedule: update, from 0 → learning rate.
+    steps_per_epoch: may be a fraction.
+
+  Returns:
+    (means over the steps that were not bad: "epoch", "loss", "top1", "top5", "lr", "grad_norm", with AGC "clip_fraction", after
+    bad steps "bad_steps"; the clip fraction of each layer's kernel at the last step).
+  """
+  good = [metrics for metrics in window if not metrics["bad"]] or window
+  sums = {key: sum(metrics[key].item() for metrics in good) for key in ("loss_sum", "top1", "top5", "count")}
+  means = losses.summarize(sums)
+  del means["count"]
+  updates = int(state.opt_state["learning_rate"].count)  # fewer than steps where bad ones were skipped
+  scalars = {
+    "epoch": int(state.step) / steps_per_epoch,
+    **means,
+    "lr": float(schedule(max(updates - 1, 0))),
+    "grad_norm": float(np.mean([metrics["grad_norm"] for metrics in good])),
+  }
+  if bad_steps := int(state.bad_steps):
+    scalars["bad_steps"] = bad_steps
+  clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
+  kernels = {
+    path.removesuffix("/kernel"): float(entry["clip_fraction"]) for path, entry in clipping.items() if path.endswith("/kernel")
+  }
+  if kernels:
+    scalars["clip_fraction"] = float(np.mean(list(kernels.values())))  # the mean over layers, as in the picture
+  return scalars, dict(sorted(kernels.items(), key=lambda item: _layer_order(item[0])))
+
+
+def _layer_order(path: str) -> tuple[int, list[tuple]]:
+  """A sorting key: the order of the forward pass, numbers by value."""
+  top, *rest = path.split("/")
+  places = {"stem": 0, "blocks": 1, "final_conv": 2, "fc": 3}
+  return places.get(top, 2), [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in rest]

@@ -139,6 +139,11 @@ def rows_normalized(config: Config, stats: nnx.State, devices: int) -> int | Non
   return config.batch // config.accumulate // (devices if config.batch_stats == "device" else 1)
 
 
+def rows_ascended(config: Config, devices: int) -> int | None:
+  """How many images of a batch each device's ascent of SAM belongs to; None without SAM."""
+  return config.batch // devices if config.optim.sam_rho else None
+
+
 def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   """The devices' mean: all of it on each, or where `spec` divides it each device's part."""
   if sharding.AXIS not in spec:

@@ -58,6 +58,13 @@ def put(tree: Any, like: Any) -> Any:
   return jax.tree.map(send, tree, like)
 
 
+def gather(mesh: Mesh, tree: Any) -> Any:
+  """The same arrays, whole on each device; those that are already cost nothing."""
+  if all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+    return tree
+  return jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))(tree)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """Sends this process's rows of a batch to its devices, split along the first axis; returns at once."""
   sharding = batch_sharding(mesh)

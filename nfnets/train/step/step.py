@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,10 +17,20 @@ from nfnets.config import Config
 from nfnets.errors import UserError
 from nfnets.optim import ema_update
 from nfnets.train.step import losses, sharding
-from nfnets.train.step.gradients import Batch, Metrics, local_gradients, mesh_gradients, normalise, row_keys, step_key
+from nfnets.train.step.gradients import (
+  Batch,
+  Metrics,
+  local_gradients,
+  mesh_gradients,
+  needs_all_rows,
+  normalise,
+  row_keys,
+  step_key,
+)
 from nfnets.train.step.state import TrainState
 
 LOSS_DECAY = 0.98  # of the running mean that a spike of the loss is measured against: some 50 steps
+_STEP_NUMBERS = itertools.count()
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -44,10 +56,16 @@ def make_train_step(
   For one device or, with the `mesh` that `train_step_over` compiles for, for the global batch; with `axis`, for each device's
   part of it in a `jax.pmap(axis_name=axis)` or `jax.shard_map` of one's own, the state alike everywhere.
 
-  Metrics are sums over the batch ("loss_sum", "top1", "top5", "count"), "grad_norm" before clipping, and "bad". A bad step (see
-  config.on_bad_step) changes nothing; unless bad steps are skipped, nothing changes after it either. What hosts have to say to
-  each other, batch["host"] int32 [devices, 2], comes back as the metrics "stop" (its first column's maximum) and "corrupt" (the
-  other's sum).
+  The batch is that of `batch_loss` without its "key". Metrics are sums over the batch ("loss_sum", "top1", "top5", "count"),
+  "grad_norm" before clipping, and "bad". A bad step (see config.on_bad_step) changes nothing; unless bad steps are skipped,
+  nothing changes after it either.
+
+  What the processes tell each other travels with the batch, a row for each device: "stop" int32 [devices], 1 where a process was
+  asked to stop, comes back as its maximum, and "corrupt" int32 [devices], the number of a record found corrupt, plus 1, comes
+  back whole.
+
+  Raises:
+    UserError: when it is traced, `axis` with BatchNorm over the global batch, whose images no device has together.
   """
   if mesh is not None and mesh.size > 1:
     gradients = functools.partial(mesh_gradients, config, graph, mesh)
@@ -55,8 +73,13 @@ def make_train_step(
     gradients = functools.partial(local_gradients, config, graph, axis=axis)
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    host, batch = batch.get("host"), {name: rows for name, rows in batch.items() if name != "host"}
-    said = {} if host is None else {"stop": jnp.max(host[:, 0]), "corrupt": jnp.sum(host[:, 1])}
+    if axis is not None and needs_all_rows(config, state.stats):
+      raise UserError(
+        f"config.batch_stats='global' with axis={axis!r}: each device would normalize its own images alone; expected "
+        "config.batch_stats='device'"
+      )
+    messages = _messages(batch)
+    batch = {name: rows for name, rows in batch.items() if name not in messages}
     keys = row_keys(step_key(config, state.step), len(batch["image"]), axis)
     grads, loss, stats, sums = gradients(state.params, state.stats, {**batch, "key": keys})
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -79,18 +102,27 @@ def make_train_step(
     )
     kept = jax.tree.map(lambda before, after: jnp.where(halted | bad, before, after), state, new)
     kept = dataclasses.replace(kept, halted=halted, step=state.step + ~halted, bad_steps=state.bad_steps + (bad & ~state.halted))
-    return kept, {**sums, **said, "grad_norm": optax.tree.norm(grads), "bad": bad}
+    return kept, {**sums, **messages, "grad_norm": optax.tree.norm(grads), "bad": bad}
 
   return train_step
 
 
+def _messages(batch: Batch) -> Metrics:
+  """What the processes tell each other, see `make_train_step`, as the step gives it back."""
+  give_back = {"stop": jnp.max, "corrupt": lambda rows: rows}
+  return {name: function(batch[name]) for name, function in give_back.items() if name in batch}
+
+
 def make_eval_step(config: Config, graph: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
-  """The pure evaluation step: sums over the images that the batch's "mask" counts; plain cross-entropy, no smoothing."""
+  """The pure evaluation step: sums over the images that the batch's "mask" counts; plain cross-entropy, no smoothing.
+
+  A batch with "stop" gives it back, as in `make_train_step`.
+  """
 
   def eval_step(params: nnx.State, stats: nnx.State, batch: Batch) -> Metrics:
     logits = nnx.merge(graph, params, stats)(normalise(batch["image"], config.data))
-    each = losses.cross_entropy(logits, batch["label"], kind=config.loss, mask=batch["mask"])
-    return losses.metric_sums(logits, batch["label"], each, batch["mask"])
+    image_losses = losses.cross_entropy(logits, batch["label"], kind=config.loss, mask=batch["mask"])
+    return {**losses.metric_sums(logits, batch["label"], image_losses, batch["mask"]), **_messages(batch)}
 
   return eval_step
 
@@ -98,19 +130,22 @@ def make_eval_step(config: Config, graph: nnx.GraphDef) -> Callable[[nnx.State, 
 def train_step_over(
   config: Config, mesh: Mesh, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, like: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The step compiled over the mesh, for a state that lies as `like` says (`meshes.place`) and a batch split over the devices.
+  """The step compiled over the mesh, for a state that lies as `like` says (`sharding.place`) and a batch split over the devices.
 
-  The old state's memory becomes the new one's. Raises UserError for SAM with BatchNorm over the global batch.
+  The old state's memory becomes the new one's.
+
+  Raises:
+    UserError: SAM with BatchNorm over the global batch.
   """
   if config.optim.sam_rho and jax.tree.leaves(like.stats) and config.batch_stats == "global" and mesh.size > 1:
     raise UserError(
-      "config.batch_stats='global' with config.optim.sam_rho: each device climbs by itself, with statistics of "
+      "config.batch_stats='global' with config.optim.sam_rho: each device ascends by itself, with statistics of "
       "its own images; expected config.batch_stats='device'"
     )
   places = jax.tree.map(lambda x: x.sharding, like)
   step = make_train_step(config, graph, optimizer, mesh=mesh)
   return jax.jit(
-    step,
+    _traced_once(step),
     in_shardings=(places, sharding.batch_sharding(mesh)),
     out_shardings=(places, sharding.replicated(mesh)),
     donate_argnums=0,
@@ -118,11 +153,16 @@ def train_step_over(
 
 
 def eval_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
-  """The evaluation step compiled over the mesh: weights as they lie, the batch split over the devices."""
+  """The evaluation step compiled over the mesh: weights whole on each device, the batch split over the devices."""
   whole = sharding.replicated(mesh)
+  step = make_eval_step(config, graph)
+  return jax.jit(_traced_once(step), in_shardings=(whole, whole, sharding.batch_sharding(mesh)), out_shardings=whole)
 
-  def eval_step(params: nnx.State, stats: nnx.State, batch: Batch) -> Metrics:
-    gathered = jax.lax.with_sharding_constraint((params, stats), jax.tree.map(lambda x: whole, (params, stats)))
-    return make_eval_step(config, graph)(*gathered, batch)
 
-  return jax.jit(eval_step, in_shardings=(None, None, sharding.batch_sharding(mesh)), out_shardings=whole)
+def _traced_once(step: Callable) -> Callable:
+  """A second trace of a compiled step is a bug: it costs a second compilation, unseen. chex raises AssertionError then."""
+  name = step.__name__
+  step.__name__ = f"{name} {next(_STEP_NUMBERS)}"  # chex counts by source and name, and a process may make several steps
+  checked = chex.assert_max_traces(step, n=1)
+  step.__name__ = checked.__name__ = name
+  return checked

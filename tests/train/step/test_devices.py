@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from nfnets import optim
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
 from nfnets.models import layers
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import local_gradients, row_keys, step_key
@@ -61,9 +62,10 @@ def train(config: Config, devices: int, count: int = STEPS):
   state, losses = sharding.put(state, like), []
   step = train_step_over(config, mesh, graph, optimizer, like)
   for i in range(count):
-    hosts = np.array([[i == 1, 3]] * devices, np.int32)  # what hosts say to each other through the step
-    state, metrics = step(state, sharding.put_batch(mesh, {**batch_of(i), "host": hosts}))
-    assert (int(metrics["stop"]), int(metrics["corrupt"])) == (i == 1, 3 * devices)
+    messages = {"stop": np.zeros(devices, np.int32), "corrupt": np.arange(devices, dtype=np.int32)}
+    messages["stop"][-1] = i == 1
+    state, metrics = step(state, sharding.put_batch(mesh, {**batch_of(i), **messages}))
+    assert int(metrics["stop"]) == (i == 1) and metrics["corrupt"].tolist() == [*range(devices)]
     losses.append(float(metrics["loss_sum"]) / float(metrics["count"]))
   assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
   return losses, state
@@ -167,6 +169,33 @@ def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
   config.optim = dataclasses.replace(config.optim, sam_rho=0.1)
   with pytest.raises(ValueError, match="config.batch_stats='global' with config.optim.sam_rho: .* expected"):
     train(config, 2, count=0)
+
+
+def test_a_loop_of_ones_own_refuses_batchnorm_over_the_global_batch():
+  """Each device of a pmap has its own images alone."""
+  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
+  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small))
+  graph, optimizer, state = prepare(config)
+  step = make_train_step(config, graph, optimizer, axis="replicas")
+  with pytest.raises(UserError, match="config.batch_stats='global' with axis='replicas'"):
+    jax.eval_shape(lambda state, batch: jax.vmap(step, in_axes=(None, 0), axis_name="replicas")(state, batch), state, stacked(2))
+
+
+def stacked(devices: int) -> dict[str, np.ndarray]:
+  return {name: rows.reshape(devices, -1, *rows.shape[1:]) for name, rows in batch_of(0).items()}
+
+
+def test_a_second_trace_of_a_compiled_step_is_an_error():
+  config = make_config()
+  graph, optimizer, state = prepare(config)
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  like = sharding.place(mesh, state)
+  step = train_step_over(config, mesh, graph, optimizer, like)
+  shapes = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in batch_of(0).items()}
+  step.lower(like, shapes)
+  train_step_over(config, mesh, graph, optimizer, like).lower(like, shapes)  # another step may be traced too
+  with pytest.raises(AssertionError, match="traced > 1 times"):
+    step.lower(like, {name: jax.ShapeDtypeStruct((16, *x.shape[1:]), x.dtype) for name, x in shapes.items()})
 
 
 def test_sharpness_aware_steps():

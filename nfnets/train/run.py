@@ -1,0 +1,309 @@
+"""A training run, assembled and opened: data, network, compiled steps, checkpoints and records, and what moves as it trains."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import pprint
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from nfnets import distributed, optim
+from nfnets.config import Config, DataConfig
+from nfnets.data.batches.evaluation import EvalBatches
+from nfnets.data.batches.prefetch import prefetch
+from nfnets.data.batches.training import TrainBatches, shuffle_block
+from nfnets.data.errors import DataError
+from nfnets.data.sources.base import Source
+from nfnets.data.sources.open import open_source
+from nfnets.distributed.watchdog import FIRST_STEP, Watchdog
+from nfnets.files import write_file
+from nfnets.train import resolve
+from nfnets.train.checkpoints.compatibility import RunFacts, check_same_data, check_same_order, check_same_run, to_json
+from nfnets.train.checkpoints.reader import CheckpointReader
+from nfnets.train.checkpoints.retention import period
+from nfnets.train.checkpoints.writer import CheckpointWriter
+from nfnets.train.evaluate import Results, evaluate
+from nfnets.train.lock import workdir_lock
+from nfnets.train.logs.logbook import Logbook
+from nfnets.train.logs.window import Metrics
+from nfnets.train.step import sharding
+from nfnets.train.step.gradients import rows_ascended, rows_normalized
+from nfnets.train.step.state import TrainState, build_network, init_state, split_network
+from nfnets.train.step.step import eval_step_over, train_step_over
+
+STEPS_UNDER_WAY = 3  # the devices keep two steps of work; more would only hold their batches
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Run:
+  """Everything that the training loop works with; `open_run` makes it.
+
+  What moves: `state`, `step` (updates done, those left out included), `passed_over` (batches that rollbacks left out) and
+  `corrupt` (the numbers of the records that any process has found corrupt).
+  """
+
+  config: Config
+  workdir: str
+  mesh: Mesh
+  data: Source
+  test_data: Source
+  batches: TrainBatches
+  test_batches: EvalBatches
+  graph: nnx.GraphDef
+  schedule: Callable[[Any], jax.Array]  # update, from 0 → learning rate
+  like: TrainState  # shapes and shardings of the state
+  train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+  eval_step: Callable[[nnx.State, nnx.State, dict[str, jax.Array]], Metrics]
+  reader: CheckpointReader
+  writer: CheckpointWriter
+  log: Logbook
+  watchdog: Watchdog
+  steps_per_epoch: float
+  total_steps: int
+  resumed_from: int | None  # the step of the checkpoint that the run goes on from
+
+  state: TrainState
+  step: int
+  passed_over: int
+  corrupt: set[int]
+  stop: Any = ()  # the signals' request to stop, once the loop listens for them
+  under_way: collections.deque[Metrics] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=STEPS_UNDER_WAY))
+  has_compiled: bool = False  # the training step
+  evaluated_before: bool = False
+
+  # ---- one step
+
+  def batches_from_here(self) -> Iterator[dict[str, jax.Array]]:
+    """The batches of the steps to come, on the devices, prepared ahead by a thread; to be closed."""
+    shift = self.passed_over
+    return prefetch(lambda step: self.batches.start(step + shift), self.step, self.total_steps, then=self._send)
+
+  def _send(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Sends a batch to the devices, with what this process tells the others: see `make_train_step`."""
+    corrupt = np.zeros(len(self.mesh.local_devices), np.int32)
+    record = self.batches.next_corrupt()
+    corrupt[0] = 0 if record is None else record + 1
+    return sharding.put_batch(self.mesh, {**batch, "stop": np.full_like(corrupt, bool(self.stop)), "corrupt": corrupt})
+
+  def make_room(self) -> None:
+    """Waits until no more than two steps are under way."""
+    if len(self.under_way) == self.under_way.maxlen:
+      jax.block_until_ready(self.under_way[0])
+      self.watchdog.kick(f"step {self.step - 1}")
+
+  def devices_are_idle(self) -> bool:
+    return not self.under_way or self.under_way[-1]["count"].is_ready()
+
+  def is_stopping(self) -> bool:
+    """Whether all processes are to stop after the next step.
+
+    One process stops at its own signal. Several go by what a step that has ended told all of them, so that all stop at the same
+    step.
+    """
+    if jax.process_count() == 1:
+      return bool(self.stop)
+    return len(self.under_way) == self.under_way.maxlen and bool(self.under_way[0]["stop"])
+
+  def take_step(self, batch: dict[str, jax.Array]) -> Metrics:
+    """Hands the devices one step; returns its metrics, which are still to be computed."""
+    with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the devices
+      self.state, metrics = self.train_step(self.state, batch)
+    self.step += 1
+    self.under_way.append(metrics)
+    self.log.advance(self.step)
+    return metrics
+
+  def is_due(self, every: float) -> bool:
+    """Whether something that happens every so many epochs is due after the current step; at the end everything is."""
+    epoch = lambda step: step / self.steps_per_epoch
+    return self.step == self.total_steps or period(epoch(self.step), every) > period(epoch(self.step - 1), every)
+
+  def note_corrupt(self, window: list[Metrics]) -> None:
+    """Adds the records that any process found corrupt. Raises DataError, in all processes, where there are too many."""
+    numbers = np.concatenate([metrics["corrupt"] for metrics in window])
+    self.corrupt |= {int(number) - 1 for number in numbers[numbers > 0]}
+    limit = self.config.data.max_corrupt
+    if len(self.corrupt) > limit * len(self.data):
+      raise DataError(
+        f"{len(self.corrupt)} of the {len(self.data):,} records of {self.data.name} are corrupt, more than "
+        f"config.data.max_corrupt={limit:g} allows"
+      )
+
+  # ---- evaluation and checkpoints
+
+  def evaluate(self) -> Results | None:
+    """Evaluates the parameters and their average, and writes the result down; None where a signal ended it before."""
+    weights = {"params": (self.state.params, self.state.stats), **({"ema": self.state.ema} if self.state.ema is not None else {})}
+    self.watchdog.kick(
+      f"the evaluation at step {self.step}", 0.0 if self.evaluated_before else FIRST_STEP
+    )  # the first one compiles
+    results = evaluate(
+      self.eval_step,
+      self.mesh,
+      weights,
+      self.test_batches,
+      progress=lambda images: self.watchdog.kick(f"the evaluation at step {self.step}, after {images} images,"),
+      stopping=lambda: bool(self.stop),
+    )
+    self.evaluated_before = True
+    if results is not None:
+      self.log.test(self.step, self.step / self.steps_per_epoch, results)
+    return results
+
+  def save(self, results: Results | None = None) -> None:
+    """Saves the state in the background. results: its evaluation, if there was one."""
+    self.log.sync()
+    digest = self.batches.order_digest(self.step + self.passed_over)
+    self.writer.save(self.state, results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
+    self.watchdog.kick(f"the step after {self.step}")
+
+  def restore(self, step: int, **changes: jax.Array) -> None:
+    """Goes on from a checkpoint; changes: fields of the state to take instead of the saved ones."""
+    self.state = dataclasses.replace(self.reader.restore(step, self.like), **changes)
+    self.writer.go_on_from(step)
+    self.step, self.passed_over = int(self.state.step), int(self.state.passed_over)
+    self.under_way.clear()
+
+
+# ---- opening a run
+
+
+@contextlib.contextmanager
+def open_run(config: Config, workdir: str) -> Iterator[Run]:
+  """Opens everything that `config` asks for, from the newest good checkpoint in `workdir` if there is one; closes it at the end.
+
+  Raises UserError, with its kinds, for what a person can mend.
+  """
+  with contextlib.ExitStack() as opened:
+    yield _opened_run(config, workdir, opened)
+
+
+def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> Run:
+  config.validate()
+  process, count = jax.process_index(), jax.process_count()
+  mesh = sharding.make_mesh()
+  sharding.check_batch(config.batch, mesh, config.accumulate)
+  data_config = resolve.data_config(config)
+  data, test_data = _open_data(config, data_config, opened)
+  steps_per_epoch = len(data) / config.batch
+  total_steps = max(1, round(config.epochs * steps_per_epoch))
+  lengths = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+  graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, data.num_classes)))
+  optimizer = optim.make_optimizer(config.optim, params, **lengths)
+  abstract = jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
+  like = sharding.place(mesh, abstract, shard=config.shard)
+  facts = RunFacts(
+    config=config,
+    num_classes=data.num_classes,
+    records=len(data),
+    shuffle_block=shuffle_block(data_config, data),
+    rows_normalized=rows_normalized(config, stats, mesh.size),
+    rows_ascended=rows_ascended(config, mesh.size),
+  )
+
+  # ---- what lies in the workdir
+  log = Logbook(workdir, write=process == 0)
+  if process == 0:
+    opened.enter_context(workdir_lock(workdir, say=log.warn))
+  opened.callback(log.close)
+  keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every, "keep_best": config.keep_best}
+  reader = CheckpointReader(workdir, say=log.warn)
+  writer = CheckpointWriter(workdir, facts, **keep, say=log.warn)
+  opened.push(lambda kind, error, traceback: writer.close(after_an_error=error is not None))
+  last = reader.choose()
+  rows = {"process": (process, count), "say": log.warn}
+  batches = TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **rows)
+  opened.callback(batches.close)
+  if last is not None:
+    meta = reader.meta(last)
+    check_same_run(meta["config"], config, workdir)
+    check_same_data(meta, facts, workdir)
+    check_same_order(meta, batches.order_digest(meta["data"]["next_step"]), workdir)
+  test_batches = EvalBatches(test_data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), **rows)
+  opened.callback(test_batches.close)
+  watchdog = Watchdog(config.watchdog, workdir, process)
+  opened.callback(watchdog.close)
+
+  run = Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    data=data,
+    test_data=test_data,
+    batches=batches,
+    test_batches=test_batches,
+    graph=graph,
+    schedule=optim.make_schedule(config.optim, **lengths),
+    like=like,
+    train_step=train_step_over(config, mesh, graph, optimizer, like),
+    eval_step=eval_step_over(config, mesh, graph),
+    reader=reader,
+    writer=writer,
+    log=log,
+    watchdog=watchdog,
+    steps_per_epoch=steps_per_epoch,
+    total_steps=total_steps,
+    resumed_from=last,
+    state=_first_state(config, data.num_classes, optimizer, like) if last is None else like,
+    step=0,
+    passed_over=0,
+    corrupt=set() if last is None else set(meta["data"].get("corrupt", ())),
+  )
+  if last is not None:
+    run.restore(last)
+  _announce(run, params)
+  return run
+
+
+def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitStack) -> tuple[Source, Source]:
+  """The training and the test images; ProcessError where the processes differ in configuration, data, code or JAX."""
+  tell = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda line: None
+  data, test_data = (
+    opened.enter_context(contextlib.closing(open_source(data_config, split, progress=tell)))
+    for split in (data_config.train_split, data_config.test_split)
+  )
+  facts = {"config": json.dumps(to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}
+  distributed.require_equal(facts, tell)
+  return data, test_data
+
+
+def _fingerprint(data: Source) -> str:
+  """What the processes' data must have in common, as JSON: names and lengths; the images are not looked at."""
+  classes = hashlib.sha256("\n".join(data.class_names).encode()).hexdigest()[:12]
+  first = data.address(0).rpartition(os.sep)[2]
+  return json.dumps({"name": data.name, "split": data.split, "records": len(data), "classes": classes, "first record": first})
+
+
+def _first_state(config: Config, num_classes: int, optimizer: optax.GradientTransformation, like: TrainState) -> TrainState:
+  network = build_network(config.model, num_classes, seed=config.seed)
+  return sharding.put(init_state(*split_network(network)[1:], optimizer, config), like)
+
+
+def _announce(run: Run, params: nnx.State) -> None:
+  """Begins the log, and says what is going to happen."""
+  config, log, count = run.config, run.log, jax.process_count()
+  smoothing = f", labels smoothed {config.label_smoothing:g}" if config.label_smoothing else ""
+  log.begin(run.step, run.total_steps, f"train{smoothing}")
+  if jax.process_index() == 0:
+    write_file(os.path.join(run.workdir, "config.json"), (json.dumps(to_json(config), indent=2) + "\n").encode())
+  log.say(pprint.pformat(config, width=120, sort_dicts=False))
+  log.say(optim.describe_groups(params, config.optim))
+  log.say(
+    f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(run.data):,} training and "
+    f"{len(run.test_data):,} test images, {run.batches.size} and {run.test_batches.size} pixels a side, "
+    f"{run.data.num_classes} classes; {run.total_steps:,} steps of {config.batch} images; {run.mesh.size} × "
+    f"{jax.devices()[0].device_kind} ({count} process{'es' * (count > 1)}), jax {jax.__version__}, {platform.node()}"
+  )
+  if run.resumed_from is not None:
+    at_the_end = ", which is the end of the training" if run.step >= run.total_steps else ""
+    log.say(f"resumed from {run.reader.path(run.resumed_from)}{at_the_end}")
