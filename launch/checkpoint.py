@@ -10,7 +10,6 @@ export: writes the newest good checkpoint's network, the average (EMA) where it 
 (blocks/3/conv1/kernel); its metadata holds the configuration and the versions.
 """
 
-import contextlib
 import json
 import pathlib
 import time
@@ -143,15 +142,15 @@ def export(values: flags.FlagValues, where: str) -> int:
   import safetensors.numpy
 
   from nfnets.train.checkpoints import retention
-  from nfnets.train.checkpoints.store import Checkpoints
+  from nfnets.train.checkpoints.reader import CheckpointReader
 
   directory, _ = _steps(where)
   _, one = retention.locate(where)
-  with contextlib.closing(Checkpoints(str(directory))) as checkpoints:
-    step = checkpoints.choose(one)
-    meta = {**checkpoints.meta(step), "metrics": checkpoints.metrics(step)}
-    weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
-    arrays = checkpoints.restore_weights(step, weights)
+  reader = CheckpointReader(str(directory))
+  step = reader.choose(one)
+  meta = {**reader.meta(step), "metrics": reader.metrics(step)}
+  weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
+  arrays = reader.restore_weights(step, weights)
   facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}
   metadata = {
     "format": "nfnets",
@@ -160,7 +159,7 @@ def export(values: flags.FlagValues, where: str) -> int:
   }
   write_file(out, safetensors.numpy.save(arrays, metadata))
   _console().print(
-    f"{out}: {weights} of {checkpoints.path(step)}, {len(arrays)} arrays, "
+    f"{out}: {weights} of {reader.path(step)}, {len(arrays)} arrays, "
     f"{sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"
   )
   return 0

@@ -1,7 +1,9 @@
 """Exact evaluation: every image of a split counts once, on any number of devices and with any batch."""
 
 import contextlib
+import dataclasses
 import operator
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -10,8 +12,17 @@ import rich.table
 from flax import nnx
 from jax.sharding import Mesh
 
+from nfnets.config import Config
 from nfnets.data.batches.evaluation import EvalBatches
+from nfnets.data.sources.open import open_source
+from nfnets.train import resolve
+from nfnets.train.checkpoints import retention
+from nfnets.train.checkpoints.compatibility import check_same_run
+from nfnets.train.checkpoints.errors import CheckpointError
+from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.step import losses, sharding
+from nfnets.train.step.state import build_network, split_network
+from nfnets.train.step.step import eval_step_over
 
 Weights = dict[str, tuple[nnx.State, nnx.State]]  # name → (params, running statistics)
 Results = dict[str, dict[str, float | int]]  # name → {"loss", "top1", "top5", "count"}
@@ -56,6 +67,54 @@ def evaluate(
       progress(min(len(batches.source), done * batches.batch))
   totals = jax.device_get(totals)
   return {name: losses.summarize(totals[name]) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+  """A checkpoint's evaluation. title: model, step, split and devices, for people."""
+
+  path: str
+  step: int
+  title: str
+  results: Results
+
+
+def evaluate_checkpoint(config: Config, checkpoint: str, *, say: Callable[[str], None] = print) -> Evaluated:
+  """Evaluates the parameters of a checkpoint, and their average if it was kept, over config.data's test split.
+
+  Args:
+    config: the network must be the checkpoint's; the data may be others.
+    checkpoint: a workdir, of which the newest good step is taken, or WORKDIR/checkpoints/STEP.
+    say: gets a line about whatever takes long or goes wrong.
+
+  Raises:
+    CheckpointError: there is no checkpoint, it is damaged, or it holds another network. DataError: the split cannot be read.
+  """
+  where = pathlib.Path(checkpoint).resolve()
+  reader, (_, asked) = CheckpointReader(str(where), say=say), retention.locate(str(where))
+  step = reader.choose(asked) if asked is None or reader.path(asked).is_dir() else None
+  if step is None:
+    raise CheckpointError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
+  check_same_run(reader.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
+  data_config, mesh = resolve.data_config(config), sharding.make_mesh()
+  with contextlib.ExitStack() as opened:
+    data = opened.enter_context(contextlib.closing(open_source(data_config, data_config.test_split, progress=say)))
+    batches = EvalBatches(
+      data,
+      data_config,
+      batch=sharding.whole_batch(config.eval_batch, mesh),
+      process=(jax.process_index(), jax.process_count()),
+      say=say,
+    )
+    opened.callback(batches.close)
+    graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, data.num_classes)))
+    weights = reader.restore_model(step, *sharding.place(mesh, (params, stats)))
+    results = evaluate(eval_step_over(config, mesh, graph), mesh, weights, batches)
+  title = (
+    f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
+    f"{mesh.size} × {jax.devices()[0].device_kind}"
+  )
+  return Evaluated(path=str(reader.path(step)), step=step, title=title, results=results)
 
 
 def results_table(title: str, results: Results) -> rich.table.Table:

@@ -12,17 +12,17 @@ import safetensors.numpy
 
 from launch import cli
 from nfnets.train.checkpoints import compatibility
-from nfnets.train.checkpoints.store import Checkpoints
-from tests.faults.checkpoint_faults import RUN, small_state
+from nfnets.train.checkpoints.writer import CheckpointWriter
+from tests.faults.checkpoint_faults import FACTS, small_state
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
   where = tmp_path_factory.mktemp("run")
-  writer = Checkpoints(str(where), keep=1, keep_every=4.0, keep_best="ema_top1")
+  writer = CheckpointWriter(str(where), FACTS, keep=1, keep_every=4.0, keep_best="ema_top1")
   for step in (5, 16, 20):
     top1 = {"params": {"top1": 0.5, "count": 9.0}, "ema": {"top1": 1 - step / 100}}
-    writer.save(small_state(step), **RUN, results=top1)
+    writer.save(small_state(step), results=top1)
   writer.close()
   return where
 
@@ -85,7 +85,7 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
   assert names == {"blocks/0/kernel", "fc/bias"}
   np.testing.assert_array_equal(kernel, small_state(20).ema[0]["blocks"]["0"]["kernel"])
   assert (
-    json.loads(metadata["config"]) == compatibility.to_json(RUN["config"])
+    json.loads(metadata["config"]) == compatibility.to_json(FACTS.config)
     and metadata["step"] == "20"
     and metadata["weights"] == "ema"
   )

@@ -42,8 +42,9 @@ def run(values):
   if what == "bug" and me.index == 1:
     {}["nothing here"]
   if what == "apart":
-    from nfnets.train.checkpoints.store import Checkpoints
-    Checkpoints(f"{os.environ['MARK']}-{me.index}", keep=1)
+    from nfnets.train.checkpoints.writer import CheckpointWriter
+    from tests.faults.checkpoint_faults import FACTS
+    CheckpointWriter(f"{os.environ['MARK']}-{me.index}", FACTS, keep=1)
   if what == "usage" and me.index == 1:
     cli.run_subcommand({"list": None}, values, ("lst",), "NAME DIR")
   if what.startswith("stop once") and not os.path.exists(os.environ["MARK"]):
