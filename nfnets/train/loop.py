@@ -26,7 +26,7 @@ from nfnets.data.batches.training import TrainBatches, shuffle_block
 from nfnets.data.sources.base import Source
 from nfnets.data.sources.open import open_source
 from nfnets.distributed.signals import stop_on_signals
-from nfnets.distributed.watchdog import FIRST_STEP, Watchdog
+from nfnets.distributed.watchdog import FIRST_STEP_S, Watchdog
 from nfnets.train import evaluate, resolve
 from nfnets.train.checkpoints import compatibility
 from nfnets.train.checkpoints.store import Checkpoints
@@ -136,7 +136,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
 
   def test(step: int, state: TrainState) -> dict[str, dict[str, float]]:
     weights = {"params": (state.params, state.stats), **({"ema": state.ema} if state.ema is not None else {})}
-    kick = lambda images: watchdog.kick(f"the evaluation at step {step}, after {images} images,")
+    kick = lambda images: watchdog.finished(f"the evaluation at step {step}, after {images} images,")
     results = evaluate.evaluate(eval_step, mesh, weights, test_batches, progress=kick)
     log.test(step, step / steps_per_epoch, results)
     return results
@@ -149,7 +149,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   def save(state: TrainState, results: dict[str, dict[str, float]] | None = None) -> None:
     log.sync()
     checkpoints.save(state, config, num_classes=data.num_classes, records=len(data), results=results, **order)
-    watchdog.kick(f"the step after {int(state.step)}")
+    watchdog.finished(f"the step after {int(state.step)}")
 
   periods = lambda step, every: int(step / steps_per_epoch / every + 1e-9)
   due = lambda every, step: step == total_steps or periods(step, every) > periods(step - 1, every)
@@ -163,7 +163,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
     if found is not None and due(config.eval_every, step) and not checkpoints.evaluated(step):  # a signal came before that
       results = test(step, state)
       checkpoints.add_metrics(step, results)
-      watchdog.kick("the first step", FIRST_STEP)
+      watchdog.finished("the first step", FIRST_STEP_S)
       since = time.perf_counter()
     while rolled_back:
       rolled_back = False
@@ -173,7 +173,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
         for batch in waits:
           if len(under_way) == under_way.maxlen:  # more would only hold their batches
             jax.block_until_ready(under_way[0])
-            watchdog.kick(f"step {step - 1}")
+            watchdog.finished(f"step {step - 1}")
           # one process goes by what it hears itself; several by what all have heard through a step that has ended
           stopping = bool(stop) if count == 1 else len(under_way) == under_way.maxlen and bool(under_way[0]["stop"])
           with jax.transfer_guard("disallow"):  # nothing but the explicit batch goes to the device
@@ -183,7 +183,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
           under_way.append(metrics)
           if untimed and len(pending) == 1:
             jax.block_until_ready(metrics)
-            watchdog.kick(f"step {step + 1}")
+            watchdog.finished(f"step {step + 1}")
             log.say(f"compiled in {time.perf_counter() - since:.0f} s")
             since = waits.restart()
           log.advance(step)
@@ -214,7 +214,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
             since = waits.restart()
     if step >= total_steps and not results and not stopping:  # resumed at the end
       results = test(step, state)
-    watchdog.kick("the last checkpoint")
+    watchdog.finished("the last checkpoint")
     checkpoints.close()  # while signals are still ours: the last write must not be lost to one
   picture = log.draw()
   finished = step >= total_steps and not stopping
@@ -224,7 +224,7 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
     )
   else:
     log.say(
-      f"stopped by {stop[0] if stop else 'a signal to another process'} at step {step} of {total_steps}; saved "
+      f"stopped by {stop.name or 'a signal to another process'} at step {step} of {total_steps}; saved "
       f"{checkpoints.path(step)}; the same command goes on from there"
     )
   log.say(f"in {workdir}: metrics.jsonl, tensorboard/, checkpoints/{', ' + picture.name if picture else ''}")
