@@ -12,10 +12,10 @@ it, one tuned for decoding alone and one with the structure of the official reci
 import dataclasses
 
 import rich.console
-import rich.progress
 from absl import flags
 
 from launch import cli
+from launch.progress import meter, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
@@ -67,7 +67,7 @@ def data(values: flags.FlagValues) -> int:
   from nfnets.data.sources.open import open_source
   from nfnets.train import resolve
 
-  console = rich.console.Console(highlight=False, soft_wrap=True)
+  console = plain_console()
   filled = resolve.data_config(config)
   source = open_source(filled, train=True, progress=console.print)  # what is wrong with it, and its index, before the clock
   source.close()
@@ -81,21 +81,14 @@ def data(values: flags.FlagValues) -> int:
     threads=values.threads or filled.threads or cores(),
     against=bool(values.against),
   )
-  columns = [
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.BarColumn(20),
-    rich.progress.TextColumn("{task.description}"),
-    rich.progress.TimeElapsedColumn(),
-  ]
-  with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-    task, last = bar.add_task("", total=values.rounds * len(jobs)), ""
+  with meter(console, "measuring", values.rounds * len(jobs), "measurements") as progress:
 
     def show(number: int, job: Measurement, result: Measured | None) -> None:
-      nonlocal last
       if result is not None:
-        last = f" (last: {result.figures['images_per_s']:,.0f} images/s)"
-        bar.advance(task)
-      bar.update(task, description=f"round {number + 1}/{values.rounds}  {job.pipeline}, {job.group}{last}")
+        progress.advance(1)
+        console.print(
+          f"round {number + 1}/{values.rounds}  {job.pipeline}, {job.group}: {result.figures['images_per_s']:,.0f} images/s"
+        )
 
     report = data_benchmark.compare(jobs, rounds=values.rounds, progress=show)
   rich.console.Console(highlight=False, width=None if console.is_terminal else 130).print(report.table())

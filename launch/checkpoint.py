@@ -14,12 +14,11 @@ import json
 import pathlib
 import time
 
-import rich.console
-import rich.progress
 import rich.table
 from absl import flags
 
 from launch import cli
+from launch.progress import meter, plain_console
 from nfnets.files import write_file
 from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManifestError
 
@@ -88,12 +87,14 @@ def show(values: flags.FlagValues, where: str) -> int:
       ", ".join(kept.get(step, ["not any more"])),
       states[step],
     )
-  _console().print(table)
+  plain_console().print(table)
   for problem in problems:
-    _console().print(problem)
+    plain_console().print(problem)
   for path in sorted(path for path in directory.iterdir() if not path.name.isdigit()):
-    _console().print(f"{path.name}: no checkpoint ({'set aside' if path.suffix == '.aside' else 'unfinished or half deleted'})")
-  _console().print("list looks at names and sizes; verify reads the files")
+    plain_console().print(
+      f"{path.name}: no checkpoint ({'set aside' if path.suffix == '.aside' else 'unfinished or half deleted'})"
+    )
+  plain_console().print("list looks at names and sizes; verify reads the files")
   return 0
 
 
@@ -101,33 +102,17 @@ def verify(values: flags.FlagValues, where: str) -> int:
   from nfnets.train.checkpoints import manifest
 
   directory, steps = _steps(where)
-  console, paths = _console(), [directory / str(step) for step in steps]
-  total = sum(path.stat().st_size for step in paths for path in step.rglob("*") if path.is_file())
-  began, bad, read = time.monotonic(), 0, 0
-  columns = (
-    rich.progress.TextColumn("{task.description}"),
-    rich.progress.BarColumn(20),
-    rich.progress.DownloadColumn(),
-    rich.progress.TransferSpeedColumn(),
-    rich.progress.TimeRemainingColumn(),
-  )
-  with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-    task = bar.add_task("verifying", total=total)
-
-    def advance(count: int) -> None:
-      nonlocal read
-      read += count
-      bar.update(task, advance=count)
-
+  console, paths = plain_console(), [directory / str(step) for step in steps]
+  total = sum(file.stat().st_size for path in paths for file in path.rglob("*") if file.is_file())
+  began, bad = time.monotonic(), 0
+  with meter(console, "verifying", total, "bytes") as progress:
     for path in paths:
-      problems = manifest.verify(path, advance)
+      problems = manifest.verify(path, progress.advance)
       bad += bool(problems)
-      for problem in problems:
+      for problem in problems or ["good"]:
         console.print(f"{path}: {problem}")
-      if not problems:
-        console.print(f"{path}: good")
-  seconds = max(time.monotonic() - began, 1e-9)
-  console.print(f"{len(paths)} checkpoints, {bad} bad; {read / 1e6:,.1f} MB read at {read / 1e6 / seconds:,.0f} MB/s")
+  megabytes, seconds = progress.done / 1e6, max(time.monotonic() - began, 1e-9)
+  console.print(f"{len(paths)} checkpoints, {bad} bad; {megabytes:,.1f} MB read at {megabytes / seconds:,.0f} MB/s")
   return 1 if bad else 0
 
 
@@ -158,7 +143,7 @@ def export(values: flags.FlagValues, where: str) -> int:
     **{name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()},
   }
   write_file(out, safetensors.numpy.save(arrays, metadata))
-  _console().print(
+  plain_console().print(
     f"{out}: {weights} of {reader.path(step)}, {len(arrays)} arrays, "
     f"{sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"
   )
@@ -177,10 +162,6 @@ def _steps(where: str) -> tuple[pathlib.Path, list[int]]:
   if not found or step not in (None, *found):
     raise cli.UsageError(f"{where}: no checkpoint there; give a workdir that training has written to")
   return directory, found if step is None else [step]
-
-
-def _console() -> rich.console.Console:
-  return rich.console.Console(highlight=False, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

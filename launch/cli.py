@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import json
 import pathlib
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -90,9 +89,11 @@ def main(
       _check_config_arguments(sys.argv[1:])
     try:
       rest = values(sys.argv)
-    except (flags.Error, KeyError, AttributeError, SyntaxError, ImportError, TypeError) as error:
-      # a config file's own error comes wrapped in its traceback; the last line is what it said
-      raise UsageError(" ".join(re.split(r"\w*Error: ", str(error))[-1].split())) from error
+    except Exception as error:
+      mistake = _mistake_in_flags(error, _recipe(sys.argv[1:]))
+      if mistake is None:
+        raise
+      raise mistake from error
     if values.help:
       print(f"{usage}\n\n{values.get_help()}")
       sys.exit(0)
@@ -159,6 +160,40 @@ def _fail_with_traceback(error: Exception) -> None:
   """In a run of several processes: every line with the process's number, and the end of them all. Otherwise nothing."""
   lines = "".join(traceback.format_exception(error)).splitlines()
   distributed.fail(error, 1, "".join(f"{distributed.label()}{line}\n" for line in lines))
+
+
+def _recipe(arguments: list[str]) -> pathlib.Path | None:
+  """The file that --config names, without its argument."""
+  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    flag, equals, value = argument.partition("=")
+    if flag in ("-config", "--config"):
+      return pathlib.Path((value if equals else following).partition(":")[0])
+  return None
+
+
+def _mistake_in_flags(error: Exception, recipe: pathlib.Path | None) -> UserError | None:
+  """What to answer where parsing the flags raised `error`; None for a bug that is neither the command line's nor the recipe's.
+
+  absl and ml_collections raise errors of their own out of what `get_config` raised, which is found by its traceback: a
+  UserError or a ValueError of the recipe's own is about its argument; any other error there is a bug of the recipe, named with
+  file and line.
+  """
+  raised: BaseException | None = error
+  while raised is not None and recipe is not None:
+    if isinstance(raised, SyntaxError) and raised.filename and pathlib.Path(raised.filename).resolve() == recipe.resolve():
+      return UsageError(f"{recipe}, line {raised.lineno}: {type(raised).__name__}: {raised.msg}")
+    frames = traceback.extract_tb(raised.__traceback__)
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == recipe.resolve()]
+    if lines and isinstance(raised, UserError):
+      return raised
+    if lines and pathlib.Path(frames[-1].filename).resolve() != recipe.resolve() and not isinstance(raised, ImportError):
+      return None
+    if lines:
+      kind = "" if type(raised) is ValueError else f"{type(raised).__name__}: "
+      return UsageError(f"{recipe}, line {lines[-1]}: {kind}{raised}")
+    raised = raised.__cause__ or raised.__context__
+  known = (flags.Error, KeyError, AttributeError, TypeError)
+  return UsageError(" ".join(str(error).split())) if isinstance(error, known) else None
 
 
 def _check_config_arguments(arguments: list[str]) -> None:

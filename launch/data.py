@@ -11,17 +11,12 @@ prepare: writes the splits with smaller images as a TFDS dataset under DIR; run 
 import contextlib
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Iterator
 
-import rich.console
-import rich.progress
 import rich.table
 from absl import flags
 
 from launch import cli
-
-_SAY_EVERY = 10.0  # seconds between two progress lines where there is no terminal
+from launch.progress import meter, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
@@ -47,7 +42,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 
 def describe(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), _console()
+  config, console = cli.parse_config(values), plain_console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
@@ -80,7 +75,7 @@ def describe(values: flags.FlagValues) -> int:
 
 
 def verify(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), _console()
+  config, console = cli.parse_config(values), plain_console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
 
@@ -90,21 +85,21 @@ def verify(values: flags.FlagValues) -> int:
     with contextlib.closing(
       open_source(dataclasses.replace(config.data, train_split=split), train=True, progress=console.print)
     ) as source:
-      with _meter(console, split, len(source), "records") as progress:
+      with meter(console, split, len(source), "records") as progress:
         checked.append(
           inspect.verify(
-            source, threads=config.data.threads, progress=progress, found=lambda line: console.print(f"corrupt: {line}")
+            source, threads=config.data.threads, progress=progress.set, found=lambda line: console.print(f"corrupt: {line}")
           )
         )
   table = rich.table.Table("split", *(rich.table.Column(name, justify="right") for name in ("records", "corrupt", "bytes")))
-  for one in checked:
-    table.add_row(one.split, f"{one.records:,}", f"{len(one.corrupt):,}", f"{one.bytes:,}")
+  for split in checked:
+    table.add_row(split.split, f"{split.records:,}", f"{len(split.corrupt):,}", f"{split.bytes:,}")
   console.print(table)
-  return 1 if any(one.corrupt for one in checked) else 0
+  return 1 if any(split.corrupt for split in checked) else 0
 
 
 def prepare(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), _console()
+  config, console = cli.parse_config(values), plain_console()
   if not values.out:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data.tools.prepare import Preparation
@@ -116,8 +111,8 @@ def prepare(values: flags.FlagValues) -> int:
   ) as job:
     if job.done:
       console.print(f"{job.done:,} of {job.total:,} records are there already")
-    with _meter(console, job.name, job.total, "images", job.done) as progress:
-      made = job.run(progress)
+    with meter(console, job.name, job.total, "images", job.done) as progress:
+      made = job.run(progress.set)
   counts = ", ".join(f"{split} {count:,}" for split, count in made.records.items())
   console.print(
     f"{made.path}: {counts} images, {made.shards} shards ({made.kept} kept), {made.bytes:,} bytes"
@@ -126,40 +121,6 @@ def prepare(values: flags.FlagValues) -> int:
   name = f"--config.data.name={made.name} " if made.name != config.data.name else ""
   console.print(f"use it with: {name}--config.data.dir={values.out}")
   return 0
-
-
-def _console() -> rich.console.Console:
-  return rich.console.Console(highlight=False, soft_wrap=True, markup=False)
-
-
-@contextlib.contextmanager
-def _meter(console: rich.console.Console, title: str, total: int, unit: str, start: int = 0) -> Iterator[Callable[[int], None]]:
-  """Shows how far something is: a bar on a terminal, else a line now and then and one at the end."""
-  began = said = time.monotonic()
-  rate = lambda done: (done - start) / max(time.monotonic() - began, 1e-9)
-  if console.is_terminal:
-    columns = [
-      rich.progress.TextColumn("{task.description}", markup=False),
-      rich.progress.BarColumn(20),
-      rich.progress.MofNCompleteColumn(),
-      rich.progress.TextColumn("{task.fields[rate]}"),
-      rich.progress.TimeRemainingColumn(),
-    ]
-    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-      task = bar.add_task(title, total=total, completed=start, rate="")
-      yield lambda done: bar.update(task, completed=done, rate=f"{rate(done):,.0f} {unit}/s")
-    return
-
-  def show(done: int) -> None:
-    nonlocal said
-    if done == total or time.monotonic() - said >= _SAY_EVERY:
-      said = time.monotonic()
-      left = (total - done) / max(rate(done), 1e-9)
-      console.print(
-        f"{title}: {done:,} of {total:,} {unit}, {rate(done):,.0f} {unit}/s" + (f", {left:,.0f} s left" if done < total else "")
-      )
-
-  yield show
 
 
 SUBCOMMANDS = {"describe": describe, "verify": verify, "prepare": prepare}

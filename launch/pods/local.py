@@ -1,8 +1,11 @@
 """N processes on this machine: python -m launch.pods.local --processes=2 -- python -m launch.train --config=… --workdir=…
 
 --gpus gives process i GPU i; --devices=4 each 4 CPU devices. Lines come out as "[process] line"; a signal goes to all. When one
-fails the others get --grace seconds to end; after 75, 76 or death by a signal all start again, --restarts times. The status is
-that of the first that failed."""
+fails the others get --grace seconds to end. All start again, up to --restarts times, after the statuses that ask for it (see
+nfnets/distributed/exit_status.py: 75, 76, death by a signal). The status is that of the first that failed.
+
+With --processes=1, the default, the command keeps its output and learns of other machines' processes as without this program: so
+an engine's script starts it again and again on each of its nodes."""
 
 import argparse
 import os
@@ -13,33 +16,38 @@ import sys
 import threading
 import time
 
+from nfnets.distributed import should_restart
+
 
 def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> int:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
-  environ = {
-    **os.environ,
-    "JAX_COORDINATOR_ADDRESS": address,
-    "JAX_COORDINATOR_BIND_ADDRESS": address,
-    "JAX_NUM_PROCESSES": str(options.processes),
-    "PYTHONUNBUFFERED": "1",
-  }
+  """Runs the command in all processes, which `children` then holds; the status of the first that failed, as a shell counts."""
+  several = options.processes > 1
+  environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+  if several:
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = f"127.0.0.1:{free.getsockname()[1]}"
+    environ |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_COORDINATOR_BIND_ADDRESS": address}
+    environ |= {"JAX_NUM_PROCESSES": str(options.processes)}
   if options.devices:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
     environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
   children[:] = [
     subprocess.Popen(  # a session each: a terminal's Ctrl-C comes to us alone, and once to each through us
       options.command,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
+      stdout=subprocess.PIPE if several else None,
+      stderr=subprocess.STDOUT if several else None,
       start_new_session=True,
-      env={**environ, "JAX_PROCESS_ID": str(i), **({"JAX_LOCAL_DEVICE_IDS": str(i)} if options.gpus else {})},
+      env={
+        **environ,
+        **({"JAX_PROCESS_ID": str(i)} if several else {}),
+        **({"JAX_LOCAL_DEVICE_IDS": str(i)} if options.gpus else {}),
+      },
     )
     for i in range(options.processes)
   ]
   copy = lambda i, child: [os.write(1, f"[{i}] ".encode() + line) for line in child.stdout]
-  printers = [threading.Thread(target=copy, args=each) for each in enumerate(children)]
+  printers = [threading.Thread(target=copy, args=each) for each in enumerate(children) if several]
   for printer in printers:
     printer.start()
   first, until, running = 0, float("inf"), True
@@ -66,7 +74,7 @@ if __name__ == "__main__":
     signal.signal(number, lambda number, _: (told.append(number), [child.send_signal(number) for child in children]))
   for restart in range(options.restarts + 1):
     status = run_once(options, children)
-    if told or not (status in (75, 76) or status > 128 and status != 130):
+    if told or not should_restart(status):
       break
     print(f"status {status}{f': starting again, {restart + 1} of {options.restarts}' * (restart < options.restarts)}", flush=True)
   sys.exit(status)

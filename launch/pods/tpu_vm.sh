@@ -31,10 +31,9 @@ echo \"deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.clo
 sudo tee /etc/apt/sources.list.d/gcsfuse.list && sudo apt-get -q update && sudo apt-get -qy install gcsfuse; }; } &&
 { mountpoint -q /mnt/bucket || { sudo install -d -o \"\$USER\" /mnt/bucket && gcsfuse --implicit-dirs --rename-dir-limit=100000 \\
 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(printf %q "$BUCKET") /mnt/bucket; }; }"
-# Each worker starts again by itself after 75, 76 and death by a signal, so that all meet anew; never after 1 and 2.
-train="cd nfnets-run && for i in \$(seq ${MOST_RESTARTS:-50}); do .venv/bin/python -m launch.train $(printf '%q ' "$@") &
-echo \$\$ \$! > ../pids; wait \$!; s=\$?; [ \$s -eq 75 ] || [ \$s -eq 76 ] || { [ \$s -gt 128 ] && [ \$s -ne 130 ]; } || break; done
-echo \$s > ../status; exit \$s"
+# Each worker starts again by itself, so that all meet anew; launch.pods.local knows after which statuses.
+train="cd nfnets-run && { .venv/bin/python -m launch.pods.local --restarts=${MOST_RESTARTS:-50} -- \
+.venv/bin/python -m launch.train $(printf '%q ' "$@") & echo \$\$ \$! > ../pids; wait \$!; s=\$?; echo \$s > ../status; exit \$s; }"
 
 for ((attempt = 0; attempt <= ${MOST_RESTARTS:-50}; attempt++)); do
   if dry || [ "$(state)" = NONE ]; then

@@ -40,7 +40,10 @@ class Watch(threading.Thread):
         try:
           ended = next((message for message in self._wires[index].read() if "beat" not in message), None)
         except (OSError, EOFError, ValueError) as error:
-          ended = {"lost": index, "why": "its connection was closed" if isinstance(error, EOFError) else str(error)}
+          ended = {
+            "lost": index,
+            "why": "its connection was closed" if isinstance(error, EOFError | ConnectionError) else str(error),
+          }
         if ended is not None and "bye" in ended:
           selector.unregister(self._wires.pop(index).sock)
         elif ended is not None:

@@ -15,16 +15,10 @@ import jax
 
 from nfnets.distributed import detect, lifeline, meeting
 from nfnets.distributed.errors import ProcessError
-
-STOPPED, LOST = 75, 76  # exit statuses: stopped by a signal after saving; stuck, or another process was lost. Both: run me again
-
+from nfnets.distributed.exit_status import LOST
 
 TIMEOUT_S = 50.0  # how long processes wait for each other at the start
-
-
 Say = Callable[[str], None]
-
-
 print_line: Say = functools.partial(print, flush=True)
 
 
@@ -38,11 +32,7 @@ class Processes:
 
 
 _me: Processes | None = None  # known as soon as the engine has said it, so that errors can be told apart
-
-
 _started = False
-
-
 _watch: lifeline.Watch | None = None
 
 

@@ -6,25 +6,55 @@ import signal
 from collections.abc import Iterator
 
 
+class StopRequest:
+  """Whether a signal has asked this process to stop, true once one has; any thread may read it.
+
+  name: of the first signal, e.g. "SIGTERM"; empty as long as none came.
+  """
+
+  def __init__(self) -> None:
+    self.name = ""
+
+  def __bool__(self) -> bool:
+    return bool(self.name)
+
+
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[list[str]]:
-  """A list that gets the name of the first SIGINT or SIGTERM; a second one acts as if nobody listened."""
-  received: list[str] = []
-  before = {}
+def stop_on_signals() -> Iterator[StopRequest]:
+  """Turns SIGTERM and SIGINT into a StopRequest, so that the run can save before it ends.
 
-  def handle(number, frame):
-    received.append(signal.Signals(number).name)
-    with contextlib.suppress(OSError):  # Ctrl-C has ended the `tee` that read it
-      os.write(2, f"\n{received[0]}: saving after this step; once more to end at once\n".encode())
-    for each, handler in before.items():
-      signal.signal(each, handler or signal.SIG_DFL)
+  SIGTERM may come any number of times, since schedulers send several; only the first counts, and none ends the process. SIGINT
+  is a person's Ctrl-C: the first asks to stop (or, after SIGTERM, only says that the run is saving already), the second ends
+  the process as if nobody listened. Outside the main thread, which alone gets signals, the request stays false.
+  """
+  request = StopRequest()
+  handlers_before = {}
 
+  def on_terminate(number, frame):
+    if not request:
+      request.name = "SIGTERM"
+      _say("SIGTERM: saving after this step; Ctrl-C twice (SIGINT) ends at once")
+
+  def on_interrupt(number, frame):
+    signal.signal(signal.SIGINT, handlers_before[signal.SIGINT] or signal.SIG_DFL)
+    if request:
+      _say(f"SIGINT: {request.name} came before, the run is saving already; Ctrl-C once more (SIGINT) ends at once")
+    else:
+      request.name = "SIGINT"
+      _say("SIGINT: saving after this step; Ctrl-C once more (SIGINT) ends at once")
+
+  with contextlib.suppress(ValueError):  # not the main thread
+    for number, handler in ((signal.SIGTERM, on_terminate), (signal.SIGINT, on_interrupt)):
+      handlers_before[number] = signal.getsignal(number)
+      signal.signal(number, handler)
   try:
-    before |= {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-  except ValueError:  # not the main thread: signals are not ours to take
-    pass
-  try:
-    yield received
+    yield request
   finally:
-    for number, handler in before.items():
-      signal.signal(number, handler or signal.SIG_DFL)
+    with contextlib.suppress(ValueError):
+      for number, handler in handlers_before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _say(text: str) -> None:
+  with contextlib.suppress(OSError):  # Ctrl-C may have ended the `tee` that read our stderr
+    os.write(2, f"\n{text}\n".encode())

@@ -1,4 +1,4 @@
-"""A watchdog that ends a process which hangs, with the stacks of its threads written down."""
+"""A watchdog that ends a process which hangs, and writes down what its threads were doing."""
 
 import faulthandler
 import os
@@ -7,49 +7,56 @@ import sys
 import threading
 import time
 
-from nfnets.distributed import start
+from nfnets.distributed import processes
+from nfnets.distributed.exit_status import LOST
 
-FIRST_STEP = 3600.0  # seconds more that the first step is given: it compiles
+FIRST_STEP_S = 3600.0  # seconds that the first step gets beyond the usual ones, because it compiles
 
 
 class Watchdog:
-  """Ends the process with status processes.LOST, all threads' stacks written down, unless `kick` is called every `seconds`.
+  """Ends the process with status LOST when it has not reported progress (`finished`) for `seconds`.
 
-  One process that hangs holds up all others in their next collective, for ever (jax issue 38503). seconds: 0 = never. The stacks
-  go to stderr and to `directory`/stacks-PROCESS.txt. `first`: seconds more until the first kick.
+  One process that hangs holds up all others in their next collective, for ever (jax issue 38503).
+
+  Args:
+    seconds: how long a piece of work may take; 0 = no limit.
+    directory: gets the stacks of all threads, in stacks-PROCESS.txt; stderr gets them too.
+    process: the number of this process.
+    first: seconds more for the first piece of work.
   """
 
-  def __init__(self, seconds: float, directory: str, process: int = 0, *, first: float = FIRST_STEP):
+  def __init__(self, seconds: float, directory: str, process: int = 0, *, first: float = FIRST_STEP_S):
     self._seconds, self._file, self._closed = seconds, pathlib.Path(directory, f"stacks-{process}.txt"), threading.Event()
-    self._what, self._due = "the first step", time.monotonic() + seconds + first
+    self._awaited, self._deadline = "the first step", time.monotonic() + seconds + first
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
     if seconds:
       self._thread.start()
 
-  def kick(self, what: str, more: float = 0.0) -> None:
-    """Something was finished; `what` is to be finished next, for which `more` seconds are given."""
-    self._what, self._due = what, time.monotonic() + self._seconds + more
+  def finished(self, what_next: str, more: float = 0.0) -> None:
+    """Says that a piece of work is finished; `what_next` must be within the usual seconds and `more`."""
+    self._awaited, self._deadline = what_next, time.monotonic() + self._seconds + more
 
   def close(self) -> None:
+    """Stops watching."""
     self._closed.set()
     if self._thread.is_alive():
       self._thread.join()
 
   def _watch(self) -> None:
     while not self._closed.wait(min(1.0, self._seconds / 4)):
-      if time.monotonic() > self._due:
-        self._end()
+      if time.monotonic() > self._deadline:
+        self._end_process()
 
-  def _end(self) -> None:
-    print(
-      f"{start.label()}error: {self._what} was not finished within config.watchdog={self._seconds:g} s; stacks in "
-      f"{self._file}; the same command goes on from the last checkpoint",
-      file=sys.stderr,
-      flush=True,
-    )
+  def _end_process(self) -> None:
     try:
+      print(
+        f"{processes.label()}error: {self._awaited} was not finished within config.watchdog={self._seconds:g} s; stacks in "
+        f"{self._file}; the same command goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+      )
       with open(self._file, "w", encoding="utf-8") as file:
         faulthandler.dump_traceback(file, all_threads=True)
       faulthandler.dump_traceback(sys.stderr, all_threads=True)
     finally:
-      os._exit(start.LOST)
+      os._exit(LOST)

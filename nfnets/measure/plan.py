@@ -1,7 +1,7 @@
 """Compiles the real training step for devices that need not be there, and says what it takes: memory, arithmetic, traffic, time.
 
-    from nfnets.train import plan
-    print(plan.advice(plan.make_plan(config, topology="v5e:16x16").steps))
+    from nfnets.measure import plan
+    print(plan.make_plan(config, topology="v5e:16x16").advice)
 
 Parameters and batches are shapes all along, nothing is computed but the program. TPUs are compiled for by libtpu, which need not
 find one; GPUs and CPUs by the local compiler, so only where they are.
@@ -11,30 +11,25 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from nfnets import models, optim
+from nfnets import models
 from nfnets.config import Config
 from nfnets.errors import UserError
-from nfnets.measure import hlo, plan_report, step
+from nfnets.measure import hlo, plan_report, program
 from nfnets.measure.chips import chip
-from nfnets.models import layers
 from nfnets.train import resolve
 from nfnets.train.step import sharding
 from nfnets.train.step.state import build_network, init_state, split_network
-from nfnets.train.step.step import train_step_over
 
 # Slices that can be rented; libtpu takes others of the same kinds too, as long as whole hosts make them up.
 _FLAT, _CUBES = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
@@ -155,7 +150,7 @@ def make_plan(
     devices=mesh.size,
     capacity=capacity,
     chip=row,
-    versions=_versions(device.platform),
+    versions=program.versions(*(["libtpu"] if device.platform == "tpu" else [])),
     compilation_cache=jax.config.jax_compilation_cache_dir,
     steps=compiled,
     advice=plan_report.advice(compiled),
@@ -197,21 +192,9 @@ def counted_flops(config: Config, macs: int, devices: int) -> float:
 def lower(config: Config, mesh: Mesh, size: int, classes: int) -> jax.stages.Lowered:
   """The training loop's own step for a state and a batch that are shapes only, lowered for the platform of `mesh`."""
   graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, classes)))
-  per_epoch = step.IMAGENET_IMAGES / config.batch
-  optimizer = optim.make_optimizer(
-    config.optim, params, batch=config.batch, steps_per_epoch=per_epoch, total_steps=max(1, round(config.epochs * per_epoch))
-  )
+  optimizer = program.make_optimizer(config, params)
   abstract = jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
-  like = sharding.place(mesh, abstract, shard=config.shard)
-  batch = {
-    "image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8),
-    "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
-  }
-  if config.data.mix != "none":
-    batch["mix_label"] = batch["label"]
-    batch["ratio"] = jax.ShapeDtypeStruct((config.batch,), jnp.float32)
-  with layers.lowering_for(mesh.devices.flat[0].platform):
-    return train_step_over(config, mesh, graph, optimizer, like).lower(like, batch)
+  return program.lower(config, graph, abstract, mesh, size)
 
 
 def _compile(
@@ -226,12 +209,12 @@ def _compile(
   lowering_s = time.perf_counter() - begin
   say(f"compiling for {mesh.size} × {device.device_kind}" + (" (minutes)" if device.platform == "tpu" else ""))
   begin = time.perf_counter()
-  program, refusal = None, ""
+  compiled, refusal = None, ""
   try:
     with _heartbeat(say):
-      program = lowered.compile()
+      compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not program.is_out_of_memory(error):
       raise
     refusal = " ".join(str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("HLO module")[0].split())[:400]
   known = {
@@ -241,7 +224,7 @@ def _compile(
     "compile_s": time.perf_counter() - begin,
     "counted_flops": counted,
   }
-  if program is None:
+  if compiled is None:
     return plan_report.CompiledStep(
       **known,
       memory=None,
@@ -253,29 +236,18 @@ def _compile(
       collectives=[],
       roofline=None,
     )
-  memory = _memory(program)
+  memory = program.memory(compiled)
   if device.platform == "tpu":
     fits = True  # its compiler refuses what does not
   else:
     fits = None if None in (memory, capacity) else memory.total <= capacity
-  costs = program.cost_analysis() or {}
-  flops, moved = (costs.get(key) if costs.get(key, -1) > 0 else None for key in ("flops", "bytes accessed"))
-  sent = hlo.parse(program.as_text(), mesh.size)
+  flops, moved = program.cost(compiled, "flops"), program.cost(compiled, "bytes accessed")
+  sent = hlo.parse(compiled.as_text(), mesh.size)
   line = plan_report.roofline(
     row, flops=max(flops or 0, counted), memory_bytes=moved, sent=sum(each.sent for each in sent), loops=config.accumulate
   )
   return plan_report.CompiledStep(
     **known, memory=memory, refusal="", needed=None, fits=fits, flops=flops, memory_bytes=moved, collectives=sent, roofline=line
-  )
-
-
-def _memory(program: jax.stages.Compiled) -> plan_report.PlannedMemory | None:
-  analysis = program.memory_analysis()
-  sizes = [getattr(analysis, f"{part}_size_in_bytes", None) for part in ("argument", "output", "alias", "temp", "generated_code")]
-  return (
-    None
-    if None in sizes
-    else plan_report.PlannedMemory(**dict(zip(("arguments", "outputs", "aliased", "temporaries", "code"), sizes, strict=True)))
   )
 
 
@@ -304,13 +276,6 @@ def _capacity(device: jax.Device, sold: float | None) -> int | None:
 def _image_size(config: Config) -> int:
   variant = models.variant(config.model.name, **config.model.all_overrides())
   return resolve.data_config(config).image_size or variant.train_resolution
-
-
-def _versions(target: str) -> dict[str, str]:
-  names = ("jax", "jaxlib", "flax", "optax", *(("libtpu",) if target == "tpu" else ()))
-  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    return {**{name: importlib.metadata.version(name) for name in names}, "python": platform.python_version()}
-  return {"jax": jax.__version__, "python": platform.python_version()}
 
 
 @contextlib.contextmanager

@@ -8,26 +8,9 @@ import rich.table
 
 from nfnets.measure import hlo
 from nfnets.measure.chips import Chip
+from nfnets.measure.program import ProgramMemory, size_text
 
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedMemory:
-  """Bytes on one device, from the compiler; aliased: outputs in the place of the donated state.
-
-  total: arguments + outputs - aliased + temporaries + code.
-  """
-
-  arguments: int
-  outputs: int
-  aliased: int
-  temporaries: int
-  code: int
-
-  @property
-  def total(self) -> int:
-    return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +69,7 @@ class CompiledStep:
 
   name: str
   accumulate: int
-  memory: PlannedMemory | None
+  memory: ProgramMemory | None
   refusal: str
   needed: int | None
   fits: bool | None
@@ -119,8 +102,8 @@ class CompiledStep:
   def said_memory(self) -> str:
     """In words: the total, or more than what the compiler refused."""
     if self.memory is not None:
-      return _size(self.memory.total)
-    return f"over {_size(self.needed)}" if self.needed else "too much" if self.refusal else "not reported"
+      return size_text(self.memory.total)
+    return f"over {size_text(self.needed)}" if self.needed else "too much" if self.refusal else "not reported"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +150,7 @@ class Plan:
     for head in ("step", "memory a device", "fits", "state and batch", "temporaries", "estimated step", "compile"):
       table.add_column(head, justify="left" if head == "step" else "right")
     for step in self.steps:
-      parts = (_size(step.memory.arguments), _size(step.memory.temporaries)) if step.memory else ("", "")
+      parts = (size_text(step.memory.arguments), size_text(step.memory.temporaries)) if step.memory else ("", "")
       time = "" if step.roofline is None else f"{_ms(step.roofline.low)} to {_ms(step.roofline.high)}"
       table.add_row(step.name, step.said_memory(), _fits(step.fits), *parts, time, f"{step.compile_s:.1f} s")
     return table
@@ -215,7 +198,7 @@ class Plan:
       ("step of", f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}{how and f'; {how}'}"),
       ("batch", f"{self.batch} images of {self.image_size}×{self.image_size}, {self.batch // self.devices} a device"),
       ("devices", f"{where}: {self.devices} × {self.device_kind}"),
-      ("memory a device", "unknown" if self.capacity is None else _size(self.capacity)),
+      ("memory a device", "unknown" if self.capacity is None else size_text(self.capacity)),
     ]
 
   def _figures(self, step: CompiledStep) -> list[tuple[str, str]]:
@@ -229,7 +212,9 @@ class Plan:
         ("compile", f"{step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling"),
       ]
     memory = step.memory
-    sent = [f"{kind} {_size(values['bytes'])} in {values['count']}" for kind, values in step.by_kind().items() if values["count"]]
+    sent = [
+      f"{kind} {size_text(values['bytes'])} in {values['count']}" for kind, values in step.by_kind().items() if values["count"]
+    ]
     line = step.roofline
     times = "unknown"
     if line is not None:
@@ -245,12 +230,12 @@ class Plan:
       *rows,
       (
         "needed",
-        f"{step.said_memory()}, fits: {fits}; arguments {_size(memory.arguments)} + outputs {_size(memory.outputs)} "
-        f"- aliased {_size(memory.aliased)} + temporaries {_size(memory.temporaries)} + code {_size(memory.code)}",
+        f"{step.said_memory()}, fits: {fits}; arguments {size_text(memory.arguments)} + outputs {size_text(memory.outputs)} "
+        f"- aliased {size_text(memory.aliased)} + temporaries {size_text(memory.temporaries)} + code {size_text(memory.code)}",
       ),
       ("arithmetic", f"{counts}, {_tera(step.counted_flops)} by the model's multiply-adds, a device"),
       ("memory traffic", f"{moved} a device"),
-      ("sent", f"{', '.join(sent) or 'nothing'}; {_size(sum(each.sent for each in step.collectives))} out of a device"),
+      ("sent", f"{', '.join(sent) or 'nothing'}; {size_text(sum(each.sent for each in step.collectives))} out of a device"),
       ("estimated step", times),
       (
         "compile",
@@ -263,12 +248,10 @@ class Plan:
 
 def picture(plan: Plan, file: str) -> None:
   """Draws the memory of every compiled step as stacked bars, with the device's as a line."""
-  import matplotlib
+  from matplotlib.figure import Figure
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 1.4 + 0.4 * len(plan.steps)), layout="constrained")
+  figure = Figure(figsize=(7, 1.4 + 0.4 * len(plan.steps)), layout="constrained")
+  axes = figure.subplots()
   names, left = [step.name for step in plan.steps], [0.0] * len(plan.steps)
   parts = {
     "state and batch": lambda m: m.arguments + m.outputs - m.aliased,
@@ -292,7 +275,6 @@ def picture(plan: Plan, file: str) -> None:
   axes.set_title(f"{plan.model}, {plan.batch} images a step, {plan.topology or 'this machine'}", fontsize=10)
   figure.legend(fontsize=8, loc="outside lower center", ncols=4)
   figure.savefig(file, dpi=150)
-  pyplot.close(figure)
 
 
 def advice(steps: Sequence[CompiledStep]) -> str:
@@ -312,10 +294,6 @@ def advice(steps: Sequence[CompiledStep]) -> str:
 
 def _fits(fits: bool | None) -> str:
   return {True: "yes", False: "no", None: "unknown"}[fits]
-
-
-def _size(count: float) -> str:
-  return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def _ms(seconds: float) -> str:

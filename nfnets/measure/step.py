@@ -1,7 +1,7 @@
 """How fast the compiled training step is: the loop's own step, on synthetic images that already lie on the devices.
 
-    from nfnets.train import benchmark
-    print(benchmark.benchmark_step(config, steps=50, warmup=5))
+    from nfnets.measure import step
+    print(step.benchmark_step(config, steps=50, warmup=5))
 
 What keeps the figures honest: every step takes the state that the one before it gave back (donated, as in training),
 so none can be skipped or overlap; the clock stops only when the new state is there; warm-up steps are not counted;
@@ -12,10 +12,8 @@ loss is finite and the state has counted as many updates as were asked for.
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,18 +24,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nfnets import models, optim
+from nfnets import models
 from nfnets.config import Config
 from nfnets.errors import UserError
+from nfnets.measure import program
 from nfnets.measure.chips import peak_tflops
 from nfnets.measure.step_report import AgcOverhead, Memory, Spread, StepReport
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import Batch, Metrics, needs_all_rows
 from nfnets.train.step.state import TrainState, build_network, init_state, split_network
-from nfnets.train.step.step import train_step_over
 
-# The schedule needs the length of an epoch, and no dataset is loaded here: ImageNet's (ILSVRC 2012) training images.
-IMAGENET_IMAGES = 1_281_167
 # Blocks of steps with and without AGC; each pair gives one ratio.
 AGC_PAIRS = 10
 
@@ -100,7 +96,8 @@ def benchmark_step(
     init_s = time.perf_counter() - begin
     del network, params, stats  # the state's buffers are about to be donated
     say(f"compiling the step on {config.batch} images of {size}×{size}")
-    lowered, lowering_s = _timed(_lower, config, graph, state, mesh, size)
+    plain_images = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))  # nothing is mixed here
+    lowered, lowering_s = _timed(program.lower, plain_images, graph, state, mesh, size)
     compiled, compile_s = _timed(lowered.compile)
     batch = _batch(config, mesh, size, classes)
 
@@ -123,9 +120,9 @@ def benchmark_step(
     overhead = None
     if without_agc:
       say("compiling the step without AGC, then blocks of both in turn")
-      plain_config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clipping=None))
+      plain_config = dataclasses.replace(plain_images, optim=dataclasses.replace(config.optim, clipping=None))
       plain_state = _state(plain_config, *jax.tree.map(jnp.copy, (run.state.params, run.state.stats)), mesh)
-      plain = _Run(step=_lower(plain_config, graph, plain_state, mesh, size).compile(), state=plain_state, batch=batch)
+      plain = _Run(step=program.lower(plain_config, graph, plain_state, mesh, size).compile(), state=plain_state, batch=batch)
       del plain_state
       overhead = _compare(run, plain, warmup=warmup, steps=max(1, round(steps / AGC_PAIRS)))
       plain.check()
@@ -138,8 +135,8 @@ def benchmark_step(
   peak = peak_tflops(kind)
   # XLA counts a device's share of the batch; of the lowered program the whole, where it was left to divide the computation.
   share = config.batch / mesh.size
-  xla_flops = _xla_flops(lowered, config.batch if needs_all_rows(config, run.state.stats) else share)
-  xla_optimised = _xla_flops(compiled, share)
+  xla_flops = _flops_an_image(lowered, config.batch if needs_all_rows(config, run.state.stats) else share)
+  xla_optimised = _flops_an_image(compiled, share)
   return StepReport(
     model=config.model.name,
     overrides=overrides,
@@ -155,7 +152,7 @@ def benchmark_step(
     device_kind=kind,
     devices=mesh.size,
     processes=jax.process_count(),
-    versions=_versions(mesh),
+    versions={**program.versions(), "backend": " ".join(mesh.devices.flat[0].client.platform_version.split())},
     xla_flags=os.environ.get("XLA_FLAGS", ""),
     compilation_cache=jax.config.jax_compilation_cache_dir,
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -234,31 +231,10 @@ def _compare(run: _Run, plain: _Run, *, warmup: int, steps: int) -> AgcOverhead:
   )
 
 
-def _optimizer(config: Config, params: nnx.State):
-  steps_per_epoch = IMAGENET_IMAGES / config.batch
-  return optim.make_optimizer(
-    config.optim,
-    params,
-    batch=config.batch,
-    steps_per_epoch=steps_per_epoch,
-    total_steps=max(1, round(config.epochs * steps_per_epoch)),
-  )
-
-
 def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> TrainState:
   """The state before the first step, once it lies on the devices."""
-  state = init_state(params, stats, _optimizer(config, params), config)
+  state = init_state(params, stats, program.make_optimizer(config, params), config)
   return jax.block_until_ready(sharding.put(state, sharding.place(mesh, state, shard=config.shard)))
-
-
-def _lower(config: Config, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, size: int) -> jax.stages.Lowered:
-  """The training loop's own step, traced and lowered for these shapes."""
-  batch = {
-    "image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8),
-    "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
-  }
-  like = sharding.place(mesh, state, shard=config.shard)
-  return train_step_over(config, mesh, graph, _optimizer(config, state.params), like).lower(like, batch)
 
 
 def _batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:
@@ -288,31 +264,15 @@ def _peak_bytes(mesh: Mesh) -> int | None:
 
 
 def _memory(compiled: jax.stages.Compiled, peak_before: int | None, peak: int | None) -> Memory:
-  plan = compiled.memory_analysis()
-  fields = ("argument", "output", "alias", "temp")
-  arguments, outputs, aliased, temporaries = (getattr(plan, f"{field}_size_in_bytes", None) for field in fields)
-  program = None if None in (arguments, outputs, aliased, temporaries) else arguments + outputs - aliased + temporaries
-  return Memory(
-    arguments=arguments,
-    outputs=outputs,
-    aliased=aliased,
-    temporaries=temporaries,
-    program=program,
-    peak_before=peak_before,
-    peak=peak,
-  )
+  planned = program.memory(compiled)
+  names = ("arguments", "outputs", "aliased", "temporaries")
+  sizes = {name: None if planned is None else getattr(planned, name) for name in names}
+  return Memory(**sizes, program=None if planned is None else planned.data, peak_before=peak_before, peak=peak)
 
 
-def _xla_flops(program: jax.stages.Lowered | jax.stages.Compiled, images: float) -> float | None:
-  """XLA's own count for one of `images`, element-wise work included; None where the backend has none."""
-  flops = (program.cost_analysis() or {}).get("flops", -1.0)
-  return flops / images if flops > 0 else None
-
-
-def _versions(mesh: Mesh) -> dict[str, str]:
-  packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-  backend = " ".join(mesh.devices.flat[0].client.platform_version.split())
-  return {**packages, "python": platform.python_version(), "backend": backend}
+def _flops_an_image(compiled: jax.stages.Lowered | jax.stages.Compiled, images: float) -> float | None:
+  flops = program.cost(compiled, "flops")
+  return None if flops is None else flops / images
 
 
 @contextlib.contextmanager
@@ -320,7 +280,7 @@ def _explained_out_of_memory(batch: int, size: int, where: str) -> Iterator[None
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+    if not program.is_out_of_memory(error):
       raise
     raise OutOfMemoryError(
       f"out of memory with {batch} images of {size}×{size} a step on {where}; lower the batch or "

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from nfnets.measure.program import size_text
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
@@ -128,11 +130,11 @@ class StepReport:
     plan = peak = "not reported by this backend"
     if memory.program is not None:
       plan = (
-        f"{_size(memory.program)} a device = arguments {_size(memory.arguments)} + outputs "
-        f"{_size(memory.outputs)} - aliased {_size(memory.aliased)} + temporaries {_size(memory.temporaries)}"
+        f"{size_text(memory.program)} a device = arguments {size_text(memory.arguments)} + outputs "
+        f"{size_text(memory.outputs)} - aliased {size_text(memory.aliased)} + temporaries {size_text(memory.temporaries)}"
       )
     if memory.peak is not None:
-      peak = f"{_size(memory.peak)} a device since the process began ({_size(memory.peak_before)} before the first step)"
+      peak = f"{size_text(memory.peak)} a device since the process began ({size_text(memory.peak_before)} before the first step)"
     lines = [
       (
         "step of",
@@ -170,7 +172,7 @@ class StepReport:
       ("TFLOP/s", f"{self.tflops_per_device:.4g} a device; {mfu}"),
       ("memory, XLA's plan", plan),
       ("memory, peak in use", peak),
-      ("donated", f"{_size(self.donated_bytes)} of the state's {_size(self.state_bytes)}"),
+      ("donated", f"{size_text(self.donated_bytes)} of the state's {size_text(self.state_bytes)}"),
     ]
     if self.agc is not None:
       lines.append(
@@ -193,7 +195,3 @@ class StepReport:
     ]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)
-
-
-def _size(count: int) -> str:
-  return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -8,7 +8,7 @@ import jax
 
 from nfnets.config import Config
 from nfnets.distributed.signals import stop_on_signals
-from nfnets.distributed.watchdog import FIRST_STEP
+from nfnets.distributed.watchdog import FIRST_STEP_S
 from nfnets.train import recovery
 from nfnets.train.evaluate import Results, results_table
 from nfnets.train.logs.window import Window, summarize
@@ -54,7 +54,7 @@ def train(config: Config, workdir: str) -> Result:
       if ended is Ended.FINISHED and not results:  # resumed at the end
         results = run.evaluate()
         ended = Ended.FINISHED if results else Ended.STOPPED
-      run.watchdog.kick("the last checkpoint")
+      run.watchdog.finished("the last checkpoint")
       run.writer.wait()  # while signals are still ours: the last write must not be lost to one
     _say_goodbye(run, ended, results)
     return Result(step=run.step, finished=ended is Ended.FINISHED, results=results or {})
@@ -99,7 +99,7 @@ def _evaluate_what_a_signal_kept(run: Run) -> Results | None:
   results = run.evaluate()
   if results is not None:
     run.writer.add_metrics(run.step, results)
-  run.watchdog.kick("the first step", FIRST_STEP)
+  run.watchdog.finished("the first step", FIRST_STEP_S)
   return results
 
 
@@ -107,7 +107,7 @@ def _wait_for_compilation(run: Run, window: Window) -> None:
   """The first step compiles: it is waited for, and left out of the time that a step takes."""
   jax.block_until_ready(window.metrics[-1])
   run.has_compiled = True
-  run.watchdog.kick(f"step {run.step + 1}")
+  run.watchdog.finished(f"step {run.step + 1}")
   run.log.say(f"compiled in {window.leave_out():.0f} s")
 
 
@@ -133,7 +133,7 @@ def _say_goodbye(run: Run, ended: Ended, results: Results | None) -> None:
     run.log.console.print(results_table(title, results))
   else:
     run.log.say(
-      f"stopped by {run.stop[0] if run.stop else 'a signal to another process'} at step {run.step} of {run.total_steps}; saved "
+      f"stopped by {run.stop.name or 'a signal to another process'} at step {run.step} of {run.total_steps}; saved "
       f"{run.reader.path(run.step)}; the same command goes on from there"
     )
   run.log.say(f"in {run.workdir}: metrics.jsonl, tensorboard/, checkpoints/{', ' + picture.name if picture else ''}")

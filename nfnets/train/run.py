@@ -25,7 +25,8 @@ from nfnets.data.batches.training import TrainBatches, shuffle_block
 from nfnets.data.errors import DataError
 from nfnets.data.sources.base import Source
 from nfnets.data.sources.open import open_source
-from nfnets.distributed.watchdog import FIRST_STEP, Watchdog
+from nfnets.distributed.signals import StopRequest
+from nfnets.distributed.watchdog import FIRST_STEP_S, Watchdog
 from nfnets.files import write_file
 from nfnets.train import resolve
 from nfnets.train.checkpoints.compatibility import RunFacts, check_same_data, check_same_order, check_same_run, to_json
@@ -76,7 +77,7 @@ class Run:
   step: int
   passed_over: int
   corrupt: set[int]
-  stop: Any = ()  # the signals' request to stop, once the loop listens for them
+  stop: StopRequest = dataclasses.field(default_factory=StopRequest)
   under_way: collections.deque[Metrics] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=STEPS_UNDER_WAY))
   has_compiled: bool = False  # the training step
   evaluated_before: bool = False
@@ -99,7 +100,7 @@ class Run:
     """Waits until no more than two steps are under way."""
     if len(self.under_way) == self.under_way.maxlen:
       jax.block_until_ready(self.under_way[0])
-      self.watchdog.kick(f"step {self.step - 1}")
+      self.watchdog.finished(f"step {self.step - 1}")
 
   def devices_are_idle(self) -> bool:
     return not self.under_way or self.under_way[-1]["count"].is_ready()
@@ -144,7 +145,7 @@ class Run:
   def evaluate(self) -> Results | None:
     """Evaluates the parameters and their average, and writes the result down; None where a signal ended it before."""
     weights = {"params": (self.state.params, self.state.stats), **({"ema": self.state.ema} if self.state.ema is not None else {})}
-    self.watchdog.kick(
+    self.watchdog.finished(
       f"the evaluation at step {self.step}", 0.0 if self.evaluated_before else FIRST_STEP
     )  # the first one compiles
     results = evaluate(
@@ -152,7 +153,7 @@ class Run:
       self.mesh,
       weights,
       self.test_batches,
-      progress=lambda images: self.watchdog.kick(f"the evaluation at step {self.step}, after {images} images,"),
+      progress=lambda images: self.watchdog.finished(f"the evaluation at step {self.step}, after {images} images,"),
       stopping=lambda: bool(self.stop),
     )
     self.evaluated_before = True
@@ -165,7 +166,7 @@ class Run:
     self.log.sync()
     digest = self.batches.order_digest(self.step + self.passed_over)
     self.writer.save(self.state, results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
-    self.watchdog.kick(f"the step after {self.step}")
+    self.watchdog.finished(f"the step after {self.step}")
 
   def restore(self, step: int, **changes: jax.Array) -> None:
     """Goes on from a checkpoint; changes: fields of the state to take instead of the saved ones."""

@@ -1,4 +1,4 @@
-"""The long form of the suite is launch.chaos, which names a file for the rows of its table in NFNETS_CHAOS."""
+"""The long form of the suite is python -m tests.faults, which names a file for the rows of its table in NFNETS_CHAOS."""
 
 import json
 import os

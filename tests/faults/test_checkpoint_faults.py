@@ -1,4 +1,4 @@
-"""Checkpoints killed, damaged and without a disk to lie on; the figures are those of the table that launch.chaos prints."""
+"""Checkpoints killed, damaged and without a disk to lie on; python -m tests.faults prints the figures in its table."""
 
 import pytest
 

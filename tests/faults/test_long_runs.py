@@ -1,4 +1,4 @@
-"""What takes minutes, for launch.chaos alone: other numbers of devices, every signal, ten minutes of faults."""
+"""What takes minutes, for python -m tests.faults alone: other numbers of devices, every signal, ten minutes of faults."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Runs of several processes for real, on this machine, and the files of launch/pods/ as far as no cluster is needed.
+"""Runs of several processes for real, on this machine, by launch.pods.local and by engines where they are installed.
 
 The tests of SLURM and Open MPI need sbatch (with a running slurmctld) and mpirun; docs/pods.md says what they were seen to do.
 """
@@ -11,11 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 
 import pytest
-import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PODS = ROOT / "launch" / "pods"
@@ -173,164 +171,6 @@ def test_who_is_not_there_is_waited_for_and_named(program):
   assert done.returncode == 76
   assert done.stderr.startswith("process 0 of 3: error: 1 of 3 processes came within 1 s, missing: 1, 2;")
   assert len(done.stderr.splitlines()) == 1
-
-
-# ---- files for engines that are not here
-
-
-def test_every_file_says_how_it_is_used():
-  for name, words in (
-    ("tpu_vm.sh", "launch/pods/tpu_vm.sh"),
-    ("slurm.sbatch", "sbatch "),
-    ("jobset.yaml", "kubectl apply -f "),
-    ("skypilot.yaml", "sky jobs launch "),
-    ("local.py", "python -m launch.pods.local "),
-  ):
-    lines = (PODS / name).read_text().splitlines()
-    assert 20 <= len(lines) <= 80 and words in " ".join(lines[:2]), name
-
-
-def test_jobset_has_what_its_definition_asks_for():
-  """The definition itself (jobset.x-k8s.io_jobsets.yaml) is too large to keep here; docs/pods.md says what checked it."""
-  jobset = yaml.safe_load((PODS / "jobset.yaml").read_text())
-  assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet") and jobset["metadata"]["name"]
-  [job] = jobset["spec"]["replicatedJobs"]
-  assert job["name"] and job["replicas"] >= 1
-  spec = job["template"]["spec"]
-  assert spec["completions"] == spec["parallelism"] and spec["backoffLimit"] == 0
-  pod = spec["template"]["spec"]
-  assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
-  [container] = pod["containers"]
-  assert {"name", "image", "command", "resources"} <= set(container)
-  [rule] = spec["podFailurePolicy"]["rules"]
-  assert rule == {"action": "FailJob", "onExitCodes": {"containerName": container["name"], "operator": "In", "values": [1, 2]}}
-  assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
-  [ends] = jobset["spec"]["failurePolicy"]["rules"]
-  assert ends["action"] == "FailJobSet" and ends["onJobFailureReasons"] == ["PodFailurePolicy"] and ends["name"]
-  [mount], [volume] = container["volumeMounts"], pod["volumes"]
-  assert mount["name"] == volume["name"] and f"--workdir={mount['mountPath']}/" in " ".join(container["args"])
-  assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
-  hosts = 1
-  for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
-    hosts *= int(side)
-  assert hosts // container["resources"]["limits"]["google.com/tpu"] == spec["completions"]
-
-
-def statuses_that_run_again(command: list[str], tmp_path: pathlib.Path, **more: str) -> dict[int, int]:
-  """How often `command` runs a program that ends with each status, of at most 3 times."""
-  found = {}
-  for status in (0, 1, 2, 75, 76, 130, 134, 137):
-    count = tmp_path / f"count{status}"
-    subprocess.run(
-      command,
-      env={**os.environ, **more, "STATUS": str(status), "COUNT": str(count)},
-      cwd=tmp_path,
-      timeout=60,
-      capture_output=True,
-    )
-    found[status] = len(count.read_text())
-  return found
-
-
-TPU = {"NAME": "n", "ZONE": "z", "TYPE": "v4-32", "REPO": "https://x/y", "BUCKET": "b"}
-AGAIN = {0: 1, 1: 1, 2: 1, 75: 3, 76: 3, 130: 1, 134: 3, 137: 3}
-
-
-def fake(path: pathlib.Path, text: str) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-  path.chmod(0o755)
-
-
-def test_skypilot_runs_again_what_says_so(tmp_path):
-  task = yaml.safe_load((PODS / "skypilot.yaml").read_text())
-  assert task["num_nodes"] == 2 and task["resources"]["accelerators"]
-  assert set(task["envs"]) == {"CONFIG", "BUCKET", "WORKDIR", "MOST_RESTARTS"}
-  fake(tmp_path / ".venv/bin/python", 'printf x >> "$COUNT"; exit "$STATUS"')
-  assert statuses_that_run_again(["bash", "-c", task["run"]], tmp_path, MOST_RESTARTS="3", CONFIG="c", WORKDIR="w") == AGAIN
-
-
-def test_a_tpu_worker_runs_again_what_says_so(tmp_path):
-  """With a gcloud that runs here what a worker would run."""
-  fake(tmp_path / "nfnets-run/.venv/bin/python", 'printf x >> "$COUNT"; exit "$STATUS"')
-  fake(
-    tmp_path / "bin/gcloud",
-    """case "$*" in
-    *describe*) echo ACTIVE ;;
-    *" ssh "*) for word; do case $word in --command=*git\\ clone*) ;; --command=*) bash -c "${word#--command=}" ;; esac; done ;;
-  esac""",
-  )
-  told = TPU | {"MOST_RESTARTS": "3", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-  assert statuses_that_run_again(["bash", str(PODS / "tpu_vm.sh"), "--config=c"], tmp_path, **told) == AGAIN
-
-
-def test_a_tpu_is_not_thrown_away_for_a_hiccup(tmp_path):
-  """gcloud fails once while the TPU is waited for, installing fails once; then all is well."""
-  fake(tmp_path / "bin/sleep", "echo sleep >> calls")
-  fake(
-    tmp_path / "bin/gcloud",
-    r"""case "$*" in
-    *describe*) echo x >> described; case $(wc -l < described) in
-      1) echo "ERROR: (gcloud) NOT_FOUND: n" >&2; exit 1 ;; 2) echo "ERROR: (gcloud) 503" >&2; exit 1 ;; *) echo ACTIVE ;; esac ;;
-    *git\ clone*) echo install >> calls; [ "$(grep -c install calls)" = 2 ] ;;
-    *launch.train*) echo train >> calls ;;
-    *create*) echo create >> calls ;;
-    *delete*) echo delete >> calls ;;
-    *) exit 1 ;;
-  esac""",
-  )
-  done = subprocess.run(
-    ["bash", str(PODS / "tpu_vm.sh"), "--config=c"],
-    cwd=tmp_path,
-    timeout=60,
-    capture_output=True,
-    text=True,
-    env=os.environ | TPU | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
-  )
-  assert done.returncode == 0, done.stderr
-  assert (tmp_path / "calls").read_text().split() == ["create", "sleep", "install", "sleep", "install", "train", "delete"]
-
-
-def test_what_a_tpu_is_asked_for(tmp_path):
-  fake(tmp_path / "gcloud", "echo called; exit 1")
-  told = os.environ | TPU | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-  command = ["bash", str(PODS / "tpu_vm.sh")]
-  done = subprocess.run([*command, "--dry-run", "--config=a", "--workdir=/mnt/b/a b"], env=told, text=True, capture_output=True)
-  assert done.returncode == 0 and "called" not in done.stdout, done.stderr
-  lines = done.stdout.splitlines()
-  assert lines[0].startswith("gcloud compute tpus queued-resources create n --node-id=n --accelerator-type=v4-32")
-  assert "--spot" in lines[0] and "--rename-dir-limit" in done.stdout
-  assert all("--worker=all" in line for line in lines[1:3]) and "https://x/y" in lines[1]
-  assert "launch.train --config=a --workdir=/mnt/b/a\\\\ b" in lines[2] and "queued-resources delete n" in lines[3]
-  del told["ZONE"]
-  assert "e.g. us-central2-b" in subprocess.run(command, env=told, capture_output=True, text=True).stderr
-
-
-def test_slurm_puts_back_what_says_so(tmp_path):
-  """With an srun and an scontrol that are none."""
-  fake(tmp_path / "bin/srun", 'exit "$STATUS"')
-  fake(tmp_path / "bin/scontrol", 'echo "$*" > requeued')
-  path = f"{tmp_path}/bin:{os.environ['PATH']}"
-  requeued = {}
-  for status in AGAIN:
-    (tmp_path / "requeued").unlink(missing_ok=True)
-    done = subprocess.run(
-      ["bash", str(PODS / "slurm.sbatch"), "python"],
-      capture_output=True,
-      text=True,
-      cwd=tmp_path,
-      env={**os.environ, "PATH": path, "STATUS": str(status), "SLURM_JOB_ID": "7"},
-    )
-    assert done.returncode == status and f"srun ended with status {status}" in done.stdout
-    requeued[status] = (tmp_path / "requeued").exists()
-  assert requeued == {status: times == 3 for status, times in AGAIN.items()}
-  assert (tmp_path / "requeued").read_text() == "requeue incomplete 7\n"  # not what scancel has ended
-
-
-def test_scripts_pass_shellcheck():
-  shellcheck = pathlib.Path(sysconfig.get_path("scripts"), "shellcheck")
-  done = subprocess.run([shellcheck, str(PODS / "tpu_vm.sh"), str(PODS / "slurm.sbatch")], capture_output=True, text=True)
-  assert done.returncode == 0, done.stdout
 
 
 # ---- engines that may be here

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from launch import cli, plan as launch_plan
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.measure import hlo, plan, plan_report
+from nfnets.measure import hlo, plan, plan_report, program
 from nfnets.measure.chips import CHIPS, Chip, chip
 from nfnets.train.step import sharding
 
@@ -144,7 +144,7 @@ def test_memory_of_a_sharded_state_falls_as_devices_rise():
   for n in (1, 2, 4, 8):
     mesh = sharding.make_mesh(jax.devices()[:n])
     lowered = plan.lower(tiny(shard=True), mesh, 8, 8)
-    memory[n] = plan._memory(lowered.compile(FAST))
+    memory[n] = program.memory(lowered.compile(FAST))
     state, _ = lowered.in_avals[0]
     whole = [x for x in jax.tree.leaves(state) if sharding.state_sharding(mesh, x.shape, True).spec == P()]
     copied = sum(x.size * x.dtype.itemsize for x in whole)
@@ -224,7 +224,7 @@ def test_known_chips():
 
 # ---------------------------------------------------------------- advice, with made-up compilations
 def made_up(name: str, gib: float, capacity: int | None, accumulate: int = 1) -> plan_report.CompiledStep:
-  memory = plan_report.PlannedMemory(
+  memory = program.ProgramMemory(
     arguments=plan_report.GIB,
     outputs=plan_report.GIB,
     aliased=plan_report.GIB,

@@ -305,7 +305,7 @@ def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
     "  os.kill(os.getpid(), signal.SIGINT)\n"
     "  log.say('x' * 100_000)\n"
     "  log.close()\n"
-    "  sys.exit(75 if stop == ['SIGINT'] else 1)"
+    "  sys.exit(75 if stop.name == 'SIGINT' else 1)"
   )
   running = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, **{stream: subprocess.PIPE})
   getattr(running, stream).close()

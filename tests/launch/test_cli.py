@@ -1,0 +1,109 @@
+"""What `launch.cli.main` makes of errors: a person's mistake is one line and status 2, a bug keeps its traceback."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch import cli
+from nfnets import distributed
+from nfnets.data.errors import DataError
+from nfnets.distributed.errors import LostPeer, ProcessError
+from nfnets.errors import UserError
+from nfnets.train.checkpoints.errors import CheckpointError, SaveError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run_main(monkeypatch, program, *arguments: str, define=lambda values: None) -> None:
+  monkeypatch.setattr(sys, "argv", ["program", *arguments])
+  cli.main(program, define, "usage")
+
+
+def not_a_number(values):
+  return int("x")
+
+
+def unpack_too_much(values):
+  first, second = [1, 2, 3]
+  return first + second
+
+
+def zip_unequal(values):
+  return list(zip([1], [], strict=True))
+
+
+def raise_plain(values):
+  raise ValueError("not what the caller should have given")
+
+
+@pytest.mark.parametrize("bug", [not_a_number, unpack_too_much, zip_unequal, raise_plain])
+def test_a_value_error_that_is_no_persons_mistake_keeps_its_traceback(bug, monkeypatch):
+  with pytest.raises(ValueError) as raised:
+    run_main(monkeypatch, bug)
+  assert raised.traceback[-1].name == bug.__name__
+
+
+def test_a_bug_ends_the_program_with_its_traceback_and_status_1():
+  source = f"from launch import cli; from {__name__} import not_a_number; cli.main(not_a_number, lambda values: None, '')"
+  environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{pathlib.Path(__file__).parent}", "JAX_PLATFORMS": "cpu"}
+  ended = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=60)
+  assert ended.returncode == 1 and ended.stderr.startswith("Traceback") and 'return int("x")' in ended.stderr
+
+
+@pytest.mark.parametrize(
+  "error, status",
+  [
+    (UserError("wrong"), 2),
+    (cli.UsageError("wrong"), 2),
+    (DataError("wrong"), 2),
+    (ProcessError("wrong"), 2),
+    (CheckpointError("wrong"), 2),
+    (LostPeer("wrong"), distributed.LOST),
+    (FloatingPointError("wrong"), 1),
+    (SaveError("wrong"), 1),
+    (KeyboardInterrupt(), 130),
+  ],
+)
+def test_errors_with_a_status_are_one_line(error, status, monkeypatch, capsys):
+  def program(values):
+    raise error
+
+  with pytest.raises(SystemExit) as stopped:
+    run_main(monkeypatch, program)
+  assert stopped.value.code == status
+  assert capsys.readouterr().err == f"error: {str(error) or 'interrupted'}\n"
+
+
+@pytest.mark.parametrize(
+  "recipe, expected",
+  [
+    (
+      "from nfnets.errors import UserError\ndef get_config(arg):\n  raise UserError(f'takes a or b, got {arg!r}')",
+      "takes a or b, got 'x'",
+    ),
+    ("def get_config(arg):\n  raise ValueError(f'takes a or b, got {arg!r}')", "recipe.py, line 2: takes a or b, got 'x'"),
+    ("def get_config(arg):\n  raise ValueError('Error: of Error: kinds')", "recipe.py, line 2: Error: of Error: kinds"),
+    ("def get_config(arg):\n  return {'a': 1}[arg]", "recipe.py, line 2: KeyError: 'x'"),
+    ("\ndef get_config(arg):\n  return 1 / 0", "recipe.py, line 3: ZeroDivisionError: division by zero"),
+    ("from nfnets.config import Config\ndef get_config(arg):\n  return Config(bacth=1)", "recipe.py, line 3: TypeError: "),
+    ("import nothing_of_this_name\n", "recipe.py, line 1: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+    ("def get_config(arg:\n", "recipe.py, line 1: SyntaxError: "),
+  ],
+)
+def test_mistakes_in_a_recipe_are_one_line(recipe, expected, tmp_path, monkeypatch, capsys):
+  file = tmp_path / "recipe.py"
+  file.write_text(recipe)
+  with pytest.raises(SystemExit) as stopped:
+    run_main(monkeypatch, cli.parse_config, f"--config={file}:x", define=cli.define_config)
+  said = capsys.readouterr().err
+  assert stopped.value.code == 2 and said.startswith("error: ") and expected in said and said.count("\n") == 1
+
+
+def test_a_bug_of_ours_that_a_recipe_meets_keeps_its_traceback(tmp_path, monkeypatch):
+  file = tmp_path / "recipe.py"
+  file.write_text(f"from {__name__} import raise_plain\ndef get_config(arg):\n  return raise_plain(arg)\n")
+  with pytest.raises(Exception, match="raise_plain"):
+    run_main(monkeypatch, cli.parse_config, f"--config={file}:x", define=cli.define_config)
