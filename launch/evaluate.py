@@ -44,7 +44,7 @@ def run(values: flags.FlagValues) -> int:
     checkpoints.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss")
   )
   data_config = resolve.data_config(config)
-  data = open_source(data_config, train=False, progress=print if process.index == 0 else lambda line: None)
+  data = open_source(data_config, data_config.test_split, progress=print if process.index == 0 else lambda line: None)
   mesh = sharding.make_mesh()
   batches = EvalBatches(
     data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), process=(process.index, process.count)

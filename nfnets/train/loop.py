@@ -72,7 +72,8 @@ def _train(config: Config, workdir: str, opened: contextlib.ExitStack) -> Result
   data_config = resolve.data_config(config)
   tell = functools.partial(print, flush=True) if process == 0 else lambda line: None
   data, test_data = (
-    opened.enter_context(contextlib.closing(open_source(data_config, train=train, progress=tell))) for train in (True, False)
+    opened.enter_context(contextlib.closing(open_source(data_config, split, progress=tell)))
+    for split in (data_config.train_split, data_config.test_split)
   )
   distributed.require_equal(
     {"config": json.dumps(compatibility.to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}, tell

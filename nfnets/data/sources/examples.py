@@ -35,7 +35,7 @@ class _ExampleSource(Source):
     if not 0 <= label < len(self.class_names):
       raise DataError(
         f"{self.address(index)}: its label is {label}, not in [0, {self.num_classes}), the classes of {self.name} "
-        f"(a split without labels? config.data.*_split is {self.split!r})"
+        f"(does the split {self.split!r} have labels?)"
       )
     return Record(image, label)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nfnets.data.errors import CorruptRecord, DataError, reason
+from nfnets.data.errors import CorruptRecord, DataError, NoSuchSplit, reason
 from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import remote
 
@@ -98,7 +98,7 @@ def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[
   try:
     parts = splits.AbstractSplit.from_spec(split).to_absolute(infos)
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise DataError(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
+    raise NoSuchSplit(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
   return [(part.splitname, part.from_ or 0, infos[part.splitname].num_examples if part.to is None else part.to) for part in parts]
 
 

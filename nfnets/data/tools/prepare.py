@@ -78,7 +78,7 @@ class Preparation:
     self._sources: dict[str, Source] = {}
     try:
       for split in named_splits(config):
-        self._sources[split] = open_source(dataclasses.replace(config, train_split=split), train=True, progress=say)
+        self._sources[split] = open_source(config, split, progress=say)
       most = max(map(len, self._sources.values()))
       first = len(next(iter(self._sources.values())))
       per_shard = -(-first // min(shards, first)) if shards else min(PER_SHARD, most)

@@ -31,7 +31,7 @@ def root(tmp_path):
 
 
 def load(root, split="train", **fields):
-  return open_source(DataConfig(name=fields.pop("name", "pictures"), dir=str(root), train_split=split, **fields), train=True)
+  return open_source(DataConfig(name=fields.pop("name", "pictures"), dir=str(root), train_split=split, **fields), split)
 
 
 def contents(source):
@@ -72,7 +72,7 @@ def test_split_expressions_are_exact(root, split, parts):
 def test_what_a_source_tells(root, cache):
   lines = []
   config = DataConfig(name="pictures", dir=str(root), test_split="validation", num_classes=5)
-  source = open_source(config, train=False, progress=lines.append)
+  source = open_source(config, "validation", progress=lines.append)
   assert (source.name, source.split, source.remote, source.num_classes) == ("pictures", "validation", False, 5)
   assert source.class_names == tuple(f"class {i}" for i in range(5))
   first = len(shards.framed(shards.example(file_name=b"x", image=shards.image_of("validation", 2), label=2)))
@@ -83,9 +83,9 @@ def test_what_a_source_tells(root, cache):
   with pytest.raises(IndexError):
     source[4]
   source.close()
-  open_source(config, train=False, progress=lines.append).close()
+  open_source(config, "validation", progress=lines.append).close()
   assert len(lines) == 1
-  open_source(DataConfig(name="pictures", dir=str(root), index_dir=str(root / "here")), train=True).close()
+  open_source(DataConfig(name="pictures", dir=str(root), index_dir=str(root / "here")), "train").close()
   assert len(list((root / "here").iterdir())) == 1
 
 
@@ -106,7 +106,7 @@ def test_the_newest_version_is_read_and_another_can_be_named(root):
 
 
 def test_a_bucket_gives_the_same(root):
-  source = open_source(DataConfig(name="pictures", dir=f"file://{root}", train_split="train[2:]+validation"), train=True)
+  source = open_source(DataConfig(name="pictures", dir=f"file://{root}"), "train[2:]+validation")
   assert source.remote and source.address(0).startswith("file://")
   source.prefetch(np.arange(14)[::-1])
   assert contents(source) == expected("train", *range(2, 12)) + expected("validation", *range(4))
@@ -115,7 +115,9 @@ def test_a_bucket_gives_the_same(root):
 def test_what_is_wrong_with_the_request(root):
   fails(r"no split 'test' .*; it has: train \(12\), validation \(4\)", root, "test")
   fails(r"no split 'train\[:13\]' \(Requested slice \[:13\] incompatible with 12", root, "train[:13]")
-  fails(r"no split 'train\[' ", root, "train[")
+  fails(r"no split 'train\[' .*\(config.data.train_split\)$", root, "train[")
+  with pytest.raises(DataError, match="validation .4.$"):
+    open_source(DataConfig(name="pictures", dir=str(root)), "valid")
   fails("no split 'all", root, "all[:2]")
   fails(r"split 'train\[5:3\]' of pictures is empty \(config.data.train_split\)", root, "train[5:3]")
   fails(
@@ -323,7 +325,7 @@ def test_the_flat_validation_folder_of_imagenet(tmp_path, below):
 
 
 def test_digits():
-  train, test = (open_source(DataConfig(), train=train) for train in (True, False))
+  train, test = (open_source(DataConfig(), split) for split in ("train", "test"))
   assert (len(train), len(test), train.num_classes) == (1437, 360, 10)
   record = train[5]
   assert record.image.shape == (8, 8, 3) and record.image.dtype == np.uint8 and isinstance(record.label, int)
