@@ -1,5 +1,6 @@
 """A source's images as squares, decoded by a pool of threads, with corrupt records counted."""
 
+import collections
 import concurrent.futures
 import threading
 import time
@@ -50,8 +51,9 @@ class ImageDecoder:
     self.source, self.config, self._say = source, config, say
     self._process, self._local = process, threading.local()
     self.corrupt: dict[int, str] = {}
+    self._unreported: collections.deque[int] = collections.deque()
     # CPU seconds of all threads by what they were spent on
-    self.times = {"read": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
+    self.times = {"read": 0.0, "check": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
     self._lock = threading.Lock()
     cv2.setNumThreads(1)  # the threads are ours
     threads = config.threads or cores()
@@ -87,7 +89,11 @@ class ImageDecoder:
   def _pixels(self, index: int) -> tuple[np.ndarray, int]:
     """(uint8 [H, W, 3], label). Raises CorruptRecord."""
     with self._timed("read"):
-      record = self.source[index]
+      raw = self.source.raw(index)
+    with self._timed("check"):
+      self.source.check(index, raw)
+    with self._timed("read"):
+      record = self.source.record(index, raw)
     with self._timed("decode"):
       return self.source.pixels(index, record), record.label
 
@@ -96,6 +102,7 @@ class ImageDecoder:
       if index in self.corrupt:
         return
       self.corrupt[index] = str(error)
+      self._unreported.append(index)
       found = len(self.corrupt)
     if found > self.config.max_corrupt * len(self.source):
       raise DataError(

@@ -10,6 +10,8 @@ GROUP = 16  # blocks whose records are shuffled among each other
 class Order:
   """`order[epoch]` → int32 [n], a permutation of the records; the last two epochs asked for are kept.
 
+  Any thread may ask: the dict of kept epochs is replaced whole, never changed, so that at worst an epoch is shuffled twice.
+
   block: records that lie together stay near each other: blocks are shuffled, then the records among 16 blocks, so that a
   reader of a bucket can fetch whole blocks. 1 shuffles everything.
   """
@@ -21,7 +23,7 @@ class Order:
   def __getitem__(self, epoch: int) -> np.ndarray:
     found = self._epochs.get(epoch)
     if found is None:
-      found = self._shuffled(np.random.Generator(np.random.Philox(key=key(self._purpose, self._seed, epoch))))
+      found = self.shuffled(epoch)
       self._epochs = {e: order for e, order in self._epochs.items() if e in (epoch - 1, epoch + 1)} | {epoch: found}
     return found
 
@@ -34,7 +36,9 @@ class Order:
       records[here] = self[int(epoch)][offsets[here]]
     return epochs, records
 
-  def _shuffled(self, rng: np.random.Generator) -> np.ndarray:
+  def shuffled(self, epoch: int) -> np.ndarray:
+    """`order[epoch]` made anew, without keeping it."""
+    rng = np.random.Generator(np.random.Philox(key=key(self._purpose, self._seed, epoch)))
     records = np.arange(self._n, dtype=np.int32)
     if self._block == 1:
       return rng.permutation(records)

@@ -1,5 +1,6 @@
 """Batches as a pure function of (seed, step): the same images, crops and mixtures for every number of processes and threads."""
 
+import hashlib
 from collections.abc import Callable
 
 import cv2
@@ -90,6 +91,23 @@ class TrainBatches(ImageDecoder):
 
     finish = lambda: {name: value[skipped : skipped + per_process] for name, value in made.items()}
     return self._run(work, len(rows), finish)
+
+  def order_digest(self, step: int) -> str:
+    """16 hex digits that follow from the order of the epoch after the one that the first image of `step` is of.
+
+    SHA-256 of the record numbers, int32 little-endian, and of the partners' where images are mixed with a second stream.
+    Two machines that shuffle alike have the same digest. The epochs in use are left as they are.
+    """
+    epoch = step * (self._batch // self.config.repeats) // len(self.source) + 1
+    orders = [self._order] + [self._partners] * self._second
+    return hashlib.sha256(b"".join(order.shuffled(epoch).astype("<i4").tobytes() for order in orders)).hexdigest()[:16]
+
+  def next_corrupt(self) -> int | None:
+    """The number of a record that this process found corrupt and that was not handed out before; None if there is none."""
+    try:
+      return self._unreported.popleft()
+    except IndexError:
+      return None
 
   @property
   def _second(self) -> bool:

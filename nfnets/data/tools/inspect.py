@@ -122,7 +122,6 @@ def verify(
     bad, size = [], 0
     for index in range(start, min(start + _CHUNK, len(source))):
       try:
-        source.verify(index)
         record = source[index]
         source.pixels(index, record)
         size += _size(record.image)

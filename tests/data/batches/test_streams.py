@@ -64,3 +64,19 @@ def digest(changes: dict) -> str:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_batches_are_those_of_the_first_version(name):
   assert digest(SETTINGS[name]) == WANTED[name]
+
+
+@pytest.mark.parametrize("mix_with", ["batch", "second"])
+def test_the_order_digest_is_of_the_next_epoch_and_disturbs_nothing(mix_with):
+  batches = TrainBatches(source(), dataclasses.replace(PLAIN, mix="cutmix", mix_with=mix_with), batch=24, seed=7)
+  first = batches[0]
+  kept = dict(batches._order._epochs)
+  digests = [batches.order_digest(step) for step in range(6)]
+  assert batches._order._epochs.keys() == kept.keys()
+  orders = [batches._order, batches._partners] if mix_with == "second" else [batches._order]
+  whole = b"".join(order[1].astype("<i4").tobytes() for order in orders)
+  assert digests[0] == hashlib.sha256(whole).hexdigest()[:16]
+  # 50 records, 24 a step: steps 0 to 2 begin in epoch 0, 3 and 4 in epoch 1, 5 in epoch 2
+  assert digests[0] == digests[1] == digests[2] != digests[3] == digests[4] != digests[5]
+  np.testing.assert_array_equal(batches[0]["image"], first["image"])
+  batches.close()
