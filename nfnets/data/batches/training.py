@@ -8,7 +8,7 @@ import numpy as np
 
 from nfnets.config import DataConfig
 from nfnets.data.batches.decoder import ImageDecoder, Process
-from nfnets.data.batches.order import GROUP, PARTNER, Order, Streams
+from nfnets.data.batches.order import GROUP, Order, Purpose, StreamKey, Streams
 from nfnets.data.batches.prefetch import Batch, Pending
 from nfnets.data.errors import CorruptRecord, DataError
 from nfnets.data.images import augment, decode, mix
@@ -52,7 +52,7 @@ class TrainBatches(ImageDecoder):
     self._batch, self._seed = batch, seed
     block = shuffle_block(config, source)
     self._order = Order(len(source), seed, block=block)
-    self._partners = Order(len(source), seed, purpose=PARTNER, block=block)
+    self._partners = Order(len(source), seed, purpose=Purpose.PARTNER, block=block)
     self._window, self._hinted = GROUP * block, 0
 
   def __getitem__(self, step: int) -> Batch:
@@ -76,16 +76,18 @@ class TrainBatches(ImageDecoder):
     def work(start: int, stop: int) -> None:
       streams = self._streams()
       pairs = range(start, stop, 2) if self.config.mix != "none" else ()
-      keys = [(self._seed, int(epochs[i]), int(records[i]), int(copies[i])) for i in range(start, stop)]
+      keys = [StreamKey(Purpose.IMAGE, self._seed, int(epochs[i]), int(records[i]), int(copies[i])) for i in range(start, stop)]
       if not pairs:
         for i in range(start, stop):
           image, made["label"][i] = self._load(int(records[i]), keys[i - start], streams, made["image"][i])
-          self._augment(image, streams.of(*keys[i - start][:3], keys[i - start][3] + AUGMENT), made["image"][i])
+          self._augment(image, streams.of(keys[i - start]._replace(purpose=Purpose.AUGMENT)), made["image"][i])
       for i in pairs:
         seconds = (
           None
           if others is None
-          else [(self._seed, int(others[0][j]), int(others[1][j]), PARTNERS + int(copies[j])) for j in (i, i + 1)]
+          else [
+            StreamKey(Purpose.PARTNER_IMAGE, self._seed, int(others[0][j]), int(others[1][j]), int(copies[j])) for j in (i, i + 1)
+          ]
         )
         self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start : i - start + 2], seconds, streams)
 
@@ -136,7 +138,7 @@ class TrainBatches(ImageDecoder):
       self._local.streams = Streams()
     return self._local.streams
 
-  def _load(self, index: int, key: tuple[int, int, int, int], streams: Streams, out: np.ndarray) -> tuple[np.ndarray, int]:
+  def _load(self, index: int, key: StreamKey, streams: Streams, out: np.ndarray) -> tuple[np.ndarray, int]:
     """Writes the cropped, shifted and mirrored image of a record into `out`; (out, label).
 
     A corrupt record's place is taken by the next one that can be read, cropped as the corrupt one would have been.
@@ -149,7 +151,7 @@ class TrainBatches(ImageDecoder):
         self._note_corrupt(at % len(self.source), error, "replaced by the next")
     else:
       raise DataError(f"no image of {self.source.name} can be decoded")
-    rng, config = streams.of(*key), self.config
+    rng, config = streams.of(key), self.config
     with self._timed("decode"):
       if config.train_crop == "inception":
         box = decode.inception_box(*image.shape[:2], self.size, rng, config.crop_area, config.crop_aspect)
@@ -171,21 +173,26 @@ class TrainBatches(ImageDecoder):
       else:
         out[:] = augment.autoaugment(image, rng)
 
-  def _mix_pair(self, made: Batch, i: int, pair: int, keys: list[tuple], seconds: list[tuple] | None, streams: Streams) -> None:
+  def _mix_pair(
+    self, made: Batch, i: int, pair: int, keys: list[StreamKey], seconds: list[StreamKey] | None, streams: Streams
+  ) -> None:
     """Rows i and i + 1: each mixed with the other one or with an image of the second stream."""
     shape = (self.size, self.size, 3)
-    images, labels = zip(*(self._load(key[2], key, streams, np.empty(shape, np.uint8)) for key in keys), strict=True)
+    images, labels = zip(*(self._load(key.record, key, streams, np.empty(shape, np.uint8)) for key in keys), strict=True)
     if seconds is None:
       partners, mix_labels, partner_keys = images[::-1], labels[::-1], keys[::-1]
     else:
-      partners, mix_labels = zip(*(self._load(key[2], key, streams, np.empty(shape, np.uint8)) for key in seconds), strict=True)
+      partners, mix_labels = zip(
+        *(self._load(key.record, key, streams, np.empty(shape, np.uint8)) for key in seconds), strict=True
+      )
       partner_keys = seconds
     if self.config.augment_before_mix:
       for image, key in [*zip(images, keys, strict=True), *([] if seconds is None else zip(partners, partner_keys, strict=True))]:
-        self._augment(image, streams.of(*key[:3], key[3] + AUGMENT), image)
+        purpose = Purpose.AUGMENT if key.purpose == Purpose.IMAGE else Purpose.PARTNER_AUGMENT
+        self._augment(image, streams.of(key._replace(purpose=purpose)), image)
     kind = self.config.mix if self.config.mix != "mixup_cutmix" else ("mixup", "cutmix")[pair % 2]
     for n, (image, partner, key) in enumerate(zip(images, partners, keys, strict=True)):
-      rng = streams.of(*key[:3], key[3] + MIX)
+      rng = streams.of(key._replace(purpose=Purpose.MIX))
       with self._timed("mix"):
         if kind == "mixup":
           ratio = mix.mixup_ratio(rng, self.config.mixup_alpha)
@@ -195,8 +202,4 @@ class TrainBatches(ImageDecoder):
         made["image"][i + n] = mixed
       made["label"][i + n], made["mix_label"][i + n], made["ratio"][i + n] = labels[n], mix_labels[n], ratio
       if not self.config.augment_before_mix:
-        self._augment(made["image"][i + n], streams.of(*key[:3], key[3] + AUGMENT), made["image"][i + n])
-
-
-# Added to a copy's number, which is below 2**20: a stream of its own for what is done after the crop, and for partners.
-AUGMENT, MIX, PARTNERS = 1 << 20, 1 << 21, 1 << 22
+        self._augment(made["image"][i + n], streams.of(key._replace(purpose=Purpose.AUGMENT)), made["image"][i + n])

@@ -113,7 +113,10 @@ class TFRecordSource(_ExampleSource):
 
 
 class ArrayRecordSource(_ExampleSource):
-  """Records of array_record shards. pieces: (file, first record, records taken, records in the file) of each in turn."""
+  """Records of array_record shards, whose library compares checksums of its own at every read.
+
+  pieces: (file, first record, records taken, records in the file) of each in turn.
+  """
 
   def __init__(
     self,

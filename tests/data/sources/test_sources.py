@@ -206,7 +206,7 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
     number = 0
     for shard, length in enumerate(lengths):
       path = directory / f"pictures-{split}.array_record-{shard:05d}-of-{len(lengths):05d}"
-      writer = module.ArrayRecordWriter(str(path), "group_size:1")
+      writer = module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
       for i in range(number, number + length):
         writer.write(shards.example(file_name=b"x", image=shards.image_of(split, i), label=i % 5))
       writer.close()
@@ -222,6 +222,10 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
 
   shard = directory / "pictures-train.array_record-00001-of-00003"
   whole = shard.read_bytes()
+  payload = whole.index(shards.image_of("train", 4))  # written uncompressed
+  shard.write_bytes(whole[:payload] + bytes([whole[payload] ^ 1]) + whole[payload + 1 :])
+  with pytest.raises(CorruptRecord, match=r"00001-of-00003 \(record 1 of 3\): cannot be read"):
+    contents(load(tmp_path / "rows", "train[4:5]"))
   shard.write_bytes(whole[: len(whole) // 2])
   fails(f"shard {shard} (is truncated|holds)", tmp_path / "rows")
   shard.write_bytes(b"")
