@@ -1,13 +1,14 @@
 """Batches as a pure function of (seed, step): the same images, crops and mixtures for every number of processes and threads."""
 
 import hashlib
+import threading
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data.batches.decoder import ImageDecoder, Process
+from nfnets.data.batches.decoder import DecodedBatches, ImageDecoder, Process
 from nfnets.data.batches.order import GROUP, Order, Purpose, StreamKey, Streams
 from nfnets.data.batches.prefetch import Batch, Pending
 from nfnets.data.errors import CorruptRecord, DataError
@@ -22,7 +23,7 @@ def shuffle_block(config: DataConfig, source: Source) -> int:
   return config.shuffle_block or (REMOTE_BLOCK if source.remote else 1)
 
 
-class TrainBatches(ImageDecoder):
+class TrainBatches(DecodedBatches):
   """`batches[step]` → {"image": uint8 [rows, S, S, 3], "label": int32 [rows]}; any step, in any order.
 
   Where images are mixed also "mix_label" int32 [rows] and "ratio" float32 [rows], the share of "label". `rows` are this
@@ -48,7 +49,10 @@ class TrainBatches(ImageDecoder):
       raise DataError(f"config.batch={batch} is not divisible by the {process[1]} processes")
     if config.augment == "randaugment" and None in (config.randaugment_layers, config.randaugment_magnitude):
       raise DataError("config.data.randaugment_layers and randaugment_magnitude are unset, and the model has none of its own")
-    super().__init__(source, config, config.image_size, process, say, resized=config.train_crop != "none", field="image_size")
+    super().__init__(
+      ImageDecoder(source, config, config.image_size, say, resized=config.train_crop != "none", field="image_size")
+    )
+    self.config, self._process, self._local = config, process, threading.local()
     self._batch, self._seed = batch, seed
     block = shuffle_block(config, source)
     self._order = Order(len(source), seed, block=block)
@@ -92,7 +96,7 @@ class TrainBatches(ImageDecoder):
         self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start : i - start + 2], seconds, streams)
 
     finish = lambda: {name: value[skipped : skipped + per_process] for name, value in made.items()}
-    return self._run(work, len(rows), finish)
+    return self._decoder.run(work, len(rows), finish)
 
   def order_digest(self, step: int) -> str:
     """16 hex digits that follow from the order of the epoch after the one that the first image of `step` is of.
@@ -107,7 +111,7 @@ class TrainBatches(ImageDecoder):
   def next_corrupt(self) -> int | None:
     """The number of a record that this process found corrupt and that was not handed out before; None if there is none."""
     try:
-      return self._unreported.popleft()
+      return self._decoder.unreported.popleft()
     except IndexError:
       return None
 
@@ -145,19 +149,19 @@ class TrainBatches(ImageDecoder):
     """
     for at in range(index, index + len(self.source)):
       try:
-        image, label = self._pixels(at % len(self.source))
+        image, label = self._decoder.pixels(at % len(self.source))
         break
       except CorruptRecord as error:
-        self._note_corrupt(at % len(self.source), error, "replaced by the next")
+        self._decoder.note_corrupt(at % len(self.source), error, "replaced by the next")
     else:
       raise DataError(f"no image of {self.source.name} can be decoded")
     rng, config = streams.of(key), self.config
-    with self._timed("decode"):
+    with self._decoder.timed("decode"):
       if config.train_crop == "inception":
         box = decode.inception_box(*image.shape[:2], self.size, rng, config.crop_area, config.crop_aspect)
         decode.crop_and_resize(image, box, out)
       else:
-        image = self._as_stored(image, at % len(self.source), "train_crop")
+        image = self._decoder.as_stored(image, at % len(self.source), "train_crop")
         out[:] = decode.shift(image, *rng.integers(-config.shift, config.shift + 1, 2)) if config.shift else image
       if config.flip and rng.random() < 0.5:
         cv2.flip(out, 1, dst=out)
@@ -167,7 +171,7 @@ class TrainBatches(ImageDecoder):
     config = self.config
     if config.augment == "none":
       return
-    with self._timed("augment"):
+    with self._decoder.timed("augment"):
       if config.augment == "randaugment":
         out[:] = augment.randaugment(image, rng, layers=config.randaugment_layers, magnitude=config.randaugment_magnitude)
       else:
@@ -193,7 +197,7 @@ class TrainBatches(ImageDecoder):
     kind = self.config.mix if self.config.mix != "mixup_cutmix" else ("mixup", "cutmix")[pair % 2]
     for n, (image, partner, key) in enumerate(zip(images, partners, keys, strict=True)):
       rng = streams.of(key._replace(purpose=Purpose.MIX))
-      with self._timed("mix"):
+      with self._decoder.timed("mix"):
         if kind == "mixup":
           ratio = mix.mixup_ratio(rng, self.config.mixup_alpha)
           mixed = mix.mixup(image, partner, ratio)
