@@ -66,37 +66,48 @@ class TrainBatches(DecodedBatches):
     """Lets the threads begin with a batch; `result()` waits for it."""
     per_process = self._batch // self._process[1]
     first = self._process[0] * per_process
-    skipped, missing = (first % 2, (first + per_process) % 2) if self.config.mix != "none" else (0, 0)
+    skipped, missing = (first % 2, (first + per_process) % 2) if self._mixes else (0, 0)
     rows = np.arange(first - skipped, first + per_process + missing)  # whole pairs
-    epochs, records = self._order.at(self._positions(step, rows))
-    copies = rows // (self._batch // self.config.repeats)
-    others = self._partners.at(self._positions(step, rows)) if self._second else None
+    keys = self._keys(self._order, Purpose.IMAGE, step, rows)
+    partner_keys = self._keys(self._partners, Purpose.PARTNER_IMAGE, step, rows) if self._second else None
     if self.source.remote:
       self._hint(step, rows)
-    made = {"image": np.empty((len(rows), self.size, self.size, 3), np.uint8), "label": np.empty(len(rows), np.int32)}
-    if self.config.mix != "none":
-      made |= {"mix_label": np.empty(len(rows), np.int32), "ratio": np.ones(len(rows), np.float32)}
+    batch = self._empty_batch(len(rows))
 
-    def work(start: int, stop: int) -> None:
-      streams = self._streams()
-      pairs = range(start, stop, 2) if self.config.mix != "none" else ()
-      keys = [StreamKey(Purpose.IMAGE, self._seed, int(epochs[i]), int(records[i]), int(copies[i])) for i in range(start, stop)]
-      if not pairs:
+    def fill(start: int, stop: int) -> None:
+      if not self._mixes:
         for i in range(start, stop):
-          image, made["label"][i] = self._load(int(records[i]), keys[i - start], streams, made["image"][i])
-          self._augment(image, streams.of(keys[i - start]._replace(purpose=Purpose.AUGMENT)), made["image"][i])
-      for i in pairs:
-        seconds = (
-          None
-          if others is None
-          else [
-            StreamKey(Purpose.PARTNER_IMAGE, self._seed, int(others[0][j]), int(others[1][j]), int(copies[j])) for j in (i, i + 1)
-          ]
-        )
-        self._mix_pair(made, i, int(rows[i]) // 2, keys[i - start : i - start + 2], seconds, streams)
+          self._fill_row(batch, i, keys[i])
+        return
+      for i in range(start, stop, 2):
+        seconds = None if partner_keys is None else partner_keys[i : i + 2]
+        self._mix_pair(batch, i, int(rows[i]) // 2, keys[i : i + 2], seconds, self._streams())
 
-    finish = lambda: {name: value[skipped : skipped + per_process] for name, value in made.items()}
-    return self._decoder.run(work, len(rows), finish)
+    own_rows = lambda: {name: values[skipped : skipped + per_process] for name, values in batch.items()}
+    return self._decoder.run(fill, len(rows), own_rows)
+
+  def _keys(self, order: Order, purpose: Purpose, step: int, rows: np.ndarray) -> list[StreamKey]:
+    """The stream of each row's image; a key's `record` is the image itself."""
+    epochs, records = order.at(self._positions(step, rows))
+    copies = rows // (self._batch // self.config.repeats)
+    places = zip(epochs.tolist(), records.tolist(), copies.tolist(), strict=True)
+    return [StreamKey(purpose, self._seed, *place) for place in places]
+
+  def _empty_batch(self, rows: int) -> Batch:
+    batch = {"image": np.empty((rows, self.size, self.size, 3), np.uint8), "label": np.empty(rows, np.int32)}
+    if self._mixes:
+      batch |= {"mix_label": np.empty(rows, np.int32), "ratio": np.ones(rows, np.float32)}
+    return batch
+
+  def _fill_row(self, batch: Batch, row: int, key: StreamKey) -> None:
+    """Fills a row of a batch that is not mixed."""
+    streams = self._streams()
+    image, batch["label"][row] = self._load(key.record, key, streams, batch["image"][row])
+    self._augment(image, streams.of(key._replace(purpose=Purpose.AUGMENT)), image)
+
+  @property
+  def _mixes(self) -> bool:
+    return self.config.mix != "none"
 
   def order_digest(self, step: int) -> str:
     """16 hex digits that follow from the order of the epoch after the one that the first image of `step` is of.
@@ -117,7 +128,7 @@ class TrainBatches(DecodedBatches):
 
   @property
   def _second(self) -> bool:
-    return self.config.mix != "none" and self.config.mix_with == "second"
+    return self._mixes and self.config.mix_with == "second"
 
   def _positions(self, step: int, rows: np.ndarray) -> np.ndarray:
     distinct = self._batch // self.config.repeats
@@ -178,7 +189,7 @@ class TrainBatches(DecodedBatches):
         out[:] = augment.autoaugment(image, rng)
 
   def _mix_pair(
-    self, made: Batch, i: int, pair: int, keys: list[StreamKey], seconds: list[StreamKey] | None, streams: Streams
+    self, batch: Batch, i: int, pair: int, keys: list[StreamKey], seconds: list[StreamKey] | None, streams: Streams
   ) -> None:
     """Rows i and i + 1: each mixed with the other one or with an image of the second stream."""
     shape = (self.size, self.size, 3)
@@ -203,7 +214,7 @@ class TrainBatches(DecodedBatches):
           mixed = mix.mixup(image, partner, ratio)
         else:
           mixed, ratio = mix.cutmix(image, partner, mix.cutmix_box(self.size, self.size, rng))
-        made["image"][i + n] = mixed
-      made["label"][i + n], made["mix_label"][i + n], made["ratio"][i + n] = labels[n], mix_labels[n], ratio
+        batch["image"][i + n] = mixed
+      batch["label"][i + n], batch["mix_label"][i + n], batch["ratio"][i + n] = labels[n], mix_labels[n], ratio
       if not self.config.augment_before_mix:
-        self._augment(made["image"][i + n], streams.of(key._replace(purpose=Purpose.AUGMENT)), made["image"][i + n])
+        self._augment(batch["image"][i + n], streams.of(key._replace(purpose=Purpose.AUGMENT)), batch["image"][i + n])
