@@ -287,8 +287,5 @@ def _default_config(url: str, configs: list[str]) -> str:
   return default
 
 
-# The index, built and kept -----------------------------------------------------------------------------------------------
-
-
 def is_url(path: str) -> bool:
   return "://" in path

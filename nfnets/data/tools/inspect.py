@@ -145,7 +145,7 @@ def verify(
   return Checked(split=source.split, records=len(source), corrupt=tuple(corrupt), bytes=total)
 
 
-# Pictures ----------------------------------------------------------------------------------------------------------------
+# ---- pictures
 
 
 def stored_pictures(source: Source) -> list[tuple[np.ndarray, str]]:
@@ -223,7 +223,7 @@ def _short(text: str, most: int) -> str:
   return text if len(text) <= most else text[: most - 1] + "…"
 
 
-# Records -----------------------------------------------------------------------------------------------------------------
+# ---- records
 
 
 def _evenly(count: int, most: int) -> list[int]:

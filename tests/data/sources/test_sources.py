@@ -51,7 +51,7 @@ def fails(message, root, *args, **fields):
   assert "\n" not in str(caught.value)
 
 
-# TFRecord ----------------------------------------------------------------------------------------------------------------
+# ---- TFRecord
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_file_that_vanishes_is_a_corrupt_record(root):
   source.close()
 
 
-# array_record ------------------------------------------------------------------------------------------------------------
+# ---- array_record
 
 
 def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
@@ -234,7 +234,7 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
   fails(f"shard {shard} cannot be read: No such file", tmp_path / "rows")
 
 
-# Folders -----------------------------------------------------------------------------------------------------------------
+# ---- Folders
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_the_flat_validation_folder_of_imagenet(tmp_path, below):
   fails("no split 'val'", tmp_path / "kaggle", "val", name="folder")
 
 
-# In memory ---------------------------------------------------------------------------------------------------------------
+# ---- In memory
 
 
 def test_digits():
