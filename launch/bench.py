@@ -69,7 +69,9 @@ def data(values: flags.FlagValues) -> int:
 
   console = plain_console()
   filled = resolve.data_config(config)
-  source = open_source(filled, train=True, progress=console.print)  # what is wrong with it, and its index, before the clock
+  source = open_source(
+    filled, filled.train_split, progress=console.print
+  )  # what is wrong with it, and its index, before the clock
   source.close()
   if values.against:
     tfdata.check(filled)

@@ -9,7 +9,6 @@ prepare: writes the splits with smaller images as a TFDS dataset under DIR; run 
 """
 
 import contextlib
-import dataclasses
 import os
 
 import rich.table
@@ -50,8 +49,8 @@ def describe(values: flags.FlagValues) -> int:
   data, out = resolve.data_config(config), values.out or "grid.png"
   if not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
-  train = open_source(data, train=True, progress=console.print)
-  test = open_source(data, train=False, progress=console.print)
+  train = open_source(data, data.train_split, progress=console.print)
+  test = open_source(data, data.test_split, progress=console.print)
   with contextlib.closing(train), contextlib.closing(test):
     known = inspect.known_splits(data)
     if known:
@@ -82,9 +81,7 @@ def verify(values: flags.FlagValues) -> int:
   splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
   checked = []
   for split in splits:
-    with contextlib.closing(
-      open_source(dataclasses.replace(config.data, train_split=split), train=True, progress=console.print)
-    ) as source:
+    with contextlib.closing(open_source(config.data, split, progress=console.print)) as source:
       with meter(console, split, len(source), "records") as progress:
         checked.append(
           inspect.verify(

@@ -12,6 +12,10 @@ def reason(error: BaseException) -> str:
   return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+class NoSuchSplit(DataError):
+  """The dataset has no split of this name, or not so many records in it."""
+
+
 class CorruptRecord(DataError):
   """One record cannot be read or decoded. address: where it lies, e.g. "…/x.tfrecord-00003-of-00008 at byte 1234"."""
 

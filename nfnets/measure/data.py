@@ -168,7 +168,7 @@ def _open(job: Measurement) -> tuple[Iterator[dict[str, Any]], dict[str, float],
   from nfnets.data.batches.training import TrainBatches
   from nfnets.data.sources.open import open_source
 
-  source = open_source(job.data, train=True, progress=lambda line: None)
+  source = open_source(job.data, job.data.train_split, progress=lambda line: None)
   batches = TrainBatches(source, job.data, batch=job.batch, seed=job.seed)
 
   def close():

@@ -17,7 +17,7 @@ CROP, RECIPE = "decode + crop + flip", "whole recipe"
 OURS = "nfnets"
 
 
-PHASES = ("read", "decode", "augment", "mix")
+PHASES = ("read", "check", "decode", "augment", "mix")
 
 
 # pipeline -> (group, how many times its images per CPU-second ours should reach)
@@ -60,7 +60,7 @@ class Measured:
   cpu_s: float
   peak_bytes: int  # resident, of the whole process
   imported_bytes: int  # resident after the imports
-  times: dict[str, float]  # seconds that ours spent on read, decode, augment, mix, summed over its threads
+  times: dict[str, float]  # seconds that ours spent on read, check, decode, augment, mix, summed over its threads
   versions: dict[str, str]
 
   @property

@@ -47,7 +47,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     if "pid" in faults:
       (workdir / f"pid-{jax.process_index()}").write_text(str(os.getpid()))
     if at == faults.get("raise", {}).get("step"):
-      self._pixels = lambda index: 1 / 0
+      self._decoder.pixels = lambda index: 1 / 0
     pending = start(self, at)
     result = pending.result
 

@@ -16,6 +16,7 @@ from nfnets.data.storage import remote
 from nfnets.train import loop
 from nfnets.train.logs.logbook import read_jsonl
 from tests import shards
+from tests.faults import data_faults
 from tests.faults.recipe import SMALL
 
 IMAGES = 400
@@ -107,6 +108,13 @@ def test_images_that_cannot_be_decoded_are_counted_exactly(dataset, tmp_path, ca
   row(
     f"{len(BROKEN)} of {IMAGES} images (1 %): {', '.join(BROKEN.values())}", f"crashes 0, counted {train[-1]['corrupt_records']}"
   )
+
+
+def test_a_flipped_bit_of_a_payload_is_always_found(tmp_path, full, row):
+  attempts = 200 if full else 30
+  flips = data_faults.flip_payload_bits(tmp_path, attempts)
+  assert (flips.attempts, flips.named, flips.silent) == (attempts, attempts, 0)
+  row(f"1 bit flipped in {attempts} payloads of TFRecord shards", f"{flips.named} found and named", silent=flips.silent)
 
 
 @pytest.mark.long

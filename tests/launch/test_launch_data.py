@@ -64,7 +64,7 @@ def flip_byte(path: pathlib.Path, number: int) -> int:
 
 
 def images_of(config: DataConfig, train: bool = True) -> list[Record]:
-  with contextlib.closing(open_source(config, train=train)) as source:
+  with contextlib.closing(open_source(config, config.train_split if train else config.test_split)) as source:
     return [source[i] for i in range(len(source))]
 
 
@@ -81,7 +81,7 @@ def test_describe_draws_what_is_stored_and_what_training_sees(monkeypatch, capsy
 
 def test_summary_of_a_prepared_dataset(photos):
   assert inspect.known_splits(photos) == {"train": 11, "validation": 4}
-  with contextlib.closing(open_source(photos, train=True)) as source:
+  with contextlib.closing(open_source(photos, photos.train_split)) as source:
     summary = inspect.summarize(source)
     pictures = inspect.stored_pictures(source)
   assert summary.counts.tolist() == [3, 2, 2, 2, 2] and summary.labels_read == 11 and not summary.corrupt
@@ -104,7 +104,7 @@ def test_verify_names_shard_and_byte_of_what_is_corrupt(photos, monkeypatch, cap
 def test_verify_finds_images_that_cannot_be_decoded(photos, monkeypatch):
   monkeypatch.setattr(shards, "image_of", lambda split, i: b"" if i == 1 else jpeg(i)[:-200] if i == 2 else jpeg(i))
   directory = shards.write_dataset(pathlib.Path(photos.dir), {"train": [4]}, name="broken")
-  with contextlib.closing(open_source(DataConfig(name="broken", dir=photos.dir), train=True)) as source:
+  with contextlib.closing(open_source(DataConfig(name="broken", dir=photos.dir), "train")) as source:
     checked = inspect.verify(source)
   assert checked.records == 4 and checked.bytes == len(jpeg(0)) + len(jpeg(3))
   assert len(checked.corrupt) == 2 and "(record 2 of 4): no bytes at all" in checked.corrupt[0]
@@ -125,7 +125,7 @@ def test_prepared_dataset_has_the_same_records_smaller(photos, monkeypatch, caps
       expected = cv2.resize(decode.pixels(old.image), (30, 20), interpolation=cv2.INTER_AREA)
       assert np.abs(pixels.astype(int) - expected).mean() < 8  # colours at half the resolution
   assert images_of(small)[3].image == images_of(photos)[3].image  # was small enough: not a byte is changed
-  with contextlib.closing(open_source(small, train=True)) as source:
+  with contextlib.closing(open_source(small, small.train_split)) as source:
     assert source.class_names == tuple(f"class {i}" for i in range(5)) and not inspect.verify(source).corrupt
   import tensorflow_datasets as tfds
 

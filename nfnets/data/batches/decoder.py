@@ -1,5 +1,6 @@
 """A source's images as squares, decoded by a pool of threads, with corrupt records counted."""
 
+import collections
 import concurrent.futures
 import threading
 import time
@@ -37,21 +38,13 @@ class ImageDecoder:
   """A source's images as squares, decoded by a pool of threads; corrupt records are counted, and too many of them end it."""
 
   def __init__(
-    self,
-    source: Source,
-    config: DataConfig,
-    size: int | None,
-    process: Process,
-    say: Callable[[str], None],
-    *,
-    resized: bool,
-    field: str,
+    self, source: Source, config: DataConfig, size: int | None, say: Callable[[str], None], *, resized: bool, field: str
   ):
-    self.source, self.config, self._say = source, config, say
-    self._process, self._local = process, threading.local()
+    self.source, self._config, self._say = source, config, say
     self.corrupt: dict[int, str] = {}
+    self.unreported: collections.deque[int] = collections.deque()
     # CPU seconds of all threads by what they were spent on
-    self.times = {"read": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
+    self.times = {"read": 0.0, "check": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
     self._lock = threading.Lock()
     cv2.setNumThreads(1)  # the threads are ours
     threads = config.threads or cores()
@@ -72,7 +65,7 @@ class ImageDecoder:
   def _stored_size(self) -> int:
     for index in range(len(self.source)):
       try:
-        height, width = self._pixels(index)[0].shape[:2]
+        height, width = self.pixels(index)[0].shape[:2]
       except CorruptRecord:
         continue
       if height != width:
@@ -84,30 +77,35 @@ class ImageDecoder:
       return height
     raise DataError(f"no image of {self.source.name} can be decoded")
 
-  def _pixels(self, index: int) -> tuple[np.ndarray, int]:
+  def pixels(self, index: int) -> tuple[np.ndarray, int]:
     """(uint8 [H, W, 3], label). Raises CorruptRecord."""
-    with self._timed("read"):
-      record = self.source[index]
-    with self._timed("decode"):
+    with self.timed("read"):
+      raw = self.source.raw(index)
+    with self.timed("check"):
+      self.source.check(index, raw)
+    with self.timed("read"):
+      record = self.source.record(index, raw)
+    with self.timed("decode"):
       return self.source.pixels(index, record), record.label
 
-  def _note_corrupt(self, index: int, error: CorruptRecord, then: str) -> None:
+  def note_corrupt(self, index: int, error: CorruptRecord, then: str) -> None:
     with self._lock:
       if index in self.corrupt:
         return
       self.corrupt[index] = str(error)
+      self.unreported.append(index)
       found = len(self.corrupt)
-    if found > self.config.max_corrupt * len(self.source):
+    if found > self._config.max_corrupt * len(self.source):
       raise DataError(
         f"{found} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
-        f"max_corrupt={self.config.max_corrupt:g} allows; the last: {error}"
+        f"max_corrupt={self._config.max_corrupt:g} allows; the last: {error}"
       )
     self._say(f"corrupt record, {then}: {error}")
 
-  def _timed(self, name: str) -> Timer:
+  def timed(self, name: str) -> Timer:
     return Timer(self.times, name)
 
-  def _as_stored(self, image: np.ndarray, index: int, field: str) -> np.ndarray:
+  def as_stored(self, image: np.ndarray, index: int, field: str) -> np.ndarray:
     if image.shape[:2] != (self.size, self.size):
       raise DataError(
         f"{self.source.address(index)} is {image.shape[0]}×{image.shape[1]}, not {self.size}×{self.size}; set "
@@ -115,5 +113,35 @@ class ImageDecoder:
       )
     return image
 
-  def _run(self, work: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> "Pending":
+  def run(self, work: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> "Pending":
     return Pending([self._pool.submit(work, at, min(at + CHUNK, rows)) for at in range(0, rows, CHUNK)], finish)
+
+
+class DecodedBatches:
+  """The public face of both kinds of batches over the ImageDecoder that they own."""
+
+  def __init__(self, decoder: ImageDecoder):
+    self._decoder = decoder
+
+  @property
+  def source(self) -> Source:
+    return self._decoder.source
+
+  @property
+  def size(self) -> int:
+    """Side of the square images, pixels."""
+    return self._decoder.size
+
+  @property
+  def corrupt(self) -> dict[int, str]:
+    """What is wrong with each record found corrupt here, by its number."""
+    return self._decoder.corrupt
+
+  @property
+  def times(self) -> dict[str, float]:
+    """CPU seconds of all threads by phase: read, check, decode, mix, augment."""
+    return self._decoder.times
+
+  def close(self) -> None:
+    """Ends the threads, waiting for what they are doing."""
+    self._decoder.close()

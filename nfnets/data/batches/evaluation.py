@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data.batches.decoder import ImageDecoder, Process
+from nfnets.data.batches.decoder import DecodedBatches, ImageDecoder, Process
 from nfnets.data.batches.prefetch import Batch, Pending, prefetch
 from nfnets.data.errors import CorruptRecord
 from nfnets.data.images import decode
 from nfnets.data.sources.base import Source
 
 
-class EvalBatches(ImageDecoder):
+class EvalBatches(DecodedBatches):
   """Iterates once, in order, over all images: TrainBatches' dicts with "mask" bool [rows], which says what counts.
 
   The last batch is padded with zeros. A corrupt record is left out by the mask, and said.
@@ -22,8 +22,9 @@ class EvalBatches(ImageDecoder):
     self, source: Source, config: DataConfig, *, batch: int, process: Process = (0, 1), say: Callable[[str], None] = print
   ):
     super().__init__(
-      source, config, config.test_image_size, process, say, resized=config.test_crop != "none", field="test_image_size"
+      ImageDecoder(source, config, config.test_image_size, say, resized=config.test_crop != "none", field="test_image_size")
     )
+    self.config, self._process = config, process
     self._rows = -(-batch // process[1])
     self.batch = self._rows * process[1]
 
@@ -47,13 +48,13 @@ class EvalBatches(ImageDecoder):
     def work(begin: int, end: int) -> None:
       for i in range(begin, end):
         try:
-          image, made["label"][i] = self._pixels(first + i)
+          image, made["label"][i] = self._decoder.pixels(first + i)
         except CorruptRecord as error:
-          self._note_corrupt(first + i, error, "left out of the evaluation")
+          self._decoder.note_corrupt(first + i, error, "left out of the evaluation")
           made["mask"][i] = False
           continue
-        with self._timed("decode"):
+        with self._decoder.timed("decode"):
           crop = decode.TEST_CROPS.get(self.config.test_crop)
-          made["image"][i] = crop(image, self.size) if crop else self._as_stored(image, first + i, "test_crop")
+          made["image"][i] = crop(image, self.size) if crop else self._decoder.as_stored(image, first + i, "test_crop")
 
-    return self._run(work, max(0, stop - first), lambda: made)
+    return self._decoder.run(work, max(0, stop - first), lambda: made)

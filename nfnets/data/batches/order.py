@@ -1,27 +1,61 @@
 """In which order images come, and their randomness: functions of the seed and the position alone."""
 
+import enum
+from typing import NamedTuple
+
 import numpy as np
 
-# What a random stream is for; streams of different purposes never share a key.
-ORDER, PARTNER, IMAGE = range(3)
+
+class Purpose(enum.IntEnum):
+  """What a random stream is for; streams of different purposes never share a key.
+
+  The three last ones lie with IMAGE in the key's highest byte and above the copy's number in its second one.
+  """
+
+  ORDER = 0  # the order of an epoch
+  PARTNER = 1  # the order of the images that others are mixed with
+  IMAGE = 2  # an image's crop, shift and mirroring
+  AUGMENT = 2 | 1 << 4
+  MIX = 2 | 2 << 4
+  PARTNER_IMAGE = 2 | 4 << 4  # like IMAGE, of an image of the second stream
+  PARTNER_AUGMENT = 2 | 5 << 4
+
+
+class StreamKey(NamedTuple):
+  """Names a stream of random numbers. seed < 2**32, epoch < 2**24, record < 2**40, copy < 2**20."""
+
+  purpose: Purpose
+  seed: int
+  epoch: int
+  record: int = 0
+  copy: int = 0
+
+  def words(self) -> list[int]:
+    """The 128-bit key of Philox as two words."""
+    copy = self.copy | (self.purpose >> 4) << 20
+    return [self.seed | copy << 32 | (self.purpose & 15) << 56, self.epoch << 40 | self.record]
+
+
 GROUP = 16  # blocks whose records are shuffled among each other
 
 
 class Order:
   """`order[epoch]` → int32 [n], a permutation of the records; the last two epochs asked for are kept.
 
+  Any thread may ask: the dict of kept epochs is replaced whole, never changed, so that at worst an epoch is shuffled twice.
+
   block: records that lie together stay near each other: blocks are shuffled, then the records among 16 blocks, so that a
   reader of a bucket can fetch whole blocks. 1 shuffles everything.
   """
 
-  def __init__(self, n: int, seed: int, *, purpose: int = ORDER, block: int = 1):
+  def __init__(self, n: int, seed: int, *, purpose: Purpose = Purpose.ORDER, block: int = 1):
     self._n, self._seed, self._purpose, self._block = n, seed, purpose, block
     self._epochs: dict[int, np.ndarray] = {}
 
   def __getitem__(self, epoch: int) -> np.ndarray:
     found = self._epochs.get(epoch)
     if found is None:
-      found = self._shuffled(np.random.Generator(np.random.Philox(key=key(self._purpose, self._seed, epoch))))
+      found = self.shuffled(epoch)
       self._epochs = {e: order for e, order in self._epochs.items() if e in (epoch - 1, epoch + 1)} | {epoch: found}
     return found
 
@@ -34,18 +68,15 @@ class Order:
       records[here] = self[int(epoch)][offsets[here]]
     return epochs, records
 
-  def _shuffled(self, rng: np.random.Generator) -> np.ndarray:
+  def shuffled(self, epoch: int) -> np.ndarray:
+    """`order[epoch]` made anew, without keeping it."""
+    rng = np.random.Generator(np.random.Philox(key=StreamKey(self._purpose, self._seed, epoch).words()))
     records = np.arange(self._n, dtype=np.int32)
     if self._block == 1:
       return rng.permutation(records)
     blocks = [records[start : start + self._block] for start in range(0, self._n, self._block)]
     blocks = [blocks[i] for i in rng.permutation(len(blocks))]
     return np.concatenate([rng.permutation(np.concatenate(blocks[i : i + GROUP])) for i in range(0, len(blocks), GROUP)])
-
-
-def key(purpose: int, seed: int, epoch: int, index: int = 0, copy: int = 0) -> list[int]:
-  """The 128-bit Philox key of a stream, as two words. seed < 2**32, epoch < 2**24, index < 2**40, copy < 2**24."""
-  return [seed | copy << 32 | purpose << 56, epoch << 40 | index]
 
 
 class Streams:
@@ -56,8 +87,8 @@ class Streams:
     self._fresh = self._bits.state
     self._generator = np.random.Generator(self._bits)
 
-  def of(self, seed: int, epoch: int, index: int, copy: int = 0) -> np.random.Generator:
-    """The generator at the start of the image's stream; it is the same object at every call."""
-    self._fresh["state"]["key"][:] = key(IMAGE, seed, epoch, index, copy)
+  def of(self, key: StreamKey) -> np.random.Generator:
+    """The generator at the start of a stream; it is the same object at every call."""
+    self._fresh["state"]["key"][:] = key.words()
     self._bits.state = self._fresh
     return self._generator

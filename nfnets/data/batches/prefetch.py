@@ -84,6 +84,3 @@ def prefetch(
   finally:
     closed.set()
     thread.join()
-
-
-Batch = dict[str, np.ndarray]

@@ -54,7 +54,7 @@ def _by_pillow(data: bytes) -> np.ndarray:
     raise UnreadableImage("not an image" if "cannot identify" in text else text or type(error).__name__) from error
 
 
-# ---------------------------------------------------------------- training
+# ---- training
 def inception_box(
   height: int, width: int, size: int, rng: np.random.Generator, area: tuple[float, float], aspect: tuple[float, float]
 ) -> Box:
@@ -104,7 +104,7 @@ def shift(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
   return image[rows[:, None], columns]
 
 
-# ---------------------------------------------------------------- evaluation
+# ---- evaluation
 def squash(image: np.ndarray, size: int) -> np.ndarray:
   """Resized to (size + 32)², whatever its shape, then the central size²: what NFNets were published with."""
   return bicubic(image, (size + PADDING,) * 2, ((PADDING + 1) // 2,) * 2, size)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,13 +56,23 @@ class Source(abc.ABC):
     except decode.UnreadableImage as error:
       raise CorruptRecord(self.address(index), str(error)) from error
 
+  # ---- the three parts of source[index], apart so that their costs can be told apart
+
+  def raw(self, index: int) -> Any:
+    """Reads a record as it is stored. Raises CorruptRecord."""
+    return self[index]
+
+  def check(self, index: int, raw: Any) -> None:
+    """Compares the checksums of what `raw` returned, where the format has any. Raises CorruptRecord."""
+    return None
+
+  def record(self, index: int, raw: Any) -> Record:
+    """Parses what `raw` returned. Raises CorruptRecord or DataError."""
+    return raw
+
   def prefetch(self, indices: np.ndarray) -> None:
     """The records needed next, in this order; fetched ahead where reading waits for a network."""
     return None
-
-  def verify(self, index: int) -> None:
-    """Reads a record and checks its checksums where it has any. Raises CorruptRecord."""
-    self[index]
 
   def close(self) -> None:
     """Closes files and connections; may be called twice."""

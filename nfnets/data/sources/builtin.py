@@ -3,7 +3,7 @@
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data.errors import DataError
+from nfnets.data.errors import NoSuchSplit
 from nfnets.data.sources.base import ArraySource, Source
 
 
@@ -12,7 +12,7 @@ def digits(split: str) -> Source:
   from sklearn import datasets, model_selection
 
   if split not in ("train", "test"):
-    raise DataError(f"digits has the splits 'train' and 'test', got {split!r}")
+    raise NoSuchSplit(f"digits has the splits 'train' and 'test', got {split!r}")
   scans = datasets.load_digits()
   pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
   index = model_selection.train_test_split(np.arange(len(pixels)), test_size=0.2, random_state=0, stratify=scans.target)

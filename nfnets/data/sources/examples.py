@@ -21,10 +21,19 @@ class _ExampleSource(Source):
     self._keys = keys
 
   @abc.abstractmethod
-  def _payload(self, index: int) -> bytes: ...
+  def raw(self, index: int) -> bytes: ...
 
   def __getitem__(self, index: int) -> Record:
-    payload = self._payload(index)
+    raw = self.raw(index)
+    self.check(index, raw)
+    return self.record(index, raw)
+
+  def payload(self, raw: bytes) -> bytes:
+    """The serialized tf.Example in what `raw` returned."""
+    return raw
+
+  def record(self, index: int, raw: bytes) -> Record:
+    payload = self.payload(raw)
     try:
       found = parse_example(payload, self._keys)
     except ValueError as error:
@@ -35,13 +44,18 @@ class _ExampleSource(Source):
     if not 0 <= label < len(self.class_names):
       raise DataError(
         f"{self.address(index)}: its label is {label}, not in [0, {self.num_classes}), the classes of {self.name} "
-        f"(a split without labels? config.data.*_split is {self.split!r})"
+        f"(does the split {self.split!r} have labels?)"
       )
     return Record(image, label)
 
 
 class TFRecordSource(_ExampleSource):
-  """Records of TFRecord shards in place. rows: which of the index, int [n]; reader: a FileReader or BucketReader of its files."""
+  """Records of TFRecord shards in place; the checksums of length and payload are compared at every read.
+
+  Args:
+    rows: which records of the index, int [n].
+    reader: a FileReader or BucketReader of the index's files.
+  """
 
   def __init__(
     self,
@@ -73,33 +87,36 @@ class TFRecordSource(_ExampleSource):
     )
 
   def prefetch(self, indices: np.ndarray) -> None:
-    arrays = self._file[indices], self._offset[indices], self._length[indices]
-    self._reader.prefetch([*zip(*(array.tolist() for array in arrays), strict=True)])
+    offsets = self._offset[indices] - tfrecord.HEADER  # the ranges that `raw` reads, to the byte
+    lengths = self._length[indices] + (tfrecord.HEADER + tfrecord.FOOTER)
+    self._reader.prefetch([*zip(self._file[indices].tolist(), offsets.tolist(), lengths.tolist(), strict=True)])
 
-  def verify(self, index: int) -> None:
+  def raw(self, index: int) -> bytes:
+    """The whole record: header, payload and footer."""
+    file, offset, length = int(self._file[index]), int(self._offset[index]), int(self._length[index])
     try:
-      tfrecord.check_crc(self._read(index, tfrecord.HEADER, tfrecord.FOOTER))
+      return self._reader.read(file, offset - tfrecord.HEADER, tfrecord.HEADER + length + tfrecord.FOOTER)
+    except OSError as error:
+      raise CorruptRecord(self.address(index), f"cannot be read: {reason(error)}") from error
+
+  def check(self, index: int, raw: bytes) -> None:
+    try:
+      tfrecord.check_crc(raw)
     except ValueError as error:
-      if isinstance(error, DataError):
-        raise
       raise CorruptRecord(self.address(index), str(error)) from error
+
+  def payload(self, raw: bytes) -> bytes:
+    return raw[tfrecord.HEADER : -tfrecord.FOOTER]
 
   def close(self) -> None:
     self._reader.close()
 
-  def _payload(self, index: int) -> bytes:
-    return self._read(index, 0, 0)
-
-  def _read(self, index: int, before: int, after: int) -> bytes:
-    file, offset, length = int(self._file[index]), int(self._offset[index]), int(self._length[index])
-    try:
-      return self._reader.read(file, offset - before, before + length + after)
-    except OSError as error:
-      raise CorruptRecord(self.address(index), f"cannot be read: {reason(error)}") from error
-
 
 class ArrayRecordSource(_ExampleSource):
-  """Records of array_record shards. pieces: (file, first record, records taken, records in the file) of each in turn."""
+  """Records of array_record shards, whose library compares checksums of its own at every read.
+
+  pieces: (file, first record, records taken, records in the file) of each in turn.
+  """
 
   def __init__(
     self,
@@ -126,7 +143,7 @@ class ArrayRecordSource(_ExampleSource):
   def close(self) -> None:
     self._source.__exit__(None, None, None)
 
-  def _payload(self, index: int) -> bytes:
+  def raw(self, index: int) -> bytes:
     if not 0 <= index < len(self):
       raise IndexError(index)
     try:

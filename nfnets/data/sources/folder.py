@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nfnets.data.errors import CorruptRecord, DataError, reason
+from nfnets.data.errors import CorruptRecord, DataError, NoSuchSplit, reason
 from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import remote
 
@@ -24,7 +24,10 @@ _HELD_OUT = ("val", "validation", "test")
 
 
 class FolderSource(Source):
-  """files: paths below root; labels: int [n]."""
+  """Image files of a folder. files: paths below root; labels: int [n].
+
+  Files have no checksum of ours: a damaged one is found only where the decoder refuses it.
+  """
 
   def __init__(self, name: str, split: str, class_names: Sequence[str], root: str, files: Sequence[str], labels: np.ndarray):
     super().__init__(name, split, class_names)
@@ -98,7 +101,7 @@ def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[
   try:
     parts = splits.AbstractSplit.from_spec(split).to_absolute(infos)
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise DataError(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
+    raise NoSuchSplit(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
   return [(part.splitname, part.from_ or 0, infos[part.splitname].num_examples if part.to is None else part.to) for part in parts]
 
 

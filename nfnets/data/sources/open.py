@@ -3,36 +3,52 @@
 from collections.abc import Callable
 
 from nfnets.config import DataConfig
-from nfnets.data.errors import DataError
+from nfnets.data.errors import DataError, NoSuchSplit
 from nfnets.data.sources.base import Source
 from nfnets.data.sources.builtin import digits, synthetic
 
 
-def open_source(config: DataConfig, *, train: bool, progress: Callable[[str], None] = lambda line: None) -> Source:
-  """The training or the test images. `progress` is told, in one line each, of what takes long.
+def open_source(config: DataConfig, split: str, *, progress: Callable[[str], None] = lambda line: None) -> Source:
+  """Opens the images of a split expression, such as "train[:98%]", of the dataset that `config` names.
 
-  Raises DataError when the dataset is unknown or not prepared, cannot be read, is cut short, has no such split or feature,
-  the split is empty, or `config.num_classes` disagrees with the data.
+  Args:
+    split: what is read; callers pass config.train_split or config.test_split.
+    progress: called with one line about each step that takes long.
+
+  Raises:
+    DataError: the dataset is unknown or not prepared, cannot be read, is cut short, has no such split or feature, the split is
+      empty, or `config.num_classes` disagrees with the data.
   """
   config.validate()
-  split = config.train_split if train else config.test_split
+  try:
+    source = _open(config, split, progress)
+  except NoSuchSplit as error:
+    raise DataError(f"{error}{_field_of(config, split)}") from error
+  if not len(source):
+    raise DataError(f"split {split!r} of {config.name} is empty{_field_of(config, split)}")
+  if config.num_classes not in (None, source.num_classes):
+    raise DataError(
+      f"config.data.num_classes={config.num_classes}, but {config.name} has {source.num_classes} classes "
+      f"(set it to {source.num_classes}, or leave it unset)"
+    )
+  return source
+
+
+def _open(config: DataConfig, split: str, progress: Callable[[str], None]) -> Source:
   if config.name == "digits":
-    found = digits(split)
-  elif config.name == "synthetic":
-    found = synthetic(config, split)
-  elif config.name == "folder":
+    return digits(split)
+  if config.name == "synthetic":
+    return synthetic(config, split)
+  if config.name == "folder":
     from nfnets.data.sources.folder import open_folder
 
-    found = open_folder(config.dir, split, progress)
-  else:
-    from nfnets.data.sources.tfds import open_tfds
+    return open_folder(config.dir, split, progress)
+  from nfnets.data.sources.tfds import open_tfds
 
-    found = open_tfds(config, split, progress)
-  if not len(found):
-    raise DataError(f"split {split!r} of {config.name} is empty (config.data.{'train' if train else 'test'}_split)")
-  if config.num_classes not in (None, found.num_classes):
-    raise DataError(
-      f"config.data.num_classes={config.num_classes}, but {config.name} has {found.num_classes} classes "
-      f"(set it to {found.num_classes}, or leave it unset)"
-    )
-  return found
+  return open_tfds(config, split, progress)
+
+
+def _field_of(config: DataConfig, split: str) -> str:
+  """The field that holds this split expression, in brackets for the end of a message; empty where none does."""
+  fields = [field for field in ("train_split", "test_split") if getattr(config, field) == split]
+  return f" (config.data.{fields[0]})" if fields else ""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nfnets.config import DataConfig
-from nfnets.data.errors import DataError, reason
+from nfnets.data.errors import DataError, NoSuchSplit, reason
 from nfnets.data.sources.base import ArraySource, Source
 from nfnets.data.sources.examples import ArrayRecordSource, TFRecordSource
 from nfnets.data.storage import buckets, remote, tfrecord
@@ -26,7 +26,7 @@ def open_tfds(config: DataConfig, split: str, progress: Callable[[str], None]) -
   try:
     instructions = [one for one in builder.info.splits[split].file_instructions if one.take > 0]
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise DataError(
+    raise NoSuchSplit(
       f"{config.name} has no split {split!r} ({reason(error)}); it has: "
       f"{', '.join(f'{name} ({info.num_examples:,})' for name, info in builder.info.splits.items())}"
     ) from error

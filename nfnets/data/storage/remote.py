@@ -63,7 +63,8 @@ def open_filesystem(url: str):
   try:
     from fsspec.core import url_to_fs
 
-    # botocore keeps 10 connections by default, fewer than we have threads, and sums up every byte; records have checksums.
+    # botocore keeps 10 connections by default, fewer than our threads. It would also compute a checksum of every response,
+    # which is left out: the reader of the records compares their own checksums.
     s3 = {"max_pool_connections": 2 * THREADS, "response_checksum_validation": "when_required"}
     options = {"config_kwargs": s3} if library == "s3fs" else {}
     if library == "gcsfs" and not logging.getLogger("gcsfs").level:
@@ -284,9 +285,6 @@ def _default_config(url: str, configs: list[str]) -> str:
   if default not in configs:
     raise DataError(f"{url}: several configurations; name one of them: {', '.join(configs)} (config.data.name=NAME/CONFIG)")
   return default
-
-
-# The index, built and kept -----------------------------------------------------------------------------------------------
 
 
 def is_url(path: str) -> bool:

@@ -131,7 +131,7 @@ def _unreadable(file: str, error: OSError) -> DataError:
   return DataError(f"shard {file} cannot be read: {reason(error)}")
 
 
-# Files -------------------------------------------------------------------------------------------------------------------
+# ---- writing
 
 
 def frame(payload: bytes) -> bytes:

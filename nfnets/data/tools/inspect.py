@@ -122,7 +122,6 @@ def verify(
     bad, size = [], 0
     for index in range(start, min(start + _CHUNK, len(source))):
       try:
-        source.verify(index)
         record = source[index]
         source.pixels(index, record)
         size += _size(record.image)
@@ -146,7 +145,7 @@ def verify(
   return Checked(split=source.split, records=len(source), corrupt=tuple(corrupt), bytes=total)
 
 
-# Pictures ----------------------------------------------------------------------------------------------------------------
+# ---- pictures
 
 
 def stored_pictures(source: Source) -> list[tuple[np.ndarray, str]]:
@@ -224,7 +223,7 @@ def _short(text: str, most: int) -> str:
   return text if len(text) <= most else text[: most - 1] + "…"
 
 
-# Records -----------------------------------------------------------------------------------------------------------------
+# ---- records
 
 
 def _evenly(count: int, most: int) -> list[int]:

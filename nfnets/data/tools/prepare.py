@@ -78,7 +78,7 @@ class Preparation:
     self._sources: dict[str, Source] = {}
     try:
       for split in named_splits(config):
-        self._sources[split] = open_source(dataclasses.replace(config, train_split=split), train=True, progress=say)
+        self._sources[split] = open_source(config, split, progress=say)
       most = max(map(len, self._sources.values()))
       first = len(next(iter(self._sources.values())))
       per_shard = -(-first // min(shards, first)) if shards else min(PER_SHARD, most)
@@ -110,7 +110,7 @@ class Preparation:
     self._prefetch(missing[:1])
     try:
       remove_unfinished(self.path)
-      with _Results(self._encoded, [(shard[0], i) for shard in missing for i in range(*shard[3:])]) as results:
+      with _OrderedResults(self._encoded, [(shard[0], i) for shard in missing for i in range(*shard[3:])]) as results:
         for at, (split, number, count, start, stop) in enumerate(missing):
           self._prefetch(missing[at + 1 : at + 2])
           with whole_file(self._shard(split, number, count)) as stream:
@@ -267,7 +267,7 @@ def smaller(image: bytes | np.ndarray, *, short_side: int, quality: int) -> byte
   return simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
 
 
-class _Results:
+class _OrderedResults:
   """What `work` makes of the items, in order, by a pool of threads that is never far ahead."""
 
   def __init__(self, work: Callable, items: list):
@@ -289,7 +289,7 @@ class _Results:
       self._pending.append(self._pool.submit(self._work, item))
       return
 
-  def __enter__(self) -> "_Results":
+  def __enter__(self) -> "_OrderedResults":
     return self
 
   def __exit__(self, *error) -> None:

@@ -64,7 +64,7 @@ class Photos(Source):
 
 @pytest.fixture(scope="module")
 def digits():
-  return open_source(DataConfig(name="digits"), train=True)
+  return open_source(DataConfig(name="digits"), "train")
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,7 @@ def test_corrupt_records_are_replaced_counted_and_said_once(batches):
   made = batches(broken, dataclasses.replace(FULL, mix="none", max_corrupt=0.05), batch=10, say=said.append)
   labels = np.concatenate([made[step]["label"] for step in range(10)])
   assert set(labels) == set(range(50)) - {3, 17} and (labels == 4).sum() == 4
+  assert {made.next_corrupt(), made.next_corrupt()} == {3, 17} and made.next_corrupt() is None
   assert set(made.corrupt) == {3, 17} and len(said) == 2 and "photos, record" in said[0]
   strict = batches(broken, dataclasses.replace(FULL, mix="none", max_corrupt=0.02), batch=10, say=said.append)
   with pytest.raises(DataError, match=r"2 of the 50 records of photos are corrupt, more than config.data.max_corrupt=0.02"):
@@ -271,7 +272,7 @@ from nfnets.data.sources.open import open_source
 from tests.data.batches.test_batches import FULL
 index, count, threads, out = *map(int, sys.argv[1:4]), sys.argv[4]
 config = dataclasses.replace(FULL, name="digits", threads=threads)
-batches = TrainBatches(open_source(config, train=True), config, batch=106, seed=3, process=(index, count))
+batches = TrainBatches(open_source(config, config.train_split), config, batch=106, seed=3, process=(index, count))
 parts = [batches[step] for step in range(12, 16)]  # the second epoch begins within 13
 batches.close()
 np.savez(out, **{f"{step}/{name}": value for step, part in enumerate(parts) for name, value in part.items()})
@@ -290,7 +291,7 @@ def test_real_processes_make_the_same_global_batch(batches, tmp_path):
   assert [process.wait(120) for process in running] == [0, 0]
   halves = [np.load(tmp_path / f"{index}.npz") for index in (0, 1)]
   config = dataclasses.replace(FULL, name="digits")
-  whole = batches(open_source(config, train=True), config, batch=106, seed=3)
+  whole = batches(open_source(config, config.train_split), config, batch=106, seed=3)
   for step in range(4):
     for name, expected in whole[12 + step].items():
       np.testing.assert_array_equal(np.concatenate([half[f"{step}/{name}"] for half in halves]), expected)

@@ -31,7 +31,7 @@ def root(tmp_path):
 
 
 def load(root, split="train", **fields):
-  return open_source(DataConfig(name=fields.pop("name", "pictures"), dir=str(root), train_split=split, **fields), train=True)
+  return open_source(DataConfig(name=fields.pop("name", "pictures"), dir=str(root), train_split=split, **fields), split)
 
 
 def contents(source):
@@ -51,7 +51,7 @@ def fails(message, root, *args, **fields):
   assert "\n" not in str(caught.value)
 
 
-# TFRecord ----------------------------------------------------------------------------------------------------------------
+# ---- TFRecord
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_split_expressions_are_exact(root, split, parts):
 def test_what_a_source_tells(root, cache):
   lines = []
   config = DataConfig(name="pictures", dir=str(root), test_split="validation", num_classes=5)
-  source = open_source(config, train=False, progress=lines.append)
+  source = open_source(config, "validation", progress=lines.append)
   assert (source.name, source.split, source.remote, source.num_classes) == ("pictures", "validation", False, 5)
   assert source.class_names == tuple(f"class {i}" for i in range(5))
   first = len(shards.framed(shards.example(file_name=b"x", image=shards.image_of("validation", 2), label=2)))
@@ -83,9 +83,9 @@ def test_what_a_source_tells(root, cache):
   with pytest.raises(IndexError):
     source[4]
   source.close()
-  open_source(config, train=False, progress=lines.append).close()
+  open_source(config, "validation", progress=lines.append).close()
   assert len(lines) == 1
-  open_source(DataConfig(name="pictures", dir=str(root), index_dir=str(root / "here")), train=True).close()
+  open_source(DataConfig(name="pictures", dir=str(root), index_dir=str(root / "here")), "train").close()
   assert len(list((root / "here").iterdir())) == 1
 
 
@@ -106,7 +106,7 @@ def test_the_newest_version_is_read_and_another_can_be_named(root):
 
 
 def test_a_bucket_gives_the_same(root):
-  source = open_source(DataConfig(name="pictures", dir=f"file://{root}", train_split="train[2:]+validation"), train=True)
+  source = open_source(DataConfig(name="pictures", dir=f"file://{root}"), "train[2:]+validation")
   assert source.remote and source.address(0).startswith("file://")
   source.prefetch(np.arange(14)[::-1])
   assert contents(source) == expected("train", *range(2, 12)) + expected("validation", *range(4))
@@ -115,7 +115,9 @@ def test_a_bucket_gives_the_same(root):
 def test_what_is_wrong_with_the_request(root):
   fails(r"no split 'test' .*; it has: train \(12\), validation \(4\)", root, "test")
   fails(r"no split 'train\[:13\]' \(Requested slice \[:13\] incompatible with 12", root, "train[:13]")
-  fails(r"no split 'train\[' ", root, "train[")
+  fails(r"no split 'train\[' .*\(config.data.train_split\)$", root, "train[")
+  with pytest.raises(DataError, match="validation .4.$"):
+    open_source(DataConfig(name="pictures", dir=str(root)), "valid")
   fails("no split 'all", root, "all[:2]")
   fails(r"split 'train\[5:3\]' of pictures is empty \(config.data.train_split\)", root, "train[5:3]")
   fails(
@@ -173,12 +175,10 @@ def test_corrupt_records_are_named_when_read(root):
     source[5]
   assert not isinstance(caught.value, CorruptRecord)  # not to be passed over: every record may be so
   assert source[6] == Record(b"fine", 1)
-  for i in range(12):
-    source.verify(i)
   data = shard.read_bytes()
   shard.write_bytes(data[:-6] + bytes([data[-6] ^ 1]) + data[-5:])
   with pytest.raises(CorruptRecord, match=r"record 3 of 3\): the checksum of its bytes is wrong"):
-    source.verify(6)
+    source[6]
   with shard.open("r+b") as stream:
     stream.truncate(len(data) - 20)
   with pytest.raises(CorruptRecord, match=r"record 3 of 3\): cannot be read: the file ends at byte"):
@@ -194,7 +194,7 @@ def test_a_file_that_vanishes_is_a_corrupt_record(root):
   source.close()
 
 
-# array_record ------------------------------------------------------------------------------------------------------------
+# ---- array_record
 
 
 def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
@@ -206,7 +206,7 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
     number = 0
     for shard, length in enumerate(lengths):
       path = directory / f"pictures-{split}.array_record-{shard:05d}-of-{len(lengths):05d}"
-      writer = module.ArrayRecordWriter(str(path), "group_size:1")
+      writer = module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
       for i in range(number, number + length):
         writer.write(shards.example(file_name=b"x", image=shards.image_of(split, i), label=i % 5))
       writer.close()
@@ -222,6 +222,10 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
 
   shard = directory / "pictures-train.array_record-00001-of-00003"
   whole = shard.read_bytes()
+  payload = whole.index(shards.image_of("train", 4))  # written uncompressed
+  shard.write_bytes(whole[:payload] + bytes([whole[payload] ^ 1]) + whole[payload + 1 :])
+  with pytest.raises(CorruptRecord, match=r"00001-of-00003 \(record 1 of 3\): cannot be read"):
+    contents(load(tmp_path / "rows", "train[4:5]"))
   shard.write_bytes(whole[: len(whole) // 2])
   fails(f"shard {shard} (is truncated|holds)", tmp_path / "rows")
   shard.write_bytes(b"")
@@ -230,7 +234,7 @@ def test_array_record_gives_what_tfrecord_gives(root, tmp_path):
   fails(f"shard {shard} cannot be read: No such file", tmp_path / "rows")
 
 
-# Folders -----------------------------------------------------------------------------------------------------------------
+# ---- Folders
 
 
 @pytest.fixture
@@ -319,11 +323,11 @@ def test_the_flat_validation_folder_of_imagenet(tmp_path, below):
   fails("no split 'val'", tmp_path / "kaggle", "val", name="folder")
 
 
-# In memory ---------------------------------------------------------------------------------------------------------------
+# ---- In memory
 
 
 def test_digits():
-  train, test = (open_source(DataConfig(), train=train) for train in (True, False))
+  train, test = (open_source(DataConfig(), split) for split in ("train", "test"))
   assert (len(train), len(test), train.num_classes) == (1437, 360, 10)
   record = train[5]
   assert record.image.shape == (8, 8, 3) and record.image.dtype == np.uint8 and isinstance(record.label, int)

@@ -34,7 +34,7 @@ def make_config(model: str) -> Config:
 def prepare(config: Config, devices: int):
   """(mesh, step, evaluation step, state, batches) on the first `devices` devices."""
   mesh = sharding.make_mesh(jax.devices()[:devices])
-  data = open_source(config.data, train=True)
+  data = open_source(config.data, config.data.train_split)
   graph, params, stats = split_network(build_network(config.model, 10))
   optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=22, total_steps=44)
   state = init_state(params, stats, optimizer, config)
@@ -89,7 +89,7 @@ def test_the_state_is_donated():
 
 def test_evaluation_is_exact_on_any_devices_and_batch():
   config = make_config("nf_resnet_tiny")
-  data = open_source(config.data, train=False)
+  data = open_source(config.data, config.data.test_split)
   found = []
   for devices, batch in ((1, 360), (8, 50), (3, 7)):
     mesh, _, eval_step, state, _ = prepare(config, devices)
@@ -120,7 +120,7 @@ def test_mixed_labels_reach_the_loss():
   config = dataclasses.replace(make_config("nf_resnet_tiny"), label_smoothing=0.0)
   config.model.drop_rate = 0.0
   graph, params, stats = split_network(build_network(config.model, 10))
-  data = open_source(config.data, train=False)
+  data = open_source(config.data, config.data.test_split)
   labels = jnp.asarray([data[i].label for i in range(16)])
   batch, other = {"image": jnp.asarray(np.stack([data[i].image for i in range(8)])), "label": labels[:8]}, labels[8:]
   batch["key"] = row_keys(jax.random.key(0), 8)
