@@ -146,7 +146,7 @@ class Run:
     """Evaluates the parameters and their average, and writes the result down; None where a signal ended it before."""
     weights = {"params": (self.state.params, self.state.stats), **({"ema": self.state.ema} if self.state.ema is not None else {})}
     self.watchdog.finished(
-      f"the evaluation at step {self.step}", 0.0 if self.evaluated_before else FIRST_STEP
+      f"the evaluation at step {self.step}", 0.0 if self.evaluated_before else FIRST_STEP_S
     )  # the first one compiles
     results = evaluate(
       self.eval_step,
