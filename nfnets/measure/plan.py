@@ -30,7 +30,6 @@ from nfnets.config import Config
 from nfnets.errors import UserError
 from nfnets.measure import hlo, plan_report, step
 from nfnets.measure.chips import chip
-from nfnets.models import layers
 from nfnets.train import resolve
 from nfnets.train.step import sharding
 from nfnets.train.step.state import build_network, init_state, split_network
@@ -210,8 +209,7 @@ def lower(config: Config, mesh: Mesh, size: int, classes: int) -> jax.stages.Low
   if config.data.mix != "none":
     batch["mix_label"] = batch["label"]
     batch["ratio"] = jax.ShapeDtypeStruct((config.batch,), jnp.float32)
-  with layers.lowering_for(mesh.devices.flat[0].platform):
-    return train_step_over(config, mesh, graph, optimizer, like).lower(like, batch)
+  return train_step_over(config, mesh, graph, optimizer, like).lower(like, batch)
 
 
 def _compile(
