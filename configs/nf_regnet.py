@@ -6,26 +6,17 @@ Arguments: the variant (B0 to B5), then `minival` (train without train[:10000], 
 Not yet run to its end here.
 """
 
-from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.errors import UserError
+from configs import imagenet
+from nfnets.config import Config, ModelConfig, OptimConfig
+
+VARIANTS = tuple(f"B{level}" for level in range(6))
 
 
 def get_config(arg: str = "B0") -> Config:
-  variant, *options = arg.split(",")
-  if variant not in ("B0", "B1", "B2", "B3", "B4", "B5") or set(options) - {"minival"}:
-    raise UserError(f"configs/nf_regnet.py takes B0 to B5, and minival, e.g. B0,minival; got {arg!r}")
-  train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
+  variant, minival, _ = imagenet.parse(arg, VARIANTS, "configs/nf_regnet.py takes B0 to B5, and minival, e.g. B0,minival")
   return Config(
     model=ModelConfig(name=f"nf_regnet_{variant.lower()}"),
-    data=DataConfig(
-      name="imagenet2012",
-      train_split=train,
-      test_split=test,
-      train_crop="inception",
-      test_crop="crop",
-      flip=True,
-      mix="mixup_cutmix",
-    ),
+    data=imagenet.data_config(minival=minival, mix="mixup_cutmix"),
     optim=OptimConfig(
       base_lr=0.4,
       scale_lr=False,

@@ -8,22 +8,20 @@ each halving (ours: larger thresholds do at smaller batches, figure 2 of 2102.06
 Not yet run to its end here.
 """
 
-from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.errors import UserError
+from configs import imagenet
+from nfnets.config import Config, ModelConfig, OptimConfig
 
 DEPTHS = ("50", "101", "152", "200", "288", "600")
 
 
 def get_config(arg: str = "50") -> Config:
-  depth, *options = arg.split(",")
-  sizes = [option.removeprefix("bs=") for option in options if option.startswith("bs=")] or ["1024"]
-  if depth not in DEPTHS or len(sizes) + ("minival" in options) < len(options) or not sizes[0].isdigit() or int(sizes[0]) < 1:
-    raise UserError(f"configs/nf_resnet.py takes a depth of {', '.join(DEPTHS)}, bs=N and minival, e.g. 50,bs=1024; got {arg!r}")
-  batch = int(sizes[0])
-  train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
+  depth, minival, batch = imagenet.parse(
+    arg, DEPTHS, f"configs/nf_resnet.py takes a depth of {', '.join(DEPTHS)}, bs=N and minival, e.g. 50,bs=1024", sizes=True
+  )
+  batch = batch or 1024
   return Config(
     model=ModelConfig(name=f"nf_resnet{depth}", dtype="bfloat16"),
-    data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception", test_crop="crop", flip=True),
+    data=imagenet.data_config(minival=minival),
     optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=5e-5, clipping=0.01 * 4096 / batch, ema_decay=0.9999),
     batch=batch,
     eval_batch=1024,

@@ -8,30 +8,20 @@ Hardware: 4,096 images a step, e.g. 128 TPUv3 cores or 64 GPUs of 80 GB for F0; 
 Not yet run to its end here. Published top-1: F0 83.6, F1 84.7, F2 85.1, F3 85.7, F4 85.9, F5 86.0 %.
 """
 
-from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.errors import UserError
+from configs import imagenet
+from nfnets.config import Config, ModelConfig, OptimConfig
 
 VARIANTS = tuple(f"F{level}{plus}" for plus in ("", "+") for level in range(8))
 
 
 def get_config(arg: str = "F0") -> Config:
-  variant, *options = arg.split(",")
-  if variant not in VARIANTS or set(options) - {"minival"}:
-    raise UserError(f"configs/nfnet.py takes F0 to F7 or F0+ to F7+, and minival, e.g. F0,minival; got {arg!r}")
-  train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
+  variant, minival, _ = imagenet.parse(
+    arg, VARIANTS, "configs/nfnet.py takes F0 to F7 or F0+ to F7+, and minival, e.g. F0,minival"
+  )
   return Config(
     # dropout, image sizes and RandAugment come from the variant's row
     model=ModelConfig(name=f"nfnet_{variant.lower()}", dtype="bfloat16"),
-    data=DataConfig(
-      name="imagenet2012",
-      train_split=train,
-      test_split=test,
-      train_crop="inception",
-      test_crop="squash",
-      flip=True,
-      mix="mixup_cutmix",
-      augment="randaugment",
-    ),
+    data=imagenet.data_config(minival=minival, test_crop="squash", mix="mixup_cutmix", augment="randaugment"),
     optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=2e-5, clipping=0.01, ema_decay=0.99999),
     batch=4096,
     eval_batch=2048,

@@ -6,20 +6,19 @@ Arguments: the depth, then `minival` (train without train[:10000], evaluate on i
 Not yet run to its end here.
 """
 
+from configs import imagenet
 from nfnets import models
-from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.errors import UserError
+from nfnets.config import Config, ModelConfig, OptimConfig
 
 
 def get_config(arg: str = "50") -> Config:
-  depth, *options = arg.split(",")
-  depths = [name.removeprefix("resnet") for name in models.names() if name.removeprefix("resnet").isdigit()]
-  if depth not in depths or set(options) - {"minival"}:
-    raise UserError(f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival; got {arg!r}")
-  train, test = ("train[10000:]", "train[:10000]") if "minival" in options else ("train", "validation")
+  depths = tuple(name.removeprefix("resnet") for name in models.names() if name.removeprefix("resnet").isdigit())
+  depth, minival, _ = imagenet.parse(
+    arg, depths, f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival"
+  )
   return Config(
     model=ModelConfig(name=f"resnet{depth}"),
-    data=DataConfig(name="imagenet2012", train_split=train, test_split=test, train_crop="inception", test_crop="crop", flip=True),
+    data=imagenet.data_config(minival=minival),
     optim=OptimConfig(base_lr=0.1, warmup_epochs=5, weight_decay=1e-4, clipping=None, ema_decay=None),
     batch=1024,
     eval_batch=1024,

@@ -109,7 +109,7 @@ def agc(
       clipping, bad axes; at update, params=None and trees that differ. TypeError: complex leaves not excluded.
   """
   _check_number("eps", eps)
-  decide = functools.partial(plan, clipping=clipping, exclude=exclude, unit_axes=unit_axes)
+  decide = functools.partial(explain_entries, clipping=clipping, exclude=exclude, unit_axes=unit_axes)
   decide({})  # checks the arguments
   scheduled = any(map(callable, clipping.values())) if isinstance(clipping, Mapping) else callable(clipping)
 
@@ -163,7 +163,7 @@ def agc_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
 
 def explain(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: Any = None) -> str:
   """A table of what `agc` with these arguments does to each parameter (array or ShapeDtypeStruct), and the rule."""
-  entries = plan(params, clipping, exclude=exclude, unit_axes=unit_axes)
+  entries = explain_entries(params, clipping, exclude=exclude, unit_axes=unit_axes)
   rows = [("parameter", "shape", "unit axes", "units", "clipping", "why")]
   for path, shape, axes, units, value, why in entries:
     cells = ("-",) * 3 if value is None else (axes or "all", units, "schedule" if callable(value) else value)
@@ -178,7 +178,7 @@ def explain(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes
   return "\n".join(lines)
 
 
-def plan(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: Any = None) -> list[Entry]:
+def explain_entries(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: Any = None) -> list[Entry]:
   """The rows of `explain`, in tree order: static, from names and shapes. An empty tree only checks the arguments."""
   by_path = isinstance(clipping, Mapping)
   strengths = _rules("clipping", clipping if by_path else {"": clipping})

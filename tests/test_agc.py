@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from nfnets.agc import AGCState, agc, agc_metrics, explain, plan
+from nfnets.agc import AGCState, agc, agc_metrics, explain, explain_entries
 
 SETTINGS = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -298,7 +298,7 @@ def test_leaves_that_pass():
   assert out["none"] is None
   assert all(out[name] is grads[name] for name in ("n", "frozen", "z"))
   assert agc_metrics(state).keys() == {"w"}
-  assert [entry.why for entry in plan(params, exclude="frozen|z")][1:4] == ["not a float", "masked", "rank"]
+  assert [entry.why for entry in explain_entries(params, exclude="frozen|z")][1:4] == ["not a float", "masked", "rank"]
 
 
 def test_scalars_and_lone_arrays():

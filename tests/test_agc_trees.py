@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nfnets.agc import agc, agc_metrics, explain, named_leaves, plan
+from nfnets.agc import agc, agc_metrics, explain, explain_entries, named_leaves
 
 
 def axes(tree, **kwargs):
   """{path: unit axes} of a tree whose leaves are shapes."""
   params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), tree, is_leaf=lambda s: isinstance(s, tuple))
-  return {entry.path: entry.unit_axes for entry in plan(params, **kwargs)}
+  return {entry.path: entry.unit_axes for entry in explain_entries(params, **kwargs)}
 
 
 # (module name, {leaf: shape}, unit axes of the first leaf, of the second...)
@@ -177,7 +177,7 @@ def test_linen_trees_with_attention_scan_and_boxes():
       return nn.Dense(3, name="head")(nn.ConvTranspose(6, (3,), transpose_kernel=True)(x))
 
   variables = jax.eval_shape(Model().init, jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
-  got = {entry.path.removeprefix("params/"): entry.unit_axes for entry in plan(variables, exclude="head/kernel")}
+  got = {entry.path.removeprefix("params/"): entry.unit_axes for entry in explain_entries(variables, exclude="head/kernel")}
   attn = "layers/MultiHeadDotProductAttention_0"
   assert got == {
     "Embed_0/embedding": (0,),

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from nfnets import optim
 from nfnets.config import Config
-from nfnets.models import layers
 from nfnets.train.step import sharding
 from nfnets.train.step.state import TrainState
 from nfnets.train.step.step import train_step_over
@@ -62,8 +61,7 @@ def lower(config: Config, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, si
     batch["mix_label"] = batch["label"]
     batch["ratio"] = jax.ShapeDtypeStruct((config.batch,), jnp.float32)
   like = sharding.place(mesh, state, shard=config.shard)
-  with layers.lowering_for(mesh.devices.flat[0].platform):
-    return train_step_over(config, mesh, graph, make_optimizer(config, state.params), like).lower(like, batch)
+  return train_step_over(config, mesh, graph, make_optimizer(config, state.params), like).lower(like, batch)
 
 
 def memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:

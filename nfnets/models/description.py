@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnets.models import layers
 from nfnets.models.registry import create, variant
 
 
@@ -130,10 +129,9 @@ def _trace(network: nnx.Module, size: int, stage_of) -> tuple[dict[str, tuple[in
       shapes[{"pool": "tail", "logits": "fc"}.get(name, stage_of(name))] = x.shape[1:]
 
   graph, state = nnx.split(network)
-  with layers.lowering_for("gpu"):  # grouped convolutions as such, whatever this machine is
-    program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).outputs(x, tap=tap)["logits"])(
-      state, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    )
+  program = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state).outputs(x, tap=tap)["logits"])(
+    state, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  )
   macs = collections.Counter()
   for scope, count in multiply_adds(program.jaxpr):
     macs[stage_of(scope)] += count
@@ -141,7 +139,10 @@ def _trace(network: nnx.Module, size: int, stage_of) -> tuple[dict[str, tuple[in
 
 
 def multiply_adds(jaxpr, scope: str = ""):
-  """Yields (named scope, multiply-adds) of every convolution and matrix product in a jaxpr, inner ones included."""
+  """Yields (named scope, multiply-adds) of every convolution and matrix product in a jaxpr, inner ones included.
+
+  Of what depends on the platform, the default is counted: a grouped convolution as such, not the CPU's form of it.
+  """
   for eqn in jaxpr.eqns:
     here = str(eqn.source_info.name_stack) or scope
     if eqn.primitive.name == "conv_general_dilated":
@@ -152,7 +153,10 @@ def multiply_adds(jaxpr, scope: str = ""):
       contracted, _ = eqn.params["dimension_numbers"][0]
       left = eqn.invars[0].aval.shape
       yield here, math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-    for value in eqn.params.values():
+    params = eqn.params
+    if params.get("branches_platforms"):  # jax.lax.platform_dependent; its default comes last
+      params = {"default": params["branches"][-1]}
+    for value in params.values():
       for inner in value if isinstance(value, tuple | list) else (value,):
         inner = getattr(inner, "jaxpr", inner)
         if hasattr(inner, "eqns"):

@@ -6,12 +6,10 @@ computes in its input's dtype, standardizes weights and pools in float32. Images
 channels].
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -40,7 +38,7 @@ class Activation:
 
 
 # The constants are the release's own, sampled by its authors: exact parity needs their digits, and tests derive each
-# of them again. glu halves the channels and log_softmax works across them; both have no place inside these blocks.
+# of them again. Its glu and log_softmax mix channels and have no place inside these blocks.
 ACTIVATIONS = {
   a.name: a
   for a in (
@@ -49,10 +47,8 @@ ACTIVATIONS = {
     Activation("elu", jax.nn.elu, 1.2716004848480225),
     Activation("gelu", functools.partial(jax.nn.gelu, approximate=True), 1.7015043497085571),
     Activation("gelu_erf", functools.partial(jax.nn.gelu, approximate=False), 1.7015043497085571),  # timm's dm_* models
-    Activation("glu", jax.nn.glu, 1.8484294414520264),
     Activation("leaky_relu", jax.nn.leaky_relu, 1.70590341091156),
     Activation("log_sigmoid", jax.nn.log_sigmoid, 1.9193484783172607),
-    Activation("log_softmax", jax.nn.log_softmax, 1.0002083778381348),
     Activation("relu", jax.nn.relu, 1.7139588594436646),
     Activation("relu6", jax.nn.relu6, 1.7131484746932983),
     Activation("selu", jax.nn.selu, 1.0008515119552612),
@@ -128,27 +124,20 @@ def linear(in_features: int, out_features: int, *, stddev: float | None = None, 
 
 
 # ---------------------------------------------------------------- convolutions
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
-
-
-@contextlib.contextmanager
-def lowering_for(platform: str) -> Iterator[None]:
-  """Traces convolutions for `platform` ("cpu", "gpu", "tpu") whatever the default backend is: to compile for absent devices."""
-  token = _platform.set(platform)
-  try:
-    yield
-  finally:
-    _platform.reset(token)
-
-
 def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME") -> Array:
   """2-D convolution, x [B, H, W, I], kernel [kh, kw, I/groups, O] → [B, H', W', O], in x's dtype.
 
-  "SAME" is XLA's (and TensorFlow's) padding, "SYMMETRIC" PyTorch's (k-1)/2 on every side. On CPU a grouped convolution is
-  written as plain ones concatenated, since XLA's CPU backend has no fast path for groups (18 times slower on NFNet-F0).
+  "SAME" is XLA's (and TensorFlow's) padding, "SYMMETRIC" PyTorch's (k-1)/2 on every side. A program for CPUs gets a grouped
+  convolution as plain ones concatenated, since XLA's CPU backend has no fast path for groups (18 times slower on NFNet-F0).
   """
-  if groups > 1 and (_platform.get() or jax.default_backend()) == "cpu":
-    return _convolve_split(x, kernel, strides=strides, groups=groups, padding=padding)
+  if groups == 1:
+    return _convolve_at_once(x, kernel, strides=strides, groups=1, padding=padding)
+  options = {"strides": strides, "groups": groups, "padding": padding}
+  split, whole = functools.partial(_convolve_split, **options), functools.partial(_convolve_at_once, **options)
+  return jax.lax.platform_dependent(x, kernel, cpu=split, default=whole)
+
+
+def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
   kh, kw = kernel.shape[:2]
   pad = "SAME" if padding == "SAME" else [((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2]
   return jax.lax.conv_general_dilated(
@@ -207,36 +196,25 @@ class Conv(nnx.Module):
     return out if self.bias is None else out + self.bias[...].astype(out.dtype)
 
 
-_as_it_is: contextvars.ContextVar[bool] = contextvars.ContextVar("standardized", default=False)
-
-
-@contextlib.contextmanager
-def standardized() -> Iterator[None]:
-  """Within, standardized convolutions take their kernels as they are: `standardize` has been there before."""
-  token = _as_it_is.set(True)
-  try:
-    yield
-  finally:
-    _as_it_is.reset(token)
-
-
 class WSConv(Conv):
   """Convolution with Scaled Weight Standardization (P1, section 4.3): per output channel, with statistics in float32,
 
       W' = gain · (W - mean(W)) / sqrt(max(var(W) · fan_in, 1e-4)),  fan_in = k · k · in/groups, biased variance.
 
-  kernel [k, k, in/groups, out] ~ N(0, 1/fan_in), gain [out] ones, bias [out] zeros, always present.
+  kernel [k, k, in/groups, out] ~ N(0, 1/fan_in), gain [out] ones, bias [out] zeros, always present. `standardized` says that the
+  kernel is W' already (see `standardize`); NNX keeps this mark in the graph definition.
   """
 
   def __init__(self, in_features: int, out_features: int, kernel_size: int, *, gain_init: float = 1.0, rngs: ParamKeys, **conv):
     super().__init__(in_features, out_features, kernel_size, rngs=rngs, **conv)
     self.gain = nnx.Param(full(gain_init)(None, (out_features,)))
+    self.standardized = False
 
   def default_init(self, fan_in: int) -> Callable[..., Array]:
     return normal(fan_in**-0.5)
 
   def weight(self) -> Array:
-    return self.kernel[...] if _as_it_is.get() else self.standardize()
+    return self.kernel[...] if self.standardized else self.standardize()
 
   def standardize(self) -> Array:
     kernel = self.kernel[...].astype(jnp.float32)
@@ -267,10 +245,11 @@ class TimmWSConv(WSConv):
 
 
 def standardize(network: nnx.Module) -> None:
-  """Replaces the kernel of every standardized convolution by its W', in place; see `standardized`."""
+  """Replaces the kernel of every WSConv by its W' and marks it as standardized, in place; a second call changes nothing."""
   for _, module in nnx.iter_modules(network):
     if isinstance(module, WSConv):
-      module.kernel[...] = module.standardize()
+      module.kernel[...] = module.weight()
+      module.standardized = True
 
 
 # ---------------------------------------------------------------- pooling and gates

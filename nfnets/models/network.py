@@ -20,7 +20,7 @@ def no_tap(name: str, x: Array) -> None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class BlockPlan:
+class BlockSpec:
   """Where a residual block stands. expected_std: of its input at initialisation; drop_rate: of stochastic depth."""
 
   index: int
@@ -31,9 +31,9 @@ class BlockPlan:
   drop_rate: float
 
 
-def plan_blocks(
+def block_specs(
   *, depth: Sequence[int], width: Sequence[int], strides: Sequence[int], in_features: int, alpha: float, stochastic_depth: float
-) -> Iterator[BlockPlan]:
+) -> Iterator[BlockSpec]:
   """The blocks of all stages in order, with the signal's deviation as theory has it (P1, section 4.2; P2, section 2).
 
   A block adds alpha² to the variance. A stage's first block has a convolution in its shortcut, which starts it again from 1.
@@ -42,7 +42,7 @@ def plan_blocks(
   index, expected_std = 0, 1.0
   for stage_depth, stage_width, stage_strides in zip(depth, width, strides, strict=True):
     for i in range(stage_depth):
-      yield BlockPlan(
+      yield BlockSpec(
         index=index,
         in_features=in_features,
         features=stage_width,

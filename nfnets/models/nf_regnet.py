@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
-from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 
 Array = jax.Array
 
@@ -43,10 +43,10 @@ class NFRegNetConfig:
 class NFRegBlock(nnx.Module):
   """Inverted bottleneck 1×1 → grouped 3×3 → gate (×2) → 1×1; shortcuts pool 2×2 and mix by 1×1 at transitions."""
 
-  def __init__(self, config: NFRegNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
-    in_features, features, self.strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
-    self.alpha, self.beta = config.alpha, 1 / plan.expected_std
-    expansion = config.expansion if plan.index else 1.0
+  def __init__(self, config: NFRegNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.alpha, self.beta = config.alpha, 1 / spec.expected_std
+    expansion = config.expansion if spec.index else 1.0
     groups = int(in_features * expansion) // config.group_width
     width = groups * config.group_width
     self.activation = layers.ACTIVATIONS[config.activation]
@@ -84,7 +84,7 @@ class NFRegNet(Network):
     self.activation = layers.ACTIVATIONS[config.activation]
     widths = [int(width * config.width_multiplier) for width in config.width]
     self.stem = layers.WSConv(3, widths[0], 3, strides=2, rngs=rngs)
-    plans = plan_blocks(
+    specs = block_specs(
       depth=config.depth,
       width=widths,
       strides=config.stage_strides,
@@ -92,7 +92,7 @@ class NFRegNet(Network):
       alpha=config.alpha,
       stochastic_depth=config.stochastic_depth,
     )
-    blocks = [NFRegBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    blocks = [NFRegBlock(config, spec, dtype=dtype, rngs=rngs) for spec in specs]
     final = 1280 * widths[-1] // 440
     self.final_conv = layers.WSConv(widths[-1], final, 1, rngs=rngs)
     super().__init__(

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
-from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 
 Array = jax.Array
 
@@ -46,9 +46,9 @@ class NFResNetConfig:
 class NFResBlock(nnx.Module):
   """Bottleneck 1×1 → 3×3 → 1×1; a transition's shortcut is a strided 1×1 of the activated, scaled input (P1, appendix)."""
 
-  def __init__(self, config: NFResNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
-    in_features, features, strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
-    self.alpha, self.beta = config.alpha, 1 / plan.expected_std
+  def __init__(self, config: NFResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     width = int(features * config.bottleneck)
     self.activation = layers.ACTIVATIONS[config.activation]
     self.conv0 = layers.WSConv(in_features, width, 1, rngs=rngs)
@@ -89,7 +89,7 @@ class NFResNet(Network):
     self.pool = config.stem_pool
     features = config.width[0] // 4
     self.stem = layers.WSConv(3, features, config.stem_kernel, strides=config.stem_strides, rngs=rngs)
-    plans = plan_blocks(
+    specs = block_specs(
       depth=config.depth,
       width=config.width,
       strides=config.stage_strides,
@@ -97,7 +97,7 @@ class NFResNet(Network):
       alpha=config.alpha,
       stochastic_depth=config.stochastic_depth,
     )
-    blocks = [NFResBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    blocks = [NFResBlock(config, spec, dtype=dtype, rngs=rngs) for spec in specs]
     super().__init__(
       blocks=blocks,
       features=config.width[-1],

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
-from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 
 Array = jax.Array
 
@@ -61,9 +61,9 @@ class NFBlock(nnx.Module):
   Reads and writes [B, H, W, C]; `beta` = 1/expected_std brings what it reads to unit variance.
   """
 
-  def __init__(self, config: NFNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
-    in_features, features, self.strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
-    self.alpha, self.beta = config.alpha, 1 / plan.expected_std
+  def __init__(self, config: NFNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     bottleneck = int(features * config.expansion)
     groups = bottleneck / config.group_width
     groups = max(1, round(groups) if config.group_rounding == "nearest" else int(groups))
@@ -113,7 +113,7 @@ class NFNet(Network):
         for i, strides in enumerate(config.stem_strides)
       }
     )
-    plans = plan_blocks(
+    specs = block_specs(
       depth=config.depth,
       width=config.width,
       strides=config.stage_strides,
@@ -121,7 +121,7 @@ class NFNet(Network):
       alpha=config.alpha,
       stochastic_depth=config.stochastic_depth,
     )
-    blocks = [NFBlock(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    blocks = [NFBlock(config, spec, dtype=dtype, rngs=rngs) for spec in specs]
     features = config.width[-1]
     final = int(features * config.final_conv_mult)
     self.final_conv = conv(features, final, 1, rngs=rngs)

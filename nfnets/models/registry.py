@@ -111,13 +111,12 @@ def _check(name: str, field: str, value, hint) -> None:
     for option in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
     for c in (typing.get_args(option) if typing.get_origin(option) is typing.Literal else ())
   ]
-  inside = [each for each in layers.ACTIVATIONS if each not in ("glu", "log_softmax")]  # these two mix channels
   whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1
   number = isinstance(value, int | float) and not isinstance(value, bool)
   sizes = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
   expected = None
   if field == "activation":
-    expected = None if value in inside else "one of " + ", ".join(inside)
+    expected = None if value in layers.ACTIVATIONS else "one of " + ", ".join(layers.ACTIVATIONS)
   elif choices:
     allowed = value in choices or value is None and type(None) in typing.get_args(hint)
     expected = None if allowed else "one of " + ", ".join(map(repr, choices))

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
-from nfnets.models.network import BlockPlan, Network, Tap, no_tap, plan_blocks
+from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 from nfnets.models.nf_resnet import DEPTHS
 
 Array = jax.Array
@@ -74,8 +74,8 @@ def normalize(norm: nnx.Module | None, x: Array, train: bool) -> Array:
 class ResBlock(nnx.Module):
   """Pre-activation bottleneck: (norm → activation → conv) three times; the projection reads the first activation."""
 
-  def __init__(self, config: ResNetConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
-    in_features, features, strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
+  def __init__(self, config: ResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     width = int(features * config.bottleneck)
     bias = config.norm == "none"
     self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
@@ -115,8 +115,8 @@ class FixupBlock(nnx.Module):
   The branch's first convolutions are scaled by blocks^(-1/4), the last starts from zero.
   """
 
-  def __init__(self, config: FixupConfig, plan: BlockPlan, *, dtype, rngs: layers.ParamKeys):
-    in_features, features, strides, self.drop_rate = plan.in_features, plan.features, plan.strides, plan.drop_rate
+  def __init__(self, config: FixupConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
+    in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     width = int(features * config.bottleneck)
     depth_scale = sum(config.depth) ** -0.25
     init = layers.normal
@@ -165,7 +165,7 @@ class ResNet(Network):
     self.pool = config.stem_pool
     features = config.width[0] // 4
     self.stem = layers.Conv(3, features, config.stem_kernel, strides=config.stem_strides, use_bias=False, rngs=rngs)
-    plans = plan_blocks(
+    specs = block_specs(
       depth=config.depth,
       width=config.width,
       strides=config.stage_strides,
@@ -173,7 +173,7 @@ class ResNet(Network):
       alpha=1.0,
       stochastic_depth=config.stochastic_depth,
     )
-    blocks = [self.block(config, plan, dtype=dtype, rngs=rngs) for plan in plans]
+    blocks = [self.block(config, spec, dtype=dtype, rngs=rngs) for spec in specs]
     self.final_norm = make_norm(config.norm, config.width[-1], dtype=dtype, rngs=rngs)
     super().__init__(
       blocks=blocks,

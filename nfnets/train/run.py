@@ -26,7 +26,7 @@ from nfnets.data.errors import DataError
 from nfnets.data.sources.base import Source
 from nfnets.data.sources.open import open_source
 from nfnets.distributed.signals import StopRequest
-from nfnets.distributed.watchdog import Watchdog
+from nfnets.distributed.watchdog import FIRST_STEP_S, Watchdog
 from nfnets.files import write_file
 from nfnets.train import resolve
 from nfnets.train.checkpoints.compatibility import RunFacts, check_same_data, check_same_order, check_same_run, to_json

@@ -1,6 +1,5 @@
 """The loss of a batch and its gradients: on one device, over a mesh, in parts, and SAM's."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -41,20 +40,16 @@ def batch_loss(
   stats: nnx.State,
   batch: Batch,
   tap: Callable[[str, jax.Array], None] | None = None,
-  *,
-  standardized: bool = False,
 ) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
   """(mean loss, (new running statistics, sums of loss, top-1, top-5 and count)) of a training batch.
 
-  standardized: the kernels in `params` are standardized already.
   batch: "image" uint8 [B, H, W, 3], "label" int [B] or float [B, classes], "mix_label" and "ratio" where images are mixed,
   and "key" [B] (`row_keys`) for dropout and stochastic depth.
   """
   network = nnx.merge(graph, params, stats, copy=True)  # a copy: BatchNorm moves its statistics within this trace
-  with layers.standardized() if standardized else contextlib.nullcontext():
-    outputs = network.outputs(
-      normalise(batch["image"], config.data), train=True, rngs=batch["key"], **({"tap": tap} if tap else {})
-    )
+  outputs = network.outputs(
+    normalise(batch["image"], config.data), train=True, rngs=batch["key"], **({"tap": tap} if tap else {})
+  )
   each = losses.cross_entropy(
     outputs["logits"],
     batch["label"],
@@ -84,7 +79,7 @@ def local_gradients(
   """
   if config.optim.sam_rho:
     params = _ascended(config, graph, params, stats, batch)
-  weights, pull_back = jax.vjp(functools.partial(_standardized, graph, stats), params)
+  weights, pull_back, graph = jax.vjp(functools.partial(_standardized, graph, stats), params, has_aux=True)
   grads, loss, stats, sums = _in_parts(config, graph, weights, stats, batch)
   (grads,) = pull_back(grads)
   if axis is not None:
@@ -108,7 +103,7 @@ def mesh_gradients(
   if config.optim.sam_rho:
     local = functools.partial(local_gradients, config, graph, axis=sharding.AXIS)
     return jax.shard_map(local, mesh=mesh, in_specs=(whole, whole, rows), out_specs=whole, check_vma=False)(params, stats, batch)
-  weights, pull_back = jax.vjp(functools.partial(_standardized, graph, stats), params)
+  weights, pull_back, graph = jax.vjp(functools.partial(_standardized, graph, stats), params, has_aux=True)
   if needs_all_rows(config, stats):
     place = lambda tree, spec_of: jax.lax.with_sharding_constraint(
       tree, jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), tree)
@@ -153,17 +148,19 @@ def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
   )
 
 
-def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> nnx.State:
+def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> tuple[nnx.State, nnx.GraphDef]:
+  """(standardized weights, the graph definition that takes them as they are)."""
   network = nnx.merge(graph, params, stats, copy=True)
   layers.standardize(network)
-  return nnx.state(network, nnx.Param)
+  graph, weights, _ = nnx.split(network, nnx.Param, nnx.BatchStat)
+  return weights, graph
 
 
 def _in_parts(
   config: Config, graph: nnx.GraphDef, weights: nnx.State, stats: nnx.State, batch: Batch, mesh: Mesh | None = None
 ) -> Gradients:
   """Gradients with respect to standardized weights: the mean over config.accumulate parts of the batch, taken one by one."""
-  loss_of = lambda weights, stats, part: batch_loss(config, graph, weights, stats, part, standardized=True)
+  loss_of = lambda weights, stats, part: batch_loss(config, graph, weights, stats, part)
 
   def one(stats: nnx.State, part: Batch) -> Gradients:
     (loss, (stats, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, stats, part)

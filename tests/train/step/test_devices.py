@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from nfnets import optim
@@ -239,9 +240,11 @@ def test_bad_steps_are_left_out_and_counted():
   assert not metrics["bad"] and (int(state.bad_steps), int(state.step)) == (1, 4)
 
 
-def test_standardized_kernels_are_taken_as_they_are():
+def test_standardized_kernels_are_not_standardized_again():
   conv = layers.WSConv(3, 8, 3, rngs=layers.ParamKeys(jax.random.key(0)))
   expected = conv.weight()
   layers.standardize(conv)
-  with layers.standardized():
-    np.testing.assert_array_equal(conv.weight(), expected)
+  np.testing.assert_array_equal(conv.weight(), expected)
+  again = nnx.merge(*nnx.split(conv))  # the mark is in the graph definition
+  layers.standardize(again)
+  np.testing.assert_array_equal(again.weight(), expected)
