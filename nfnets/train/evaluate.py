@@ -37,7 +37,7 @@ def evaluate(
   progress: Callable[[int], None] = lambda images: None,
   stopping: Callable[[], bool] = lambda: False,
 ) -> Results | None:
-  """Loss, top-1 and top-5 (as fractions) over all images of `batches`, for each of the `weights`.
+  """Computes loss, top-1 and top-5 (as fractions) over all images of `batches`, for each of the `weights`.
 
   Images are read and decoded once for all of them; the last batch is padded and masked. Weights that are split among the devices
   are gathered once, at the beginning.
@@ -110,6 +110,7 @@ def evaluate_checkpoint(config: Config, checkpoint: str, *, say: Callable[[str],
     graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, data.num_classes)))
     weights = reader.restore_model(step, *sharding.place(mesh, (params, stats)))
     results = evaluate(eval_step_over(config, mesh, graph), mesh, weights, batches)
+    assert results is not None  # nothing asks it to stop
   title = (
     f"{config.model.name}, step {step:,}, {config.data.name} {config.data.test_split} split, "
     f"{mesh.size} × {jax.devices()[0].device_kind}"

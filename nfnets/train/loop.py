@@ -56,7 +56,7 @@ def train(config: Config, workdir: str) -> Result:
         ended = Ended.FINISHED if results else Ended.STOPPED
       run.watchdog.finished("the last checkpoint")
       run.writer.wait()  # while signals are still ours: the last write must not be lost to one
-    _say_goodbye(run, ended, results)
+    _say_goodbye(run, results)
     return Result(step=run.step, finished=ended is Ended.FINISHED, results=results or {})
 
 
@@ -126,9 +126,10 @@ def _report(run: Run, window: Window) -> None:
   window.start_anew()
 
 
-def _say_goodbye(run: Run, ended: Ended, results: Results | None) -> None:
+def _say_goodbye(run: Run, results: Results | None) -> None:
+  """Draws the picture, and says how the run ended. results: None where it was stopped."""
   picture = run.log.draw()
-  if ended is Ended.FINISHED:
+  if results is not None:
     title = f"{run.config.model.name} on {run.config.data.name}, {run.config.data.test_split} split"
     run.log.console.print(results_table(title, results))
   else:

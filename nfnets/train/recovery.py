@@ -97,13 +97,15 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, make
     all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
     return value, outputs, all_finite(grads), all_finite(params)
 
-  program, arguments, problem = None, (), ""
+  program: Callable[..., Any] | None = None
+  arguments: tuple[Any, ...] = ()
+  problem = ""
   try:
     arguments = state.params, state.stats, make_batch(), state.step
     program = jax.jit(look).lower(*arguments).compile()
   except Exception as error:  # whatever it is, the bad step is what the person must hear of
     problem = (str(error).splitlines() or [type(error).__name__])[0]
-  if distributed.any_process(bool(problem)):
+  if distributed.any_process(program is None) or program is None:
     return f"the layer could not be found ({problem or 'another process could not look'})"
   try:
     value, outputs, grads, params = jax.device_get(program(*arguments))

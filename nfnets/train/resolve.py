@@ -1,6 +1,7 @@
 """What a configuration leaves open and the model's variant decides: image sizes and the strength of RandAugment."""
 
 import dataclasses
+from typing import Any
 
 from nfnets import models
 from nfnets.config import Config, DataConfig
@@ -12,7 +13,7 @@ def data_config(config: Config) -> DataConfig:
   Sizes stay None where images are taken as they are stored.
   """
   data, variant = config.data, models.variant(config.model.name, **config.model.all_overrides())
-  filled = {}
+  filled: dict[str, Any] = {}
   if data.image_size is None and data.train_crop != "none":
     filled["image_size"] = variant.train_resolution
   if data.test_image_size is None and data.test_crop != "none":

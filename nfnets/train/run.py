@@ -61,7 +61,7 @@ class Run:
   batches: TrainBatches
   test_batches: EvalBatches
   graph: nnx.GraphDef
-  schedule: Callable[[Any], jax.Array]  # update, from 0 → learning rate
+  schedule: optax.Schedule  # update, from 0 → learning rate
   like: TrainState  # shapes and shardings of the state
   train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
   eval_step: Callable[[nnx.State, nnx.State, dict[str, jax.Array]], Metrics]
@@ -168,7 +168,7 @@ class Run:
     self.writer.save(self.state, results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
     self.watchdog.finished(f"the step after {self.step}")
 
-  def restore(self, step: int, **changes: jax.Array) -> None:
+  def restore(self, step: int, **changes: Any) -> None:
     """Goes on from a checkpoint; changes: fields of the state to take instead of the saved ones."""
     self.state = dataclasses.replace(self.reader.restore(step, self.like), **changes)
     self.writer.go_on_from(step)
@@ -222,11 +222,11 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   writer = CheckpointWriter(workdir, facts, **keep, say=log.warn)
   opened.push(lambda kind, error, traceback: writer.close(after_an_error=error is not None))
   last = reader.choose()
+  meta = {} if last is None else reader.meta(last)
   rows = {"process": (process, count), "say": log.warn}
   batches = TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **rows)
   opened.callback(batches.close)
   if last is not None:
-    meta = reader.meta(last)
     check_same_run(meta["config"], config, workdir)
     check_same_data(meta, facts, workdir)
     check_same_order(meta, batches.order_digest(meta["data"]["next_step"]), workdir)
@@ -258,7 +258,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
     state=_first_state(config, data.num_classes, optimizer, like) if last is None else like,
     step=0,
     passed_over=0,
-    corrupt=set() if last is None else set(meta["data"].get("corrupt", ())),
+    corrupt=set(meta.get("data", {}).get("corrupt", ())),
   )
   if last is not None:
     run.restore(last)

@@ -151,7 +151,8 @@ def to_json(config: Config) -> dict[str, Any]:
 
 def random_numbers(config: Config) -> dict[str, Any]:
   """What every random number of a run follows from, beside the step."""
-  return {"seed": config.seed, "implementation": str(jax.config.jax_default_prng_impl)}
+  implementation = str(jax.config.jax_default_prng_impl)  # pyrefly: ignore[missing-attribute]: defined at run time
+  return {"seed": config.seed, "implementation": implementation}
 
 
 @functools.cache

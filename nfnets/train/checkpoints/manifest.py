@@ -48,6 +48,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   Raises:
     NoManifestError: there is none. NewerError: a newer nfnets wrote it. CheckpointError: it cannot be read, or is damaged.
   """
+  body: Any = None
   try:
     text = (directory / NAME).read_bytes().decode()
     body = json.loads(text)

@@ -14,7 +14,7 @@ import rich.progress
 import rich.table
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]: generated
 
 from nfnets import distributed
 from nfnets.files import write_file

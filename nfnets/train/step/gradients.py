@@ -15,21 +15,17 @@ from nfnets.models import layers
 from nfnets.train.step import losses, sharding
 
 Batch = dict[str, jax.Array]
-
-
 Metrics = dict[str, Any]
-
-
-Gradients = tuple[nnx.State, jax.Array, nnx.State, Metrics]
+Gradients = tuple[nnx.State, jax.Array, nnx.State, Metrics]  # of the mean loss; that loss; new running statistics; sums
 
 
 def normalise(images: jax.Array, config: DataConfig) -> jax.Array:
-  """uint8 [B, H, W, 3] → float32, (x - mean) / std by channel."""
+  """Normalises images, uint8 [B, H, W, 3] → float32: (x - mean) / std by channel."""
   return (images.astype(jnp.float32) - jnp.asarray(config.mean)) / jnp.asarray(config.std)
 
 
 def step_key(config: Config, step: jax.Array) -> jax.Array:
-  """What a step's dropout and stochastic depth follow from: a function of (seed, step), so that nothing need be saved."""
+  """The key of a step's dropout and stochastic depth: a function of (seed, step), so that nothing need be saved."""
   return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)  # 1: not the parameters' key
 
 
@@ -41,16 +37,24 @@ def batch_loss(
   batch: Batch,
   tap: Callable[[str, jax.Array], None] | None = None,
 ) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
-  """(mean loss, (new running statistics, sums of loss, top-1, top-5 and count)) of a training batch.
+  """The mean loss of a training batch, float32 [].
 
-  batch: "image" uint8 [B, H, W, 3], "label" int [B] or float [B, classes], "mix_label" and "ratio" where images are mixed,
-  and "key" [B] (`row_keys`) for dropout and stochastic depth.
+  Args:
+    config: normalisation, loss and label smoothing are read.
+    graph: of the network; that of a standardized one (`_standardized`) takes its kernels as they are.
+    params, stats: parameters and running statistics.
+    batch: "image" uint8 [B, H, W, 3], "label" int [B] or float [B, classes], "mix_label" and "ratio" where images are mixed,
+      and "key" [B] (`row_keys`) for dropout and stochastic depth.
+    tap: called with each layer's name and output.
+
+  Returns:
+    (loss, (new running statistics, sums of loss, top-1, top-5 and count)).
   """
   network = nnx.merge(graph, params, stats, copy=True)  # a copy: BatchNorm moves its statistics within this trace
   outputs = network.outputs(
     normalise(batch["image"], config.data), train=True, rngs=batch["key"], **({"tap": tap} if tap else {})
   )
-  each = losses.cross_entropy(
+  image_losses = losses.cross_entropy(
     outputs["logits"],
     batch["label"],
     label_smoothing=config.label_smoothing,
@@ -58,8 +62,8 @@ def batch_loss(
     mix_labels=batch.get("mix_label"),
     ratio=batch.get("ratio"),
   )
-  sums = losses.metric_sums(outputs["logits"], batch["label"], each)
-  return jnp.mean(each), (nnx.state(network, nnx.BatchStat), sums)
+  sums = losses.metric_sums(outputs["logits"], batch["label"], image_losses)
+  return jnp.mean(image_losses), (nnx.state(network, nnx.BatchStat), sums)
 
 
 def row_keys(key: jax.Array, rows: int, axis: str | None = None) -> jax.Array:
@@ -71,11 +75,14 @@ def row_keys(key: jax.Array, rows: int, axis: str | None = None) -> jax.Array:
 def local_gradients(
   config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch, *, axis: str | None = None
 ) -> Gradients:
-  """(gradients of the mean loss, that loss, new running statistics, sums over the batch), of one device.
+  """The gradients of one device's images.
 
-  batch: as in `batch_loss`, with its "key". With `axis`, of a `jax.pmap` or `jax.shard_map`, all are averaged over its devices
-  (the sums: added up). Weights are standardized once, however many parts config.accumulate says, and the gradient is pulled
-  back once.
+  Weights are standardized once, however many parts config.accumulate says, and the gradient is pulled back once.
+
+  Args:
+    config, graph, params, stats: see `batch_loss`.
+    batch: as in `batch_loss`, with its "key".
+    axis: of a `jax.pmap` or `jax.shard_map`, over whose devices gradients, loss and statistics are averaged and sums added up.
   """
   if config.optim.sam_rho:
     params = _ascended(config, graph, params, stats, batch)
@@ -91,11 +98,11 @@ def local_gradients(
 def mesh_gradients(
   config: Config, graph: nnx.GraphDef, mesh: Mesh, params: nnx.State, stats: nnx.State, batch: Batch
 ) -> Gradients:
-  """The same of the global batch, over a mesh: each device takes its rows, then the float32 gradients are averaged, once.
+  """The gradients of the global batch over a mesh: each device takes its rows, then float32 gradients are averaged, once.
 
-  Where config.shard divides the state, weights are gathered after their standardization, and each device is left its part of
-  the gradients. BatchNorm over the global batch needs all rows at once: XLA is then left to divide the whole computation, and
-  averages each part's gradients, in the dtype of the convolutions.
+  Where config.shard divides the state, all weights are gathered after their standardization, and each device keeps its part of
+  the gradients. BatchNorm over the global batch needs all rows at once: XLA then divides the whole computation, and averages
+  the gradients of each part in the dtype of the convolutions.
   """
   whole, rows = PartitionSpec(), PartitionSpec(sharding.AXIS)
   spec = lambda x: sharding.state_sharding(mesh, x.shape, config.shard).spec
@@ -108,18 +115,18 @@ def mesh_gradients(
     place = lambda tree, spec_of: jax.lax.with_sharding_constraint(
       tree, jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x)), tree)
     )
-    grads, *rest = _in_parts(config, graph, place(weights, lambda x: whole), stats, batch, mesh)
-    return pull_back(place(grads, spec))[0], *rest
+    grads, loss, stats, sums = _in_parts(config, graph, place(weights, lambda x: whole), stats, batch, mesh)
+    return pull_back(place(grads, spec))[0], loss, stats, sums
 
-  def on_each(weights: nnx.State, stats: nnx.State, batch: Batch) -> Gradients:
+  def on_each_device(weights: nnx.State, stats: nnx.State, batch: Batch) -> Gradients:
     grads, loss, stats, sums = _in_parts(config, graph, weights, stats, batch)
     loss, stats = jax.lax.pmean((loss, stats), sharding.AXIS)
     return jax.tree.map(_mean_of_part, grads, specs), loss, stats, jax.lax.psum(sums, sharding.AXIS)
 
-  grads, *rest = jax.shard_map(
-    on_each, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(specs, whole, whole, whole), check_vma=False
+  grads, loss, stats, sums = jax.shard_map(
+    on_each_device, mesh=mesh, in_specs=(whole, whole, rows), out_specs=(specs, whole, whole, whole), check_vma=False
   )(weights, stats, batch)
-  return pull_back(grads)[0], *rest
+  return pull_back(grads)[0], loss, stats, sums
 
 
 def needs_all_rows(config: Config, stats: nnx.State) -> bool:

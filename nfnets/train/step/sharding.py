@@ -13,7 +13,7 @@ SMALLEST = 4096  # elements; smaller arrays are copied: sending them costs more 
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """A mesh with one axis, "data", over `devices` (all of all processes by default), process by process.
+  """Makes a mesh with one axis, "data", over `devices` (all of all processes by default), process by process.
 
   Not jax.make_mesh: that may reorder a TPU's devices, and a process's rows of the global batch would no longer lie together. The
   collectives here span all devices, for which XLA finds its own way through the network.
@@ -23,10 +23,12 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what lies whole on each device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The sharding of a batch: its rows split over the devices."""
   return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
@@ -44,12 +46,12 @@ def state_sharding(mesh: Mesh, shape: tuple[int, ...], shard: bool) -> NamedShar
 
 
 def place(mesh: Mesh, like: Any, *, shard: bool = False) -> Any:
-  """The tree of arrays or shapes `like` as jax.ShapeDtypeStruct, each with its sharding over the mesh."""
+  """Says where a state lies: `like`, of arrays or shapes, as jax.ShapeDtypeStruct with shardings over the mesh."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(mesh, x.shape, shard)), like)
 
 
 def put(tree: Any, like: Any) -> Any:
-  """Arrays that every process has whole, placed as `like` says; each process sends its own devices' parts alone."""
+  """Places arrays that every process has whole as `like` says; each process sends its own devices' parts alone."""
 
   def send(x: Any, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     host = np.asarray(x)

@@ -15,13 +15,18 @@ from nfnets.config import Config, ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-  """A pytree. params and stats are nnx.States (stats: BatchNorm's running ones, else empty); ema averages both, or is None.
+  """Everything that a step changes: a pytree.
 
-  step: int32 [], updates done, those left out included. halted: bool [], True once a step was bad and config.on_bad_step does
-  not skip: from then on nothing changes, so that `step` names the update that failed and the state is the one before it.
-  loss_mean: float32 [], running mean of the loss, which a spike is measured against; 0 before the first step.
-  bad_steps: int32 [], updates skipped or rolled back so far. passed_over: int32 [], batches that rollbacks left out: the next
-  step takes batch step + passed_over.
+  Attributes:
+    step: int32 [], updates done, those left out included.
+    params, stats: nnx.States; stats are BatchNorm's running ones, else empty.
+    opt_state: a dict by the optimizer's links, see `make_optimizer`.
+    ema: averages of params and stats, or None.
+    halted: bool [], True once a step was bad and config.on_bad_step does not skip: from then on nothing changes, so that `step`
+      names the update that failed, and the state is the one before it.
+    loss_mean: float32 [], running mean of the loss, which a spike is measured against; 0 before the first step.
+    bad_steps: int32 [], updates skipped or rolled back so far.
+    passed_over: int32 [], batches that rollbacks left out: the next step takes batch step + passed_over.
   """
 
   step: jax.Array
@@ -36,17 +41,18 @@ class TrainState:
 
 
 def build_network(config: ModelConfig, num_classes: int, *, seed: int = 0) -> models.Network:
-  """The network of a config; raises what `models.create` raises."""
+  """Makes the network of a config; raises what `models.create` raises."""
   return models.create(config.name, num_classes, rngs=seed, dtype=config.dtype, **config.all_overrides())
 
 
 def split_network(network: models.Network) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """(graph, params, stats); `nnx.merge(graph, params, stats)` is the network again."""
-  return nnx.split(network, nnx.Param, nnx.BatchStat)
+  """Splits a network into (graph, params, stats); `nnx.merge(graph, params, stats)` is the network again."""
+  graph, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+  return graph, params, stats
 
 
 def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
-  """The state before the first step; also on jax.eval_shape's abstract values. EMA starts as a copy of the parameters."""
+  """Makes the state before the first step, also of jax.eval_shape's values. The EMA starts as a copy of the parameters."""
   average = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, (params, stats))
   zero = jnp.zeros((), jnp.int32)
   return TrainState(

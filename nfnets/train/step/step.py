@@ -83,8 +83,10 @@ def make_train_step(
     keys = row_keys(step_key(config, state.step), len(batch["image"]), axis)
     grads, loss, stats, sums = gradients(state.params, state.stats, {**batch, "key": keys})
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    average = None if state.ema is None else ema_update(state.ema, (params, stats), state.step, config.optim.ema_decay)
+    params: Any = optax.apply_updates(state.params, updates)
+    average, decay = state.ema, config.optim.ema_decay
+    if average is not None and decay is not None:
+      average = ema_update(average, (params, stats), state.step, decay)
     bad = ~(jnp.isfinite(loss) & all_finite(grads) & all_finite((params, stats)))
     if config.spike:
       bad |= (state.loss_mean > 0) & (loss > config.spike * state.loss_mean)
