@@ -541,7 +541,7 @@ def test_description():
     ({"clipping": True}, "OptimConfig.clipping = True"),
     ({"agc_eps": 0}, "OptimConfig.agc_eps = 0"),
     ({"agc_exclude": "fc"}, "OptimConfig.agc_exclude = 'fc': expected a tuple of regular expressions"),
-    ({"agc_exclude": ("(",)}, "OptimConfig.agc_exclude = '(': expected a regular expression"),
+    ({"agc_exclude": ("(",)}, "OptimConfig.agc_exclude = ('(',): expected regular expressions, of which '(' is none"),
     ({"agc_track": 1}, "OptimConfig.agc_track = 1: expected True or False"),
     ({"nesterov": "yes"}, "OptimConfig.nesterov = 'yes': expected True, False or None"),
     ({"ema_decay": 1.0}, "OptimConfig.ema_decay = 1.0: expected a number in [0, 1), or None for no average"),

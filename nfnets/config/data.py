@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from nfnets.config.checks import check_choice, check_number, invalid
+from nfnets.config import checks
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -71,49 +71,39 @@ class DataConfig:
 
   def validate(self) -> None:
     """Checks every field; raises UserError naming the field, the value got and what was expected."""
-    for field, choices in _DATA_CHOICES.items():
-      check_choice(field, getattr(self, field), choices, "DataConfig")
-    for field in ("name", "train_split", "test_split", "image_key", "label_key"):
-      if not isinstance(getattr(self, field), str) or not getattr(self, field):
-        raise invalid(field, getattr(self, field), "a name", "DataConfig")
-    for field, least in (
-      ("num_classes", 1),
-      ("image_size", 1),
-      ("test_image_size", 1),
-      ("shift", 0),
-      ("repeats", 1),
-      ("randaugment_layers", 1),
-      ("threads", 1),
-      ("shuffle_block", 1),
-    ):
-      value = getattr(self, field)
-      if value is None and field not in ("shift", "repeats"):
-        continue
-      if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise invalid(field, value, f"a whole number >= {least}", "DataConfig")
-    for field in ("flip", "augment_before_mix"):
-      if not isinstance(getattr(self, field), bool):
-        raise invalid(field, getattr(self, field), "True or False", "DataConfig")
-    check_number("mixup_alpha", self.mixup_alpha, "a number > 0", lambda x: 0 < x < math.inf, "DataConfig")
-    check_number("max_corrupt", self.max_corrupt, "a share in [0, 1]", lambda x: 0 <= x <= 1, "DataConfig")
-    if self.randaugment_magnitude is not None:
-      check_number(
-        "randaugment_magnitude", self.randaugment_magnitude, "a number in [0, 30]", lambda x: 0 <= x <= 30, "DataConfig"
-      )
-    for field, most in (("crop_area", 1), ("crop_aspect", math.inf)):
-      value = getattr(self, field)
-      if len(value) != 2 or not 0 < value[0] <= value[1] <= most or most == 1 and value[1] < 0.1:
-        raise invalid(field, value, f"two numbers, 0 < least <= most{', 0.1 <= most <= 1' if most == 1 else ''}", "DataConfig")
-    for field in ("mean", "std"):
-      value = getattr(self, field)
-      if len(value) != 3 or not all(isinstance(v, (int, float)) for v in value) or field == "std" and min(value) <= 0:
-        raise invalid(field, value, f"three numbers{' > 0' if field == 'std' else ''}", "DataConfig")
+    checks.validate(self, _RULES)
 
 
-_DATA_CHOICES = {
-  "train_crop": ("none", "inception"),
-  "test_crop": ("none", "squash", "crop", "short_side"),
-  "mix": ("none", "mixup", "cutmix", "mixup_cutmix"),
-  "mix_with": ("batch", "second"),
-  "augment": ("none", "randaugment", "autoaugment"),
+_RULES: dict[str, checks.Rule] = {
+  "name": checks.name,
+  "dir": checks.text,
+  "index_dir": checks.text,
+  "train_split": checks.name,
+  "test_split": checks.name,
+  "image_key": checks.name,
+  "label_key": checks.name,
+  "num_classes": checks.optional(checks.whole(1)),
+  "image_size": checks.optional(checks.whole(1)),
+  "test_image_size": checks.optional(checks.whole(1)),
+  "train_crop": checks.choice("none", "inception"),
+  "crop_area": checks.numbers(
+    2, "two numbers, 0 < least <= most, 0.1 <= most <= 1", lambda least, most: 0 < least <= most <= 1 and most >= 0.1
+  ),
+  "crop_aspect": checks.numbers(2, "two numbers, 0 < least <= most", lambda least, most: 0 < least <= most < math.inf),
+  "test_crop": checks.choice("none", "squash", "crop", "short_side"),
+  "shift": checks.whole(0),
+  "flip": checks.flag,
+  "mix": checks.choice("none", "mixup", "cutmix", "mixup_cutmix"),
+  "mixup_alpha": checks.positive("a number > 0"),
+  "mix_with": checks.choice("batch", "second"),
+  "augment": checks.choice("none", "randaugment", "autoaugment"),
+  "augment_before_mix": checks.flag,
+  "randaugment_layers": checks.optional(checks.whole(1)),
+  "randaugment_magnitude": checks.optional(checks.number("a number in [0, 30]", lambda value: 0 <= value <= 30)),
+  "repeats": checks.whole(1),
+  "threads": checks.optional(checks.whole(1)),
+  "shuffle_block": checks.optional(checks.whole(1)),
+  "max_corrupt": checks.number("a share in [0, 1]", lambda value: 0 <= value <= 1),
+  "mean": checks.numbers(3, "three numbers", lambda *values: all(map(math.isfinite, values))),
+  "std": checks.numbers(3, "three numbers > 0", lambda *values: all(0 < value < math.inf for value in values)),
 }

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nfnets.errors import UserError
+from nfnets.config import checks
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -31,5 +31,16 @@ class ModelConfig:
     return {**self.overrides, **{k: v for k, v in named.items() if v is not None}, **({"remat": True} if self.remat else {})}
 
   def validate(self) -> None:
-    if self.dtype not in ("float32", "bfloat16"):
-      raise UserError(f"ModelConfig.dtype = {self.dtype!r}: expected 'float32' or 'bfloat16'.")
+    """Checks every field but whether the variant has it; raises UserError."""
+    checks.validate(self, _RULES)
+
+
+_RULES: dict[str, checks.Rule] = {
+  "name": checks.name,
+  "dtype": checks.choice("float32", "bfloat16"),
+  "drop_rate": checks.optional(checks.share("a probability, 0 ≤ rate < 1")),
+  "stochastic_depth": checks.optional(checks.share("a probability, 0 ≤ rate < 1")),
+  "activation": checks.optional(checks.name),
+  "remat": checks.flag,
+  "overrides": checks.mapping,
+}

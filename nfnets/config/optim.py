@@ -1,9 +1,8 @@
 """How to update: optimizer, schedule, clipping, averaging."""
 
 import dataclasses
-import math
 
-from nfnets.config.checks import check_choice, check_number, check_patterns, invalid
+from nfnets.config import checks
 from nfnets.errors import UserError
 
 OPTIMIZERS = ("sgd", "adamw", "lars")
@@ -83,26 +82,7 @@ class OptimConfig:
 
   def validate(self) -> None:
     """Checks every field; raises UserError naming the field, the value got and what was expected."""
-    check_choice("name", self.name, OPTIMIZERS)
-    check_choice("schedule", self.schedule, SCHEDULES)
-    for field in ("base_lr", "eps", "agc_eps", "trust_coefficient"):
-      check_number(field, getattr(self, field), "a finite number > 0", lambda x: 0 < x < math.inf)
-    for field in ("end_lr", "warmup_epochs", "weight_decay", "sam_rho"):
-      check_number(field, getattr(self, field), "a finite number >= 0", lambda x: 0 <= x < math.inf)
-    for field in ("momentum", "b1", "b2"):
-      check_number(field, getattr(self, field), "a number in [0, 1)", lambda x: 0 <= x < 1)
-    check_number("sam_share", self.sam_share, "a number in (0, 1]", lambda x: 0 < x <= 1)
-    if self.clipping is not None:
-      check_number("clipping", self.clipping, "a number > 0, or None (or inf) for no clipping", lambda x: x > 0)
-    if self.ema_decay is not None:
-      check_number("ema_decay", self.ema_decay, "a number in [0, 1), or None for no average", lambda x: 0 <= x < 1)
-    for field in ("scale_lr", "agc_track"):
-      if not isinstance(getattr(self, field), bool):
-        raise invalid(field, getattr(self, field), "True or False")
-    if self.nesterov is not None and not isinstance(self.nesterov, bool):
-      raise invalid("nesterov", self.nesterov, "True, False or None")
-    check_patterns("agc_exclude", self.agc_exclude)
-
+    checks.validate(self, _RULES)
     for field in dataclasses.fields(self):
       readers = _READ_BY.get(field.name, OPTIMIZERS)
       value = getattr(self, field.name)
@@ -117,3 +97,27 @@ class OptimConfig:
       )
     if self.name == "sgd" and self.nesterov and self.momentum == 0:
       raise UserError("OptimConfig.nesterov = True needs momentum > 0, got momentum 0. Raise it or unset nesterov.")
+
+
+_RULES: dict[str, checks.Rule] = {
+  "name": checks.choice(*OPTIMIZERS),
+  "base_lr": checks.positive(),
+  "scale_lr": checks.flag,
+  "end_lr": checks.not_negative(),
+  "schedule": checks.choice(*SCHEDULES),
+  "warmup_epochs": checks.not_negative(),
+  "momentum": checks.share(),
+  "nesterov": checks.optional(checks.flag, "True, False or None"),
+  "weight_decay": checks.not_negative(),
+  "b1": checks.share(),
+  "b2": checks.share(),
+  "eps": checks.positive(),
+  "trust_coefficient": checks.positive(),
+  "clipping": checks.optional(checks.number("a number > 0, or None (or inf) for no clipping", lambda value: value > 0)),
+  "agc_eps": checks.positive(),
+  "agc_exclude": checks.patterns,
+  "agc_track": checks.flag,
+  "sam_rho": checks.not_negative(),
+  "sam_share": checks.number("a number in (0, 1]", lambda value: 0 < value <= 1),
+  "ema_decay": checks.optional(checks.share("a number in [0, 1), or None for no average")),
+}

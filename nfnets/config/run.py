@@ -1,21 +1,20 @@
 """A whole training run."""
 
 import dataclasses
-import math
 
-from nfnets.config.checks import check_choice, check_number, invalid
+from nfnets.config import checks
 from nfnets.config.data import DataConfig
 from nfnets.config.model import ModelConfig
 from nfnets.config.optim import OptimConfig
-from nfnets.errors import UserError
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Config:
   """A whole training run. Values that follow from others (steps, learning rate) are computed where they are used.
 
-  Raises (from `validate`, which the programs call after the command line's overrides):
-    UserError: a field has a wrong value; the message names it.
+  Raises:
+    UserError: a field has a wrong value; the message names it. Programs call `validate` again after the command line's
+      overrides.
   """
 
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -28,7 +27,8 @@ class Config:
   # Parts that each device takes its share of a batch in, one after the other (gradient accumulation): less memory. 1 = at once.
   # BatchNorm normalizes each part by itself.
   accumulate: int = 1
-  # Divides parameters, optimizer state and averages among the devices (as ZeRO and FSDP do) instead of a copy on each.
+  # Keeps parameters, optimizer state and averages split among the devices instead of a copy on each. Every step gathers all
+  # weights at once, whole on each device: what is saved is the state's memory (as in ZeRO), not that of the weights (as in FSDP).
   shard: bool = False
   # What BatchNorm's statistics are taken over in training: the "global" batch, or each "device"'s share of it.
   batch_stats: str = "global"
@@ -63,36 +63,35 @@ class Config:
     self.validate()
 
   def validate(self) -> None:
-    for section in (self.model, self.data, self.optim):
-      section.validate()
-    for field in ("batch", "eval_batch", "accumulate", "log_every", "keep_checkpoints", "max_bad_steps"):
-      value = getattr(self, field)
-      if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"Config.{field} = {value!r}: expected a whole number >= 1.")
-    for field in ("epochs", "eval_every", "checkpoint_every"):
-      value = getattr(self, field)
-      if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise UserError(f"Config.{field} = {value!r}: expected a finite number of epochs > 0.")
-    for field in ("keep_every", "watchdog", "spike"):
-      check_number(field, getattr(self, field), "a finite number >= 0", lambda x: 0 <= x < math.inf, "Config")
-    for field, choices in _CHOICES.items():
-      check_choice(field, getattr(self, field), choices, "Config")
-    if not isinstance(self.shard, bool):
-      raise invalid("shard", self.shard, "True or False", "Config")
+    """Checks every field of every section; raises UserError naming the field, the value got and what was expected."""
+    checks.validate(self, _RULES)
     if 0 < self.spike <= 1:
-      raise invalid("spike", self.spike, "a factor > 1 (or 0: any loss will do)", "Config")
-    if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-      raise UserError(f"Config.seed = {self.seed!r}: expected a whole number in [0, 2**32).")
-    if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing < 1:
-      raise UserError(f"Config.label_smoothing = {self.label_smoothing!r}: expected a number in [0, 1).")
+      raise checks.refused(self, "spike", self.spike, "a factor > 1 (or 0: any loss will do)")
 
 
 _METRICS = tuple(f"{average}{metric}" for average in ("", "ema_") for metric in ("top1", "top5", "loss"))
-
-
-_CHOICES = {
-  "loss": ("softmax", "sigmoid"),
-  "batch_stats": ("global", "device"),
-  "keep_best": ("", *_METRICS),
-  "on_bad_step": ("stop", "skip", "rollback"),
+_EPOCHS = checks.positive("a finite number of epochs > 0")
+_RULES: dict[str, checks.Rule] = {
+  "model": checks.section,
+  "data": checks.section,
+  "optim": checks.section,
+  "batch": checks.whole(1),
+  "eval_batch": checks.whole(1),
+  "accumulate": checks.whole(1),
+  "shard": checks.flag,
+  "batch_stats": checks.choice("global", "device"),
+  "epochs": _EPOCHS,
+  "label_smoothing": checks.share(),
+  "loss": checks.choice("softmax", "sigmoid"),
+  "seed": checks.whole(0, 2**32),
+  "log_every": checks.whole(1),
+  "eval_every": _EPOCHS,
+  "checkpoint_every": _EPOCHS,
+  "keep_checkpoints": checks.whole(1),
+  "keep_every": checks.not_negative(),
+  "keep_best": checks.choice("", *_METRICS),
+  "on_bad_step": checks.choice("stop", "skip", "rollback"),
+  "spike": checks.not_negative(),
+  "max_bad_steps": checks.whole(1),
+  "watchdog": checks.not_negative(),
 }

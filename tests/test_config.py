@@ -1,0 +1,46 @@
+"""The configuration's rules: every field has one, NaN passes none, and what a field says of itself is what it accepts."""
+
+import dataclasses
+import importlib
+import math
+
+import pytest
+
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.errors import UserError
+
+SECTIONS = {"run": Config, "data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
+FIELDS = [(name, field.name) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_field_has_a_rule(name):
+  rules = importlib.import_module(f"nfnets.config.{name}")._RULES
+  assert set(rules) == {field.name for field in dataclasses.fields(SECTIONS[name])}
+
+
+@pytest.mark.parametrize("name, field", [pair for pair in FIELDS if pair[1] not in ("model", "data", "optim")])
+def test_no_field_takes_nan_or_what_is_of_no_use(name, field):
+  for value in (math.nan, object()):
+    with pytest.raises(UserError, match=rf"{SECTIONS[name].__name__}.{field} = .*: expected "):
+      SECTIONS[name](**{field: value}).validate()
+
+
+@pytest.mark.parametrize(
+  "section, changes, message",
+  [
+    (Config, {"batch": True}, "Config.batch = True: expected a whole number >= 1."),
+    (Config, {"seed": 2**32}, "Config.seed = 4294967296: expected a whole number in [0, 4,294,967,296)."),
+    (Config, {"spike": 0.5}, "Config.spike = 0.5: expected a factor > 1 (or 0: any loss will do)."),
+    (Config, {"on_bad_step": "skp"}, "expected one of 'stop', 'skip', 'rollback'. Did you mean 'skip'?"),
+    (DataConfig, {"crop_area": (0.01, 0.05)}, "expected two numbers, 0 < least <= most, 0.1 <= most <= 1."),
+    (DataConfig, {"std": (1.0, 0.0, 1.0)}, "expected three numbers > 0."),
+    (ModelConfig, {"drop_rate": 1.0}, "ModelConfig.drop_rate = 1.0: expected a probability, 0 ≤ rate < 1."),
+    (OptimConfig, {"nesterov": "yes"}, "OptimConfig.nesterov = 'yes': expected True, False or None."),
+    (OptimConfig, {"agc_exclude": ("[",)}, "expected regular expressions, of which '[' is none"),
+  ],
+)
+def test_the_message_names_field_value_and_expectation(section, changes, message):
+  with pytest.raises(UserError) as error:
+    section(**changes).validate()
+  assert message in str(error.value)
