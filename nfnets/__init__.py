@@ -1,7 +1,8 @@
 """NFNets: normalizer-free networks in JAX/Flax.
 
 `from nfnets import agc` is the optax transformation; `nfnets.models.create("nfnet_f0")` a network. What touches data, files or
-devices lives in `nfnets.data`, `nfnets.train` and the programs in `launch/`, and is not imported from here.
+processes lives in `nfnets.data`, `nfnets.distributed`, `nfnets.train`, `nfnets.measure` and the programs in `launch/`, and is not
+imported from here.
 """
 
 from nfnets import models
