@@ -92,7 +92,10 @@ def test_describe_lists_and_describes(monkeypatch, capsys):
   assert status == 2 and "unknown model 'nfnet'" in err
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+RECIPES = sorted(set(ROOT.glob("configs/*.py")) - {ROOT / "configs" / "imagenet.py"})  # which holds what recipes share
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_config_builds_its_network(path):
   """And its docstring holds the command that runs it."""
   module = importlib.import_module(f"configs.{path.stem}")

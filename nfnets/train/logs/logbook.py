@@ -47,7 +47,7 @@ class Logbook:
     self._records: list[dict[str, Any]] = []
     self._open_files: dict[str, Any] = {}  # by name; an error closes a file and takes it out
     self._flushed = self._drawn = time.monotonic()
-    self._drawn_records, self._hinted = 0, False
+    self._drawn_records, self._hinted, self._begun = 0, False, False
     self._total_steps, self._train_label = 0, "train"
     whole = rich.table.Column(no_wrap=True)
     self._bar = rich.progress.Progress(
@@ -64,7 +64,7 @@ class Logbook:
 
   def begin(self, step: int, total_steps: int, train_label: str = "train") -> None:
     """The run begins at `step` of `total_steps`. What was written about later steps is dropped, as by `rewind`."""
-    self._total_steps, self._train_label = total_steps, train_label
+    self._total_steps, self._train_label, self._begun = total_steps, train_label, True
     if self._write:
       self._records = read_jsonl(self._dir / LINES)
     self.rewind(step)
@@ -167,8 +167,10 @@ class Logbook:
         self._open_files[EVENTS].flush()
 
   def close(self) -> None:
-    """Ends the bar; after an error the picture still shows how far the run went."""
+    """Ends the bar; after an error the picture still shows how far the run went. Writes nothing if the run has not begun."""
     self._bar.stop()
+    if not self._begun:
+      return
     if self._drawn_records < len(self._records):
       self.draw()
     self.sync()

@@ -17,7 +17,7 @@ from nfnets.train import evaluate
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import batch_loss, normalise, row_keys
 from nfnets.train.step.state import build_network, init_state, split_network
-from nfnets.train.step.step import eval_step_over, train_step_over
+from nfnets.train.step.step import all_finite, eval_step_over, train_step_over
 
 
 def make_config(model: str) -> Config:
@@ -78,6 +78,18 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
   assert bool(after.halted) and int(after.step) == 1
   for field in ("params", "opt_state", "ema"):
     jax.tree.map(np.testing.assert_array_equal, getattr(expected, field), getattr(after, field))
+
+
+def test_all_finite_sees_every_number_that_is_not_and_no_other():
+  largest = np.finfo(np.float32).max
+  finite = {"a": jnp.full((1000, 1000), largest), "b": jnp.full((3,), -largest), "c": jnp.float32(1e-45), "none": {}}
+  assert jax.jit(all_finite)(finite)
+  for bad in (np.nan, np.inf, -np.inf):
+    for name in ("a", "b", "c"):
+      x = np.array(finite[name])
+      x.reshape(-1)[-1] = bad
+      assert not jax.jit(all_finite)({**finite, name: jnp.asarray(x)})
+  assert all_finite({})
 
 
 def test_the_state_is_donated():
