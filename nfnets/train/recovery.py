@@ -48,7 +48,7 @@ def roll_back(run: Run, window: list[Metrics]) -> None:
   bad_step, rollbacks = int(run.state.step), int(run.state.bad_steps)  # the bad step counted from 0, as the schedule does
   batch_number = bad_step + int(run.state.passed_over)
   bad_metrics = next(metrics for metrics in jax.device_get(window) if metrics["bad"])
-  what = _what_was_bad(run, bad_metrics, lambda: run.batches[batch_number])
+  problem = _what_was_bad(run, bad_metrics, lambda: run.batches[batch_number])
   run.writer.settle()
   last = run.reader.choose()
   hint = f"last good checkpoint: {run.reader.path(last) if last is not None else 'none yet'}"
@@ -56,12 +56,12 @@ def roll_back(run: Run, window: list[Metrics]) -> None:
   if wanted and rollbacks > limit:
     hint = f"rolled back {rollbacks - 1} times before, as often as config.max_bad_steps={limit} allows; {hint}"
   elif wanted and last is not None:
-    run.log.warn(f"{what}; back to step {last}, on with other images (time {rollbacks} of at most {limit})")
+    run.log.warn(f"{problem}; back to step {last}, on with other images (time {rollbacks} of at most {limit})")
     numbers = {"bad_steps": np.int32(rollbacks), "passed_over": np.int32(batch_number + 1 - last)}
     placed = {name: sharding.put(number, getattr(run.like, name)) for name, number in numbers.items()}
     run.restore(last, **placed)
     return
-  raise NonFiniteError(f"{what}; {hint}")
+  raise NonFiniteError(f"{problem}; {hint}")
 
 
 def _what_was_bad(run: Run, metrics: Metrics, make_batch: Callable[[], dict[str, np.ndarray]]) -> str:

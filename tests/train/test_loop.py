@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -111,8 +112,7 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
   ended = loop.train(tiny_config(), str(tmp_path))
   assert ended.finished and ended.results == uninterrupted[1].results
   assert re.findall(r"resumed from \S+/checkpoints/(\d+)", capsys.readouterr().out) == [str(at + 1) for at in stops]
-  for a, b in zip(final_arrays(tmp_path), final_arrays(uninterrupted[0]), strict=True):
-    np.testing.assert_array_equal(a, b)
+  chex.assert_trees_all_equal(final_arrays(tmp_path), final_arrays(uninterrupted[0]))
   records, reference = (read_jsonl(workdir / "metrics.jsonl") for workdir in (tmp_path, uninterrupted[0]))
   steps = [record["step"] for record in records if record["kind"] == "train"]
   assert steps == sorted(set(steps))
@@ -125,8 +125,7 @@ def test_a_finished_run_is_evaluated_again_and_not_trained(uninterrupted):
   before = final_arrays(workdir)
   again = loop.train(tiny_config(), str(workdir))
   assert again.finished and again.results == result.results
-  for a, b in zip(before, final_arrays(workdir), strict=True):
-    np.testing.assert_array_equal(a, b)
+  chex.assert_trees_all_equal(before, final_arrays(workdir))
 
 
 def test_another_configurations_workdir_is_refused(uninterrupted):

@@ -15,7 +15,7 @@ Shapes = dict[str, list[Any]]  # by path: [dtype, shape], as JSON has it
 
 
 def split(state: TrainState) -> dict[str, Any]:
-  """The trees that are saved, by item; any field that TrainState gets is part of "training" at once. `halted` is not saved."""
+  """Takes a state apart into the trees that are saved, by item; all but `halted`. New fields of TrainState go to "training"."""
   others = {field.name for field in dataclasses.fields(state)} - {"params", "stats", "ema", "halted"}
   return {
     "model": {"params": state.params, "stats": state.stats},
@@ -25,25 +25,27 @@ def split(state: TrainState) -> dict[str, Any]:
 
 
 def join(trees: dict[str, Any], like: TrainState) -> TrainState:
-  """The state that `split` took apart, with the remaining field as in a state that goes on."""
+  """Puts the state together again that `split` took apart; `halted` is False."""
   ema = trees["ema"] and (trees["ema"]["params"], trees["ema"]["stats"])
   return dataclasses.replace(like, **trees["model"], ema=ema, **trees["training"], halted=_zeros(like.halted))
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-  """The arrays of a tree by what Orbax is to call them; those without elements, which it refuses, are left out."""
+  """The arrays of a tree by their names for Orbax; those without elements, which it refuses, are left out."""
   leaves = [(path, leaf) for path, leaf in _leaves(tree) if leaf.size]
-  found = {name(path): leaf for path, leaf in leaves}
-  if len(found) < len(leaves):
-    raise ValueError(f"{len(leaves)} arrays, only {len(found)} names: {', '.join(sorted(found)[:3])} …; none may have a dot")
-  return found
+  named = {name(path): leaf for path, leaf in leaves}
+  if len(named) < len(leaves):
+    raise ValueError(f"{len(leaves)} arrays, only {len(named)} names: {', '.join(sorted(named)[:3])} …; none may have a dot")
+  return named
 
 
 def name(path: str) -> str:
-  return path.replace("/", ".")  # of a name with "/" in it Orbax makes a directory
+  """A path as Orbax's name of an array; it would make a directory of a name with "/" in it."""
+  return path.replace("/", ".")
 
 
 def shapes(tree: Any) -> Shapes:
+  """Dtype and shape of every array with elements, by its path."""
   return {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in _leaves(tree) if leaf.size}
 
 
@@ -58,16 +60,15 @@ def differences(saved: Shapes, expected: Shapes) -> list[str]:
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Shape, dtype and sharding; an array that says nothing of where it belongs goes to the first device."""
+  """Shape, dtype and sharding of an array; one without a sharding goes to the first device."""
   sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def fill(tree: Any, found: Mapping[str, jax.Array]) -> Any:
-  """`tree` with the arrays of `found`, which are named by `name`."""
-  return jax.tree.unflatten(
-    jax.tree.structure(tree), [found[name(path)] if leaf.size else _zeros(leaf) for path, leaf in _leaves(tree)]
-  )
+def fill(tree: Any, named: Mapping[str, jax.Array]) -> Any:
+  """Returns `tree` with the arrays of `named`, whose keys are those of `by_name`."""
+  leaves = [named[name(path)] if leaf.size else _zeros(leaf) for path, leaf in _leaves(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

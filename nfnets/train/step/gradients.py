@@ -147,16 +147,15 @@ def rows_ascended(config: Config, devices: int) -> int | None:
 
 
 def _mean_of_part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-  """The devices' mean: all of it on each, or where `spec` divides it each device's part."""
+  """The devices' mean of `x`: whole on each device, or where `spec` splits it, each device's part."""
   if sharding.AXIS not in spec:
     return jax.lax.pmean(x, sharding.AXIS)
-  return jax.lax.psum_scatter(x, sharding.AXIS, scatter_dimension=spec.index(sharding.AXIS), tiled=True) / jax.lax.axis_size(
-    sharding.AXIS
-  )
+  total = jax.lax.psum_scatter(x, sharding.AXIS, scatter_dimension=spec.index(sharding.AXIS), tiled=True)
+  return total / jax.lax.axis_size(sharding.AXIS)
 
 
 def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> tuple[nnx.State, nnx.GraphDef]:
-  """(standardized weights, the graph definition that takes them as they are)."""
+  """Standardizes the weights; returns them and the graph definition that takes them as they are."""
   network = nnx.merge(graph, params, stats, copy=True)
   layers.standardize(network)
   graph, weights, _ = nnx.split(network, nnx.Param, nnx.BatchStat)
@@ -166,23 +165,23 @@ def _standardized(graph: nnx.GraphDef, stats: nnx.State, params: nnx.State) -> t
 def _in_parts(
   config: Config, graph: nnx.GraphDef, weights: nnx.State, stats: nnx.State, batch: Batch, mesh: Mesh | None = None
 ) -> Gradients:
-  """Gradients with respect to standardized weights: the mean over config.accumulate parts of the batch, taken one by one."""
+  """Computes gradients with respect to standardized weights: the mean over config.accumulate parts, taken one by one."""
   loss_of = lambda weights, stats, part: batch_loss(config, graph, weights, stats, part)
 
-  def one(stats: nnx.State, part: Batch) -> Gradients:
+  def of_part(stats: nnx.State, part: Batch) -> Gradients:
     (loss, (stats, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(weights, stats, part)
     return grads, loss, stats, sums
 
   def add(carry: Gradients, part: Batch) -> tuple[Gradients, None]:
-    grads, loss, stats, sums = one(carry[2], part)
+    grads, loss, stats, sums = of_part(carry[2], part)
     before = carry[0], carry[1], carry[3]
     grads, loss, sums = jax.tree.map(jnp.add, before, (grads, loss, sums))
     return (grads, loss, stats, sums), None
 
   if config.accumulate == 1:
-    return one(stats, batch)
+    return of_part(stats, batch)
   parts = _divided(batch, config.accumulate, mesh)
-  shapes = jax.eval_shape(one, stats, jax.tree.map(lambda x: x[0], parts))
+  shapes = jax.eval_shape(of_part, stats, jax.tree.map(lambda x: x[0], parts))
   grads, loss, _, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   (grads, loss, stats, sums), _ = jax.lax.scan(add, (grads, loss, stats, sums), parts)
   grads, loss = jax.tree.map(lambda x: x / config.accumulate, (grads, loss))
@@ -190,7 +189,7 @@ def _in_parts(
 
 
 def _divided(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
-  """[B, …] → [parts, B / parts, …]; every device keeps its own rows and takes as many of them for each part."""
+  """Divides a batch, [B, …] → [parts, B / parts, …]; every device keeps its own rows, as many for each part."""
 
   def divide(x: jax.Array) -> jax.Array:
     devices = 1 if mesh is None else mesh.size
@@ -201,7 +200,7 @@ def _divided(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
 
 
 def _ascended(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch) -> nnx.State:
-  """SAM's weights (2010.01412, equation 2): uphill by sam_rho along the gradient of a part of this device's images."""
+  """Moves the weights uphill by sam_rho along the gradient of a part of this device's images (SAM, 2010.01412, eq. 2)."""
   rows = max(1, round(config.optim.sam_share * len(batch["image"])))
   part = {**jax.tree.map(lambda x: x[:rows], batch), "key": layers.fold_in(batch["key"][:rows], 1 << 31)}
   grads = jax.grad(lambda params: batch_loss(config, graph, params, stats, part)[0])(params)

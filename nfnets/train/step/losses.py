@@ -124,7 +124,7 @@ def topk_correct(
   Raises:
     ValueError: a k below 1, or shapes or label types that do not fit.
   """
-  if not k or any(operator.index(each) < 1 for each in k):
+  if not k or any(operator.index(rank) < 1 for rank in k):
     raise ValueError(f"k = {tuple(k)!r}: expected whole numbers >= 1.")
   logits = _check_logits(logits)
   labels = jnp.asarray(labels)
@@ -135,7 +135,7 @@ def topk_correct(
   valid = (labels >= 0) & (labels < num_classes) & ~jnp.isnan(logits).any(axis=-1)
   own = jnp.take_along_axis(logits, jnp.clip(labels, 0, num_classes - 1)[:, None], axis=-1)
   rank = (logits >= own).sum(axis=-1)  # The label itself counts: rank >= 1.
-  sums = {f"top{each}": (valid & counted & (rank <= each)).sum(dtype=jnp.int32) for each in k}
+  sums = {f"top{limit}": (valid & counted & (rank <= limit)).sum(dtype=jnp.int32) for limit in k}
   return {**sums, "count": counted.sum(dtype=jnp.int32)}
 
 

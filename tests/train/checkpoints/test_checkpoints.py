@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,8 +80,7 @@ def test_evaluation_reads_model_and_average_alone_and_the_host_their_names(tmp_p
   found = reader.restore_model(4, like().params, like().stats)
   assert set(found) == {"params", "ema"}
   for name, wanted in (("params", (state.params, state.stats)), ("ema", state.ema)):
-    for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(wanted), strict=True):
-      np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(found[name], wanted)
   weights = reader.restore_weights(4, "ema")
   assert set(weights) == {"blocks/0/kernel", "fc/bias"} and weights["fc/bias"].dtype == jnp.bfloat16
   np.testing.assert_array_equal(weights["blocks/0/kernel"], state.ema[0]["blocks"]["0"]["kernel"])

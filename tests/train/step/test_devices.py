@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +74,7 @@ def train(config: Config, devices: int, count: int = STEPS):
 
 
 def same(a, b, tolerance: float = 1e-5) -> None:
-  close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
-  jax.tree.map(close, jax.device_get(a), jax.device_get(b))
+  chex.assert_trees_all_close(*jax.device_get((a, b)), rtol=tolerance, atol=tolerance)
 
 
 def furthest(a, b) -> float:

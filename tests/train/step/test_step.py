@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ def test_eight_devices_equal_one():
     finals.append((losses, jax.device_get((state.params, state.stats, state.ema))))
   np.testing.assert_allclose(finals[0][0], finals[1][0], rtol=1e-5)
   # BatchNorm divides by deviations that may be tiny, and so amplifies float32's rounding
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), finals[0][1], finals[1][1])
+  chex.assert_trees_all_close(finals[0][1], finals[1][1], rtol=2e-3, atol=2e-3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
@@ -77,7 +78,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stays_halted():
   after = jax.device_get(poisoned)
   assert bool(after.halted) and int(after.step) == 1
   for field in ("params", "opt_state", "ema"):
-    jax.tree.map(np.testing.assert_array_equal, getattr(expected, field), getattr(after, field))
+    chex.assert_trees_all_equal(getattr(expected, field), getattr(after, field))
 
 
 def test_all_finite_sees_every_number_that_is_not_and_no_other():
