@@ -34,19 +34,23 @@ def scan(name: str, size: int, read: Callable[[int, int], bytes]) -> np.ndarray:
     raise DataError(f"{name} is empty (0 bytes); prepare the dataset again, or copy this shard again")
   lengths, at = array.array("q"), 0
   while at < size:
-    header, number = read(at, HEADER), len(lengths) + 1
-    truncated = f"{name} is truncated: record {number} at byte {at} goes beyond the file's end at byte {size}"
+    header = read(at, HEADER)
     if len(header) < HEADER:
-      raise DataError(truncated)
+      raise _truncated(name, size, at, len(lengths))
     length, crc = struct.unpack("<QI", header)
     if masked_crc(header[:8]) != crc:
       problem = "is damaged" if at else "is no TFRecord file, or damaged,"
-      raise DataError(f"{name} {problem} at byte {at}: the checksum of the length of record {number} is wrong")
+      raise DataError(f"{name} {problem} at byte {at}: the checksum of the length of record {len(lengths) + 1} is wrong")
     if at + HEADER + length + FOOTER > size:
-      raise DataError(truncated)
+      raise _truncated(name, size, at, len(lengths))
     lengths.append(length)
     at += HEADER + length + FOOTER
   return np.frombuffer(lengths, np.int64).copy()
+
+
+def _truncated(name: str, size: int, at: int, records: int) -> DataError:
+  """Returns the error for a shard that ends within the record at byte `at`; records: how many precede it."""
+  return DataError(f"{name} is truncated: record {records + 1} at byte {at} goes beyond the file's end at byte {size}")
 
 
 class FileReader:
