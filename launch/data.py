@@ -85,7 +85,10 @@ def verify(values: flags.FlagValues) -> int:
       with meter(console, split, len(source), "records") as progress:
         checked.append(
           inspect.verify(
-            source, threads=config.data.threads, progress=progress.set, found=lambda line: console.print(f"corrupt: {line}")
+            source,
+            threads=config.data.threads,
+            progress=progress.set,
+            on_corrupt=lambda error: console.print(f"corrupt: {error}"),
           )
         )
   table = rich.table.Table("split", *(rich.table.Column(name, justify="right") for name in ("records", "corrupt", "bytes")))

@@ -1,1 +1,1 @@
-"""Images on their way to the device: records → uint8 batches that are a function of (seed, step). Knows nothing of training."""
+"""Images on their way to the device: records → uint8 batches that are a function of (seed, step). Training is not known here."""

@@ -1,23 +1,28 @@
-"""What can be wrong with data: one error for what a person must mend, one for a single record that can be replaced."""
+"""What can be wrong with data: one error that a person must mend, and one for a single record that another can replace."""
 
 from nfnets.errors import UserError
 
 
 class DataError(UserError):
-  """The data is not there, cannot be read, or is not what the configuration says."""
+  """The data is missing, cannot be read, or is not what the configuration says."""
 
 
 def reason(error: BaseException) -> str:
-  """What an error of somebody else's says, in one line."""
+  """The message of a library's or the system's error, in one line."""
   return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 class NoSuchSplit(DataError):
-  """The dataset has no split of this name, or not so many records in it."""
+  """The dataset has no split of this name, or fewer records in it than were asked for."""
 
 
 class CorruptRecord(DataError):
-  """One record cannot be read or decoded. address: where it lies, e.g. "…/x.tfrecord-00003-of-00008 at byte 1234"."""
+  """A single record cannot be read or decoded.
+
+  Args:
+    address: the file and the position of the record, e.g. "…/x.tfrecord-00003-of-00008 at byte 1234".
+    why: what is wrong with it.
+  """
 
   def __init__(self, address: str, why: str):
     super().__init__(f"{address}: {why}")

@@ -1,1 +1,1 @@
-"""Which record stands where in which batch, and the threads that decode it."""
+"""Which record is in which row of which batch, and the threads that decode it."""

@@ -1,4 +1,4 @@
-"""A source's images as squares, decoded by a pool of threads, with corrupt records counted."""
+"""Decodes a source's images with a pool of threads and counts corrupt records."""
 
 import collections
 import concurrent.futures
@@ -14,9 +14,15 @@ from nfnets.data.batches.prefetch import Batch, Pending, cores
 from nfnets.data.errors import CorruptRecord, DataError
 from nfnets.data.sources.base import Source
 
+Process = tuple[int, int]  # index, count
+CHUNK = 8  # rows that one task of a thread fills
+
 
 class Timer:
-  """Adds this thread's CPU seconds to an entry; two threads may rarely lose an addition to each other, never a key."""
+  """Adds the CPU seconds that this thread spends in a `with` block to `times[name]`.
+
+  There is no lock: of two additions at the same moment one may be lost.
+  """
 
   def __init__(self, times: dict[str, float], name: str):
     self._times, self._name = times, name
@@ -28,14 +34,17 @@ class Timer:
     self._times[self._name] += time.thread_time() - self._start
 
 
-Process = tuple[int, int]  # index, count
-
-
-CHUNK = 8  # rows that one task of a thread fills
-
-
 class ImageDecoder:
-  """A source's images as squares, decoded by a pool of threads; corrupt records are counted, and too many of them end it."""
+  """Reads and decodes a source's images in a pool of threads; corrupt records are counted, and too many are an error.
+
+  Args:
+    source: the images.
+    config: threads and max_corrupt are read here.
+    size: side of the square images, pixels; None takes the side that they are stored with.
+    say: called with a line about every corrupt record.
+    resized: whether the images are resized to `size`; otherwise they must be stored with that size.
+    field: the field of DataConfig that `size` comes from, for messages.
+  """
 
   def __init__(
     self, source: Source, config: DataConfig, size: int | None, say: Callable[[str], None], *, resized: bool, field: str
@@ -46,30 +55,41 @@ class ImageDecoder:
     # CPU seconds of all threads by what they were spent on
     self.times = {"read": 0.0, "check": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
     self._lock = threading.Lock()
-    cv2.setNumThreads(1)  # the threads are ours
+    cv2.setNumThreads(1)  # the pool's threads use all cores already
     threads = config.threads or cores()
     self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    stored = None if resized else self._stored_size()
-    if stored and size not in (None, stored):
+    try:
+      self.size = self._output_size(size, field, resized=resized)
+    except DataError:
       self.close()
-      raise DataError(
-        f"config.data.{field}={size}, but the images of {source.name} are {stored}×{stored} (leave it unset "
-        "to take them as they are, or let train_crop and test_crop resize them)"
-      )
-    self.size = size or stored
+      raise
 
   def close(self) -> None:
-    """Ends the threads, waiting for what they are doing."""
+    """Ends the threads after the tasks that they have begun."""
     self._pool.shutdown(wait=True, cancel_futures=True)
 
+  def _output_size(self, size: int | None, field: str, *, resized: bool) -> int:
+    """Returns the side of the images that come out, pixels; raises DataError if the stored ones do not agree with it."""
+    if resized:
+      if size is None:
+        raise DataError(f"config.data.{field} is unset, but images are to be resized; set it to their side in pixels")
+      return size
+    stored = self._stored_size()
+    if size not in (None, stored):
+      raise DataError(
+        f"config.data.{field}={size}, but the images of {self.source.name} are {stored}×{stored} (leave it unset "
+        "to take them as they are, or let train_crop and test_crop resize them)"
+      )
+    return stored
+
   def _stored_size(self) -> int:
+    """Returns the side of the first image that can be decoded, pixels."""
     for index in range(len(self.source)):
       try:
         height, width = self.pixels(index)[0].shape[:2]
       except CorruptRecord:
         continue
       if height != width:
-        self.close()
         raise DataError(
           f"the images of {self.source.name} are not square (record 0 is {height}×{width}); set "
           "config.data.train_crop=inception and test_crop=squash, say, which make them so"
@@ -78,7 +98,7 @@ class ImageDecoder:
     raise DataError(f"no image of {self.source.name} can be decoded")
 
   def pixels(self, index: int) -> tuple[np.ndarray, int]:
-    """(uint8 [H, W, 3], label). Raises CorruptRecord."""
+    """Reads and decodes a record: (uint8 [H, W, 3], label). Raises CorruptRecord."""
     with self.timed("read"):
       raw = self.source.raw(index)
     with self.timed("check"):
@@ -88,24 +108,33 @@ class ImageDecoder:
     with self.timed("decode"):
       return self.source.pixels(index, record), record.label
 
-  def note_corrupt(self, index: int, error: CorruptRecord, then: str) -> None:
+  def note_corrupt(self, index: int, error: CorruptRecord, consequence: str) -> None:
+    """Counts a corrupt record and reports it, both only once; raises DataError when there are too many.
+
+    Args:
+      index: the record's number.
+      error: what is wrong with it.
+      consequence: what happens in its place, for the report.
+    """
     with self._lock:
       if index in self.corrupt:
         return
       self.corrupt[index] = str(error)
       self.unreported.append(index)
-      found = len(self.corrupt)
-    if found > self._config.max_corrupt * len(self.source):
+      count = len(self.corrupt)
+    if count > self._config.max_corrupt * len(self.source):
       raise DataError(
-        f"{found} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
+        f"{count} of the {len(self.source):,} records of {self.source.name} are corrupt, more than config.data."
         f"max_corrupt={self._config.max_corrupt:g} allows; the last: {error}"
       )
-    self._say(f"corrupt record, {then}: {error}")
+    self._say(f"corrupt record, {consequence}: {error}")
 
   def timed(self, name: str) -> Timer:
+    """Measures a `with` block as part of `times[name]`."""
     return Timer(self.times, name)
 
   def as_stored(self, image: np.ndarray, index: int, field: str) -> np.ndarray:
+    """Returns the image itself; raises DataError if it has not the size of the batch. field: what would resize it."""
     if image.shape[:2] != (self.size, self.size):
       raise DataError(
         f"{self.source.address(index)} is {image.shape[0]}×{image.shape[1]}, not {self.size}×{self.size}; set "
@@ -113,18 +142,20 @@ class ImageDecoder:
       )
     return image
 
-  def run(self, work: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> "Pending":
-    return Pending([self._pool.submit(work, at, min(at + CHUNK, rows)) for at in range(0, rows, CHUNK)], finish)
+  def run(self, fill: Callable[[int, int], None], rows: int, finish: Callable[[], Batch]) -> Pending:
+    """Lets the threads call `fill(start, stop)` for chunks of the rows; returns the batch of `finish()` to wait for."""
+    return Pending([self._pool.submit(fill, start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)], finish)
 
 
 class DecodedBatches:
-  """The public face of both kinds of batches over the ImageDecoder that they own."""
+  """What batches for training and for evaluation have in common: the ImageDecoder that they own, and its public facts."""
 
   def __init__(self, decoder: ImageDecoder):
     self._decoder = decoder
 
   @property
   def source(self) -> Source:
+    """The images."""
     return self._decoder.source
 
   @property
@@ -134,7 +165,7 @@ class DecodedBatches:
 
   @property
   def corrupt(self) -> dict[int, str]:
-    """What is wrong with each record found corrupt here, by its number."""
+    """What is wrong with each corrupt record that was met so far, by its number."""
     return self._decoder.corrupt
 
   @property
@@ -143,5 +174,5 @@ class DecodedBatches:
     return self._decoder.times
 
   def close(self) -> None:
-    """Ends the threads, waiting for what they are doing."""
+    """Ends the threads after the tasks that they have begun."""
     self._decoder.close()

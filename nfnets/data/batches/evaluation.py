@@ -13,9 +13,17 @@ from nfnets.data.sources.base import Source
 
 
 class EvalBatches(DecodedBatches):
-  """Iterates once, in order, over all images: TrainBatches' dicts with "mask" bool [rows], which says what counts.
+  """Iterates once over all images, in order: {"image": uint8 [rows, S, S, 3], "label": int32 [rows], "mask": bool [rows]}.
 
-  The last batch is padded with zeros. A corrupt record is left out by the mask, and said.
+  The mask says which rows count. The last batch is padded with zeros, which it leaves out; so it does a corrupt record,
+  which is reported.
+
+  Args:
+    source: the images.
+    config: how they are cropped, and how many may be corrupt.
+    batch: rows of the global batch; rounded up to a multiple of the number of processes.
+    process: (index, count); each process makes its own rows of the global batch.
+    say: called with a line about every corrupt record.
   """
 
   def __init__(
@@ -35,9 +43,10 @@ class EvalBatches(DecodedBatches):
     yield from prefetch(self.start, 0, len(self))
 
   def start(self, step: int) -> Pending:
+    """Lets the threads begin with a batch; `result()` waits for it."""
     first = step * self.batch + self._process[0] * self._rows
     stop = min(first + self._rows, len(self.source))
-    made = {
+    batch = {
       "image": np.zeros((self._rows, self.size, self.size, 3), np.uint8),
       "label": np.zeros(self._rows, np.int32),
       "mask": np.arange(first, first + self._rows) < stop,
@@ -45,16 +54,16 @@ class EvalBatches(DecodedBatches):
     if self.source.remote and first < stop:
       self.source.prefetch(np.arange(first, stop))
 
-    def work(begin: int, end: int) -> None:
-      for i in range(begin, end):
+    def fill(begin: int, end: int) -> None:
+      for row in range(begin, end):
         try:
-          image, made["label"][i] = self._decoder.pixels(first + i)
+          image, batch["label"][row] = self._decoder.pixels(first + row)
         except CorruptRecord as error:
-          self._decoder.note_corrupt(first + i, error, "left out of the evaluation")
-          made["mask"][i] = False
+          self._decoder.note_corrupt(first + row, error, "left out of the evaluation")
+          batch["mask"][row] = False
           continue
         with self._decoder.timed("decode"):
           crop = decode.TEST_CROPS.get(self.config.test_crop)
-          made["image"][i] = crop(image, self.size) if crop else self._decoder.as_stored(image, first + i, "test_crop")
+          batch["image"][row] = crop(image, self.size) if crop else self._decoder.as_stored(image, first + row, "test_crop")
 
-    return self._decoder.run(work, max(0, stop - first), lambda: made)
+    return self._decoder.run(fill, max(0, stop - first), lambda: batch)

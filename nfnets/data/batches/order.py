@@ -1,4 +1,4 @@
-"""In which order images come, and their randomness: functions of the seed and the position alone."""
+"""The order of the images and their random numbers: functions of the seed and the position alone."""
 
 import enum
 from typing import NamedTuple
@@ -9,20 +9,20 @@ import numpy as np
 class Purpose(enum.IntEnum):
   """What a random stream is for; streams of different purposes never share a key.
 
-  The three last ones lie with IMAGE in the key's highest byte and above the copy's number in its second one.
+  In the key's words, the lower four bits of a purpose are the highest byte and the bits above them precede the copy's number.
   """
 
   ORDER = 0  # the order of an epoch
-  PARTNER = 1  # the order of the images that others are mixed with
+  PARTNER = 1  # the order of the second stream, whose images others are mixed with
   IMAGE = 2  # an image's crop, shift and mirroring
   AUGMENT = 2 | 1 << 4
   MIX = 2 | 2 << 4
-  PARTNER_IMAGE = 2 | 4 << 4  # like IMAGE, of an image of the second stream
+  PARTNER_IMAGE = 2 | 4 << 4  # like IMAGE, for an image of the second stream
   PARTNER_AUGMENT = 2 | 5 << 4
 
 
 class StreamKey(NamedTuple):
-  """Names a stream of random numbers. seed < 2**32, epoch < 2**24, record < 2**40, copy < 2**20."""
+  """The name of a stream of random numbers. seed < 2**32, epoch < 2**24, record < 2**40, copy < 2**20."""
 
   purpose: Purpose
   seed: int
@@ -31,7 +31,7 @@ class StreamKey(NamedTuple):
   copy: int = 0
 
   def words(self) -> list[int]:
-    """The 128-bit key of Philox as two words."""
+    """Returns the 128-bit key of Philox as two words of 64 bits."""
     copy = self.copy | (self.purpose >> 4) << 20
     return [self.seed | copy << 32 | (self.purpose & 15) << 56, self.epoch << 40 | self.record]
 
@@ -40,12 +40,17 @@ GROUP = 16  # blocks whose records are shuffled among each other
 
 
 class Order:
-  """`order[epoch]` → int32 [n], a permutation of the records; the last two epochs asked for are kept.
+  """`order[epoch]` → int32 [n], a permutation of the records; the last epochs asked for are kept.
 
-  Any thread may ask: the dict of kept epochs is replaced whole, never changed, so that at worst an epoch is shuffled twice.
+  Any thread may ask: the dict of kept epochs is replaced as a whole and never changed, so that at worst two threads
+  shuffle the same epoch.
 
-  block: records that lie together stay near each other: blocks are shuffled, then the records among 16 blocks, so that a
-  reader of a bucket can fetch whole blocks. 1 shuffles everything.
+  Args:
+    n: the number of records.
+    seed: the seed of the run.
+    purpose: ORDER or PARTNER.
+    block: the number of consecutive records that stay near each other, so that a reader of a bucket can fetch whole
+      blocks: blocks are shuffled, then the records of every 16 blocks. 1 shuffles all records.
   """
 
   def __init__(self, n: int, seed: int, *, purpose: Purpose = Purpose.ORDER, block: int = 1):
@@ -53,23 +58,24 @@ class Order:
     self._epochs: dict[int, np.ndarray] = {}
 
   def __getitem__(self, epoch: int) -> np.ndarray:
-    found = self._epochs.get(epoch)
-    if found is None:
-      found = self.shuffled(epoch)
-      self._epochs = {e: order for e, order in self._epochs.items() if e in (epoch - 1, epoch + 1)} | {epoch: found}
-    return found
+    records = self._epochs.get(epoch)
+    if records is None:
+      records = self.shuffled(epoch)
+      neighbours = {number: order for number, order in self._epochs.items() if number in (epoch - 1, epoch + 1)}
+      self._epochs = neighbours | {epoch: records}
+    return records
 
   def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(epoch, record), each int64 [...], of positions in the endless stream; epochs follow each other without a gap."""
+    """Returns (epoch, record), each int64 [...], of positions in the endless stream in which epoch follows epoch."""
     epochs, offsets = np.divmod(positions, self._n)
     records = np.empty_like(offsets)
     for epoch in np.unique(epochs):
-      here = epochs == epoch
-      records[here] = self[int(epoch)][offsets[here]]
+      in_epoch = epochs == epoch
+      records[in_epoch] = self[int(epoch)][offsets[in_epoch]]
     return epochs, records
 
   def shuffled(self, epoch: int) -> np.ndarray:
-    """`order[epoch]` made anew, without keeping it."""
+    """Computes `order[epoch]` without keeping it."""
     rng = np.random.Generator(np.random.Philox(key=StreamKey(self._purpose, self._seed, epoch).words()))
     records = np.arange(self._n, dtype=np.int32)
     if self._block == 1:
@@ -80,7 +86,10 @@ class Order:
 
 
 class Streams:
-  """Random numbers of single images; a Generator that is set instead of made is four times as fast. Not thread-safe."""
+  """Random numbers of single images, from one Generator: setting its state is four times as fast as making a new one.
+
+  Not thread-safe.
+  """
 
   def __init__(self) -> None:
     self._bits = np.random.Philox(key=0)
@@ -88,7 +97,7 @@ class Streams:
     self._generator = np.random.Generator(self._bits)
 
   def of(self, key: StreamKey) -> np.random.Generator:
-    """The generator at the start of a stream; it is the same object at every call."""
+    """Returns the generator at the start of a stream; it is the same object at every call."""
     self._fresh["state"]["key"][:] = key.words()
     self._bits.state = self._fresh
     return self._generator

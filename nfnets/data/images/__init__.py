@@ -1,1 +1,1 @@
-"""Pixels: decoding, cropping, augmenting, mixing of single images. Knows nothing of where they come from."""
+"""Pixels: decodes, crops, augments and mixes single images. Where they come from is not known here."""

@@ -1,6 +1,6 @@
-"""Mixup (1710.09412) and cutmix (1905.04899) of two uint8 images, as in the NFNet release (nfnets/dataset.py).
+"""Applies mixup (1710.09412) and cutmix (1905.04899) to two uint8 images, as in the NFNet release (nfnets/dataset.py).
 
-Every ratio is the share of `image`, and of its label; the partner has the rest.
+Every ratio is the share of `image` and of its label; the rest is the partner's.
 """
 
 import math
@@ -8,16 +8,16 @@ import math
 import cv2
 import numpy as np
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # top, left, bottom, right, pixels
 
 
 def mixup_ratio(rng: np.random.Generator, alpha: float) -> float:
-  """A draw from Beta(alpha, alpha), in [0, 1]; alpha > 0."""
+  """Draws from Beta(alpha, alpha), in [0, 1]; alpha > 0."""
   return float(rng.beta(alpha, alpha))
 
 
 def mixup(image: np.ndarray, partner: np.ndarray, ratio: float) -> np.ndarray:
-  """ratio · image + (1 - ratio) · partner, rounded; uint8 [height, width, 3], a new array.
+  """Returns ratio · image + (1 - ratio) · partner, rounded; uint8 [height, width, 3], a new array.
 
   Raises ValueError where shapes or dtypes differ. The release mixes in float32, before it truncates to bytes.
   """
@@ -26,18 +26,18 @@ def mixup(image: np.ndarray, partner: np.ndarray, ratio: float) -> np.ndarray:
 
 
 def cutmix_box(height: int, width: int, rng: np.random.Generator) -> Box:
-  """top, left, bottom, right of the part of `image` that cutmix keeps; it may be empty.
+  """Draws the part of `image` that cutmix keeps; it may be empty.
 
-  Its centre is uniform over the image, its area before clipping at the edges a share of the image uniform in (0, 1].
+  Its centre is uniform over the image. Its share of the area, before it is clipped at the edges, is uniform in (0, 1].
   """
   column, row = int(rng.integers(width)), int(rng.integers(height))
   return box_around(height, width, row, column, rng.random(dtype=np.float32))
 
 
 def box_around(height: int, width: int, row: int, column: int, outside: float) -> Box:
-  """The box whose area is 1 - `outside` of the image and whose centre is (row, column), clipped to the image.
+  """Returns the box whose area is 1 - `outside` of the image and whose centre is (row, column), clipped to the image.
 
-  In float32 and truncated to whole and to even sides, as the release's cutmix_padding does.
+  Its sides are computed in float32 and truncated to whole and to even numbers, as in the release's cutmix_padding.
   """
   side = np.sqrt(np.float32(1) - np.float32(outside))
   rows, columns = int(side * np.float32(height)) // 2, int(side * np.float32(width)) // 2
@@ -45,7 +45,7 @@ def box_around(height: int, width: int, row: int, column: int, outside: float) -
 
 
 def cutmix(image: np.ndarray, partner: np.ndarray, box: Box) -> tuple[np.ndarray, float]:
-  """`image` inside of `box`, `partner` outside of it (a new array), and the box's share of the area.
+  """Returns (`image` inside of `box` and `partner` outside of it, a new array; the box's share of the area).
 
   Raises ValueError where shapes or dtypes differ.
   """
@@ -57,6 +57,7 @@ def cutmix(image: np.ndarray, partner: np.ndarray, box: Box) -> tuple[np.ndarray
 
 
 def _check(image: np.ndarray, partner: np.ndarray) -> None:
+  """Raises ValueError unless both images are uint8 and of the same shape."""
   if image.shape != partner.shape or image.dtype != np.uint8 or partner.dtype != np.uint8:
     raise ValueError(
       f"cannot mix {image.dtype} {image.shape} with {partner.dtype} {partner.shape}: expected two uint8 images of one shape"

@@ -1,1 +1,1 @@
-"""Records by number: TFDS datasets, image folders, built-in images. Knows nothing of batches."""
+"""Records by number: TFDS datasets, image folders, built-in images. Batches are not known here."""

@@ -1,4 +1,4 @@
-"""What a source of images is, and one of arrays in memory."""
+"""The interface of a source of images, and a source of arrays in memory."""
 
 import abc
 import dataclasses
@@ -13,16 +13,25 @@ from nfnets.data.images import decode
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-  """image: the bytes of a JPEG, PNG …, or uint8 [height, width, 3]; label: in [0, num_classes)."""
+  """An image and its class.
+
+  image: the bytes of a JPEG, PNG or other file, or uint8 [height, width, 3]. label: in [0, num_classes).
+  """
 
   image: bytes | np.ndarray
   label: int
 
 
 class Source(abc.ABC):
-  """len(source) records by number. Any thread may read; `close` when none does any more.
+  """len(source) records by number. Any number of threads may read at once; `close` it when all are done.
 
-  remote: whether reading waits for a network, so that `prefetch` pays.
+  Args:
+    name: the dataset's name.
+    split: the split expression, e.g. "train[:98%]".
+    class_names: the name of each class, by label.
+
+  Attributes:
+    remote: whether reading waits for a network, so that `prefetch` pays.
   """
 
   remote: bool = False
@@ -39,16 +48,19 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def __getitem__(self, index: int) -> Record:
-    """Raises CorruptRecord when this record cannot be read, DataError when its label is not one of the classes."""
-    ...
+    """Reads a record.
+
+    Raises:
+      CorruptRecord: this record cannot be read.
+      DataError: its label is not in [0, num_classes).
+    """
 
   @abc.abstractmethod
   def address(self, index: int) -> str:
-    """Where a record lies, for messages: "PATH at byte N (record I of M)", I from 1."""
-    ...
+    """Returns the file and the position of a record, for messages: "PATH at byte N (record I of M)", I from 1."""
 
   def pixels(self, index: int, record: Record) -> np.ndarray:
-    """The record's image, uint8 [height, width, 3]. Raises CorruptRecord."""
+    """Decodes the record's image: uint8 [height, width, 3]. Raises CorruptRecord."""
     if isinstance(record.image, np.ndarray):
       return record.image
     try:
@@ -56,14 +68,14 @@ class Source(abc.ABC):
     except decode.UnreadableImage as error:
       raise CorruptRecord(self.address(index), str(error)) from error
 
-  # ---- the three parts of source[index], apart so that their costs can be told apart
+  # ---- the three parts of source[index], separate so that each can be timed
 
   def raw(self, index: int) -> Any:
     """Reads a record as it is stored. Raises CorruptRecord."""
     return self[index]
 
   def check(self, index: int, raw: Any) -> None:
-    """Compares the checksums of what `raw` returned, where the format has any. Raises CorruptRecord."""
+    """Compares the checksums in what `raw` returned, where the format has any. Raises CorruptRecord."""
     return None
 
   def record(self, index: int, raw: Any) -> Record:
@@ -71,7 +83,7 @@ class Source(abc.ABC):
     return raw
 
   def prefetch(self, indices: np.ndarray) -> None:
-    """The records needed next, in this order; fetched ahead where reading waits for a network."""
+    """Tells which records are needed next, in this order; they are fetched ahead where reading waits for a network."""
     return None
 
   def close(self) -> None:
@@ -80,7 +92,7 @@ class Source(abc.ABC):
 
 
 class ArraySource(Source):
-  """images: uint8 [n, height, width, 3]; labels: int [n]."""
+  """Images in memory. images: uint8 [n, height, width, 3]; labels: int [n]."""
 
   def __init__(self, name: str, split: str, class_names: Sequence[str], images: np.ndarray, labels: np.ndarray):
     super().__init__(name, split, class_names)

@@ -2,26 +2,38 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nfnets.data.errors import CorruptRecord, DataError, reason
 from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import tfrecord
+from nfnets.data.storage.buckets import BucketReader
 from nfnets.data.storage.example import parse_example
 from nfnets.data.storage.index import RecordIndex
+from nfnets.data.storage.tfrecord import FileReader
+
+
+class Piece(NamedTuple):
+  """A part of a shard. first: the number of its first record; taken: how many follow; count: how many the shard holds."""
+
+  file: str
+  first: int
+  taken: int
+  count: int
 
 
 class _ExampleSource(Source):
-  """Records that are serialized tf.Examples; the features `keys` are the image and the label."""
+  """Records that are serialized tf.Examples. keys: the names of the features that are the image and the label."""
 
   def __init__(self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str]):
     super().__init__(name, split, class_names)
     self._keys = keys
 
   @abc.abstractmethod
-  def raw(self, index: int) -> bytes: ...
+  def raw(self, index: int) -> bytes:
+    """Reads a record as it is stored. Raises CorruptRecord."""
 
   def __getitem__(self, index: int) -> Record:
     raw = self.raw(index)
@@ -29,16 +41,16 @@ class _ExampleSource(Source):
     return self.record(index, raw)
 
   def payload(self, raw: bytes) -> bytes:
-    """The serialized tf.Example in what `raw` returned."""
+    """Returns the serialized tf.Example in what `raw` returned."""
     return raw
 
   def record(self, index: int, raw: bytes) -> Record:
     payload = self.payload(raw)
     try:
-      found = parse_example(payload, self._keys)
+      features = parse_example(payload, self._keys)
     except ValueError as error:
       raise CorruptRecord(self.address(index), str(error)) from error
-    image, label = found[self._keys[0]], found[self._keys[1]]
+    image, label = features[self._keys[0]], features[self._keys[1]]
     if not isinstance(image, bytes) or not isinstance(label, int):
       raise CorruptRecord(self.address(index), f"its feature {self._keys[isinstance(image, bytes)]!r} has the wrong type")
     if not 0 <= label < len(self.class_names):
@@ -50,11 +62,17 @@ class _ExampleSource(Source):
 
 
 class TFRecordSource(_ExampleSource):
-  """Records of TFRecord shards in place; the checksums of length and payload are compared at every read.
+  """Records of TFRecord shards; the checksums of length and payload are compared at every read.
 
   Args:
-    rows: which records of the index, int [n].
-    reader: a FileReader or BucketReader of the index's files.
+    name: the dataset's name.
+    split: the split expression.
+    class_names: the name of each class, by label.
+    keys: the names of the features that are the image and the label.
+    index: the positions of the shards' records.
+    rows: the numbers of this source's records in the index, int [n].
+    reader: reads the index's files.
+    remote: whether they are in a bucket.
   """
 
   def __init__(
@@ -66,7 +84,7 @@ class TFRecordSource(_ExampleSource):
     *,
     index: RecordIndex,
     rows: np.ndarray,
-    reader: Any,
+    reader: FileReader | BucketReader,
     remote: bool = False,
   ):
     super().__init__(name, split, class_names, keys)
@@ -87,12 +105,12 @@ class TFRecordSource(_ExampleSource):
     )
 
   def prefetch(self, indices: np.ndarray) -> None:
-    offsets = self._offset[indices] - tfrecord.HEADER  # the ranges that `raw` reads, to the byte
+    offsets = self._offset[indices] - tfrecord.HEADER  # exactly the ranges that `raw` reads
     lengths = self._length[indices] + (tfrecord.HEADER + tfrecord.FOOTER)
     self._reader.prefetch([*zip(self._file[indices].tolist(), offsets.tolist(), lengths.tolist(), strict=True)])
 
   def raw(self, index: int) -> bytes:
-    """The whole record: header, payload and footer."""
+    """Reads the whole record: header, payload and footer."""
     file, offset, length = int(self._file[index]), int(self._offset[index]), int(self._length[index])
     try:
       return self._reader.read(file, offset - tfrecord.HEADER, tfrecord.HEADER + length + tfrecord.FOOTER)
@@ -113,32 +131,31 @@ class TFRecordSource(_ExampleSource):
 
 
 class ArrayRecordSource(_ExampleSource):
-  """Records of array_record shards, whose library compares checksums of its own at every read.
+  """Records of array_record shards; that format's library compares its checksums at every read.
 
-  pieces: (file, first record, records taken, records in the file) of each in turn.
+  Args:
+    name: the dataset's name.
+    split: the split expression.
+    class_names: the name of each class, by label.
+    keys: the names of the features that are the image and the label.
+    source: an ArrayRecordDataSource of the pieces.
+    pieces: the parts of shards that the split consists of, in order.
   """
 
   def __init__(
-    self,
-    name: str,
-    split: str,
-    class_names: Sequence[str],
-    keys: tuple[str, str],
-    *,
-    source: Any,
-    pieces: Sequence[tuple[str, int, int, int]],
+    self, name: str, split: str, class_names: Sequence[str], keys: tuple[str, str], *, source: Any, pieces: Sequence[Piece]
   ):
     super().__init__(name, split, class_names, keys)
     self._source, self._pieces = source, pieces
-    self._ends = np.cumsum([piece[2] for piece in pieces])
+    self._ends = np.cumsum([piece.taken for piece in pieces])
 
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
 
   def address(self, index: int) -> str:
-    piece = int(np.searchsorted(self._ends, index, side="right"))
-    file, first, taken, count = self._pieces[piece]
-    return f"{file} (record {first + index - (self._ends[piece] - taken) + 1} of {count})"
+    number = int(np.searchsorted(self._ends, index, side="right"))
+    piece = self._pieces[number]
+    return f"{piece.file} (record {piece.first + index - (self._ends[number] - piece.taken) + 1} of {piece.count})"
 
   def close(self) -> None:
     self._source.__exit__(None, None, None)

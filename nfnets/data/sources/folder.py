@@ -1,4 +1,4 @@
-"""A folder of images: ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg, or ImageNet's flat val/ as Kaggle hands it out."""
+"""Opens a folder of images: ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg, or ImageNet's flat val/ from Kaggle."""
 
 import concurrent.futures
 import csv
@@ -12,21 +12,15 @@ from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import remote
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-SOLUTION = "LOC_val_solution.csv"  # ImageId,PredictionString; the latter "CLASS x y x y", more boxes following
-
-
+SOLUTION = "LOC_val_solution.csv"  # lines of ImageId,PredictionString; the latter is "CLASS x y x y", further boxes follow
 _KAGGLE = os.path.join("ILSVRC", "Data", "CLS-LOC")
-
-
 _HELD_OUT = ("val", "validation", "test")
 
 
 class FolderSource(Source):
-  """Image files of a folder. files: paths below root; labels: int [n].
+  """Image files of a folder. files: their paths below `root`; labels: int [n].
 
-  Files have no checksum of ours: a damaged one is found only where the decoder refuses it.
+  The files have no checksums: damage is detected only if it makes the decoder fail.
   """
 
   def __init__(self, name: str, split: str, class_names: Sequence[str], root: str, files: Sequence[str], labels: np.ndarray):
@@ -48,10 +42,18 @@ class FolderSource(Source):
 
 
 def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> Source:
-  """The images of a split expression of TFDS over the folders train and val (or validation, test).
+  """Opens the images of a split expression of TFDS over the folders train and val (or validation, test).
 
-  Labels are the places of the class folders' names among train's, sorted. Raises DataError when there is no such folder, it
-  has no classes, or one that train has not, or the flat val/ does not agree with its table.
+  The label of an image is the place of its class folder among train's, sorted by name.
+
+  Args:
+    directory: the folder that holds train/ and val/, or that Kaggle's archive of ImageNet was unpacked in.
+    split: a split expression such as "train[:98%]".
+    progress: called with one line about each step that takes long.
+
+  Raises:
+    DataError: there is no such folder, it has no classes, a class is missing in train/, or the flat val/ does not agree
+      with its table.
   """
   if remote.is_url(directory):
     raise DataError(f"config.data.dir={directory!r}: a folder of images is read from disks only; in buckets, use a TFDS dataset")
@@ -62,7 +64,7 @@ def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> 
   tables = os.path.join(top, SOLUTION), os.path.join(root, "val", SOLUTION)
   table = next((path for path in tables if os.path.isfile(path)), None)
 
-  folders = {name: found for name in ("train", *_HELD_OUT) if (found := _folder_of(root, name, table))}
+  folders = {name: folder for name in ("train", *_HELD_OUT) if (folder := _folder_of(root, name, table))}
   if not folders:
     raise DataError(f"{root} has neither train/ nor val/ with a folder for each class in it; it has: {_listing(root)}")
   classes = _subfolders(os.path.join(root, folders.get("train") or next(iter(folders.values()))))
@@ -84,7 +86,10 @@ def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> 
 
 
 def _folder_of(root: str, name: str, table: str | None) -> str | None:
-  """Which folder a split's name means: its own, or another of held-out images. Kaggle's test/ has no labels: no classes."""
+  """Returns the folder that a split's name means: its own, or another of held-out images; None if there is none.
+
+  Folders without classes do not count; Kaggle's test/ is such a folder, because it has no labels.
+  """
   for folder in (name,) if name == "train" else dict.fromkeys((name, *_HELD_OUT)):
     path = os.path.join(root, folder)
     if os.path.isdir(path) and (_subfolders(path) or (table and folder == "val")):
@@ -93,11 +98,11 @@ def _folder_of(root: str, name: str, table: str | None) -> str | None:
 
 
 def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[tuple[str, int, int]]:
-  """(name, start, stop) of each term of a split expression, as TFDS computes them."""
+  """Returns (name, start, stop) of each term of a split expression, as TFDS computes them; sizes: counts a folder's images."""
   from tensorflow_datasets.core import splits
 
-  named = [name for name in sizes if name in split]  # the others need no listing
-  infos = {name: splits.SplitInfo(name=name, shard_lengths=[sizes[name]()], num_bytes=0) for name in named}
+  used = [name for name in sizes if name in split]  # the images of the others need not be counted
+  infos = {name: splits.SplitInfo(name=name, shard_lengths=[sizes[name]()], num_bytes=0) for name in used}
   try:
     parts = splits.AbstractSplit.from_spec(split).to_absolute(infos)
   except (ValueError, KeyError, NotImplementedError) as error:
@@ -105,45 +110,55 @@ def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[
   return [(part.splitname, part.from_ or 0, infos[part.splitname].num_examples if part.to is None else part.to) for part in parts]
 
 
-def _scan(root: str, folder: str, classes: list[str], table: str | None, progress) -> tuple[list[str], np.ndarray]:
-  """Files below root, sorted by class and name (the flat val/ by name), and their labels."""
-  number = {name: label for label, name in enumerate(classes)}
+def _scan(
+  root: str, folder: str, classes: list[str], table: str | None, progress: Callable[[str], None]
+) -> tuple[list[str], np.ndarray]:
+  """Lists the images of a folder: (paths below root, sorted by class and name; labels, int32 [n])."""
+  labels_by_class = {name: label for label, name in enumerate(classes)}
   path = os.path.join(root, folder)
   subfolders = _subfolders(path)
-  if not subfolders:
-    files = _images(path)
-    label_of = _read_table(table, number)
-    missing = [file for file in files if os.path.splitext(file)[0] not in label_of]
-    if missing:
-      raise DataError(f"{table} has no line for {path}/{missing[0]} ({len(missing):,} of {len(files):,} images lack one)")
-    return [os.path.join(folder, file) for file in files], np.asarray([label_of[os.path.splitext(f)[0]] for f in files], np.int32)
-  strange = [name for name in subfolders if name not in number]
-  if strange:
-    raise DataError(f"{path}/{strange[0]} is a class that train/ has not ({len(strange)} of {len(subfolders)} classes)")
+  if not subfolders and table is not None:  # `_folder_of` returns a folder without classes only where there is a table
+    return _scan_flat(path, folder, labels_by_class, table)
+  unknown = [name for name in subfolders if name not in labels_by_class]
+  if unknown:
+    raise DataError(f"{path}/{unknown[0]} is a class that train/ has not ({len(unknown)} of {len(subfolders)} classes)")
   if len(subfolders) >= 100:
     progress(f"listing the {len(subfolders):,} class folders of {path}")
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    found = list(pool.map(lambda name: _images(os.path.join(path, name)), subfolders))
-  files = [os.path.join(folder, name, file) for name, names in zip(subfolders, found, strict=True) for file in names]
-  labels = np.repeat(np.asarray([number[name] for name in subfolders], np.int32), [len(names) for names in found])
+    images = list(pool.map(lambda name: _images(os.path.join(path, name)), subfolders))
+  files = [os.path.join(folder, name, file) for name, names in zip(subfolders, images, strict=True) for file in names]
+  labels = np.repeat(np.asarray([labels_by_class[name] for name in subfolders], np.int32), [len(names) for names in images])
   return files, labels
 
 
-def _read_table(path: str, number: dict[str, int]) -> dict[str, int]:
+def _scan_flat(path: str, folder: str, labels_by_class: dict[str, int], table: str) -> tuple[list[str], np.ndarray]:
+  """Lists the images of a folder without class folders, sorted by name; `table` has their classes."""
+  files = _images(path)
+  labels_by_image = _read_table(table, labels_by_class)
+  images = [os.path.splitext(file)[0] for file in files]
+  missing = [file for file, image in zip(files, images, strict=True) if image not in labels_by_image]
+  if missing:
+    raise DataError(f"{table} has no line for {path}/{missing[0]} ({len(missing):,} of {len(files):,} images lack one)")
+  return [os.path.join(folder, file) for file in files], np.asarray([labels_by_image[image] for image in images], np.int32)
+
+
+def _read_table(path: str, labels_by_class: dict[str, int]) -> dict[str, int]:
+  """Reads Kaggle's table of the flat val/: the label of each image, by its name without suffix."""
   try:
     with open(path, newline="") as stream:
       rows = [row for row in csv.reader(stream) if row]
-    found = {row[0]: row[1].split()[0] for row in rows[1:]}
+    classes = {row[0]: row[1].split()[0] for row in rows[1:]}
   except (OSError, IndexError, UnicodeDecodeError, csv.Error) as error:
     why = getattr(error, "strerror", None) or "expected lines of ImageId,CLASS x y x y"
     raise DataError(f"{path} cannot be read: {why}") from error
-  strange = [name for name in found.values() if name not in number]
-  if strange:
-    raise DataError(f"{path} names the class {strange[0]!r}, which is no folder of train/")
-  return {image: number[name] for image, name in found.items()}
+  unknown = [name for name in classes.values() if name not in labels_by_class]
+  if unknown:
+    raise DataError(f"{path} names the class {unknown[0]!r}, which is no folder of train/")
+  return {image: labels_by_class[name] for image, name in classes.items()}
 
 
 def _entries(path: str) -> list[os.DirEntry]:
+  """Lists a directory without hidden names, sorted by name."""
   try:
     with os.scandir(path) as entries:
       return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -160,4 +175,5 @@ def _images(path: str) -> list[str]:
 
 
 def _listing(path: str) -> str:
+  """Returns the first names in a directory, for messages."""
   return ", ".join(entry.name for entry in _entries(path)[:10]) or "nothing"

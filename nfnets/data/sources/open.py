@@ -9,10 +9,11 @@ from nfnets.data.sources.builtin import digits, synthetic
 
 
 def open_source(config: DataConfig, split: str, *, progress: Callable[[str], None] = lambda line: None) -> Source:
-  """Opens the images of a split expression, such as "train[:98%]", of the dataset that `config` names.
+  """Opens the images of a split of the dataset that `config` names.
 
   Args:
-    split: what is read; callers pass config.train_split or config.test_split.
+    config: the dataset, where it is, and the features that are read.
+    split: a split expression such as "train[:98%]"; callers pass config.train_split or config.test_split.
     progress: called with one line about each step that takes long.
 
   Raises:
@@ -49,6 +50,6 @@ def _open(config: DataConfig, split: str, progress: Callable[[str], None]) -> So
 
 
 def _field_of(config: DataConfig, split: str) -> str:
-  """The field that holds this split expression, in brackets for the end of a message; empty where none does."""
+  """Returns the field that holds this split expression, in brackets for the end of a message; empty if there is none."""
   fields = [field for field in ("train_split", "test_split") if getattr(config, field) == split]
   return f" (config.data.{fields[0]})" if fields else ""

@@ -1,1 +1,1 @@
-"""Bytes: TFRecord shards and their index, tf.Examples, disks and buckets. Knows nothing of images."""
+"""Bytes: TFRecord shards and their index, tf.Examples, disks and buckets. Images are not known here."""

@@ -1,4 +1,4 @@
-"""The features of a serialized tf.Example, by hand: no protobuf library, and bytes are copied once.
+"""Parses and serializes tf.Examples without a protobuf library, so that bytes are copied only once.
 
 Example.features = 1; Features.feature = 1, a map of key = 1 and value = 2; Feature: bytes_list = 1, float_list = 2,
 int64_list = 3; the lists: value = 1. A field starts with its number << 3 | kind; kind 2 is a length and bytes, 0 a varint.
@@ -12,11 +12,12 @@ _NO_EXAMPLE = "its bytes are no tf.Example"
 
 
 def parse_example(payload: bytes, keys: tuple[str, ...]) -> dict[str, bytes | int]:
-  """The features `keys` of a serialized tf.Example, each of exactly one value, bytes or an integer; the rest is skipped.
+  """Returns the features `keys` of a serialized tf.Example; each has exactly one value, bytes or an integer.
 
-  Raises ValueError when a feature is missing, holds floats or not one value, or the bytes are no tf.Example.
+  Other features are skipped. Raises ValueError when a feature is missing, holds floats or not exactly one value, or the
+  bytes are no tf.Example.
   """
-  wanted, found = _encoded(keys), {}
+  names, features = _keys_by_bytes(keys), {}
   try:
     for tag, start, end in _fields(payload, 0, len(payload)):
       if tag != 0o12:
@@ -24,28 +25,29 @@ def parse_example(payload: bytes, keys: tuple[str, ...]) -> dict[str, bytes | in
       for entry_tag, entry, entry_end in _fields(payload, start, end):
         if entry_tag != 0o12:
           continue
-        key, value = None, (0, 0)
-        for part, at, stop in _fields(payload, entry, entry_end):
-          if part == 0o12:
-            key = wanted.get(payload[at:stop])
-          elif part == 0o22:
-            value = at, stop
+        key, (value_start, value_end) = None, (0, 0)
+        for part_tag, part, part_end in _fields(payload, entry, entry_end):
+          if part_tag == 0o12:
+            key = names.get(payload[part:part_end])
+          elif part_tag == 0o22:
+            value_start, value_end = part, part_end
         if key is not None:
-          found[key] = _value(payload, *value, key)
+          features[key] = _value(payload, value_start, value_end, key)
   except IndexError:
     raise ValueError(f"{_NO_EXAMPLE}: they end too early") from None
-  if len(found) < len(wanted):
-    raise ValueError(f"it has no feature {next(key for key in keys if key not in found)!r}")
-  return found
+  if len(features) < len(names):
+    raise ValueError(f"it has no feature {next(key for key in keys if key not in features)!r}")
+  return features
 
 
 @functools.cache
-def _encoded(keys: tuple[str, ...]) -> dict[bytes, str]:
+def _keys_by_bytes(keys: tuple[str, ...]) -> dict[bytes, str]:
+  """Returns the keys by their UTF-8 bytes, as payloads have them."""
   return {key.encode(): key for key in keys}
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-  """The number at `at`, seven bits a byte, lowest first, and where it ends."""
+  """Reads the number at `at`, seven bits a byte, lowest first: (the number, the position after it)."""
   value = data[at]
   if value < 128:
     return value, at + 1
@@ -61,9 +63,9 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-  """(tag, start, end) of the fields of the message in data[at:end]; of a varint (tag, value, end)."""
+  """Yields (tag, start, end) of each field of the message in data[at:end], and (tag, value, end) of a varint."""
   while at < end:
-    tag = data[at]  # nearly always one byte; a call for each would double the time
+    tag = data[at]  # nearly always a single byte; calling _read_varint for each would double the time
     at += 1
     if tag > 127:
       tag, at = _read_varint(data, at - 1)
@@ -87,6 +89,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _value(data: bytes, at: int, end: int, key: str) -> bytes | int:
+  """Returns the only value of the Feature in data[at:end]; key: its name, for messages."""
   values = []
   for kind, start, stop in _fields(data, at, end):
     if kind == 0o12:
@@ -108,7 +111,7 @@ def _value(data: bytes, at: int, end: int, key: str) -> bytes | int:
 
 
 def serialize_example(features: dict[str, bytes | int]) -> bytes:
-  """A serialized tf.Example of one value a feature; laid out as the module's docstring says."""
+  """Serializes a tf.Example with one value for each feature, laid out as the module's docstring says."""
   entries = b""
   for key, value in features.items():
     kind, values = (1, _encode_field(1, value)) if isinstance(value, bytes) else (3, _encode_field(1, _encode_varint(value)))

@@ -1,4 +1,4 @@
-"""The index of TFRecord shards: where each record lies. Built once, in parallel, and kept on disk or in a bucket."""
+"""The index of TFRecord shards: the position of each record. Built once, in parallel, and kept on disk or in a bucket."""
 
 import concurrent.futures
 import dataclasses
@@ -16,12 +16,20 @@ from nfnets.data.errors import reason
 from nfnets.data.storage import remote, tfrecord
 from nfnets.files import whole_file
 
-_SAY_EVERY = 10.0  # seconds between two progress lines
+_PROGRESS_SECONDS = 10.0  # between two progress lines
+_Stamp = tuple[int, str]  # size in bytes, and the time of change or tag of a file
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecordIndex:
-  """Where n records lie. file: int32 [n], a position in files, ascending; offset, length: int64 [n], bytes, of the payload."""
+  """The positions of n records.
+
+  Attributes:
+    files: paths or URLs of the shards.
+    file: int32 [n], ascending; the place in `files` of each record's shard.
+    offset: int64 [n]; the byte at which each payload begins.
+    length: int64 [n]; bytes of each payload.
+  """
 
   files: tuple[str, ...]
   file: np.ndarray
@@ -30,11 +38,12 @@ class RecordIndex:
 
   @classmethod
   def of(cls, files: Sequence[str], lengths: Sequence[np.ndarray]) -> "RecordIndex":
-    """The index of files from the lengths of each one's payloads, in order: records follow each other without gaps."""
-    starts = [np.cumsum(one + (tfrecord.HEADER + tfrecord.FOOTER)) - (one + tfrecord.FOOTER) for one in lengths]
+    """Makes the index from the lengths of each file's payloads, int64 [records]: records follow each other without gaps."""
+    frame = tfrecord.HEADER + tfrecord.FOOTER
+    starts = [np.cumsum(in_file + frame) - (in_file + tfrecord.FOOTER) for in_file in lengths]
     return cls(
       files=tuple(files),
-      file=np.repeat(np.arange(len(files), dtype=np.int32), [len(one) for one in lengths]),
+      file=np.repeat(np.arange(len(files), dtype=np.int32), [len(in_file) for in_file in lengths]),
       offset=np.concatenate([*starts, np.zeros(0, np.int64)]),
       length=np.concatenate([*lengths, np.zeros(0, np.int64)]),
     )
@@ -43,40 +52,46 @@ class RecordIndex:
     return len(self.file)
 
   def counts(self) -> np.ndarray:
-    """int64 [files]: how many records each file holds."""
+    """Returns how many records each file holds, int64 [files]."""
     return np.bincount(self.file, minlength=len(self.files))
 
 
 def load_index(files: Sequence[str], *, cache_dir: str, progress: Callable[[str], None]) -> RecordIndex:
-  """The index of shards (absolute paths, or URLs); built once, in parallel, and kept under cache_dir (a bucket too).
+  """Returns the index of shards; it is built once, in parallel, and kept under `cache_dir`.
 
-  An index whose shards have other sizes or times of change is built again. Where cache_dir cannot be written, nothing is
-  kept and `progress` is told so.
+  An index whose shards have other sizes or times of change is built again.
 
-  Raises DataError when a shard is missing, unreadable, empty or truncated, or is no TFRecord file.
+  Args:
+    files: absolute paths or URLs of the shards.
+    cache_dir: a directory or the URL of one in a bucket; where it cannot be written, nothing is kept, with a progress line.
+    progress: called with one line about each step that takes long.
+
+  Raises:
+    DataError: a shard is missing, unreadable, empty or truncated, or is no TFRecord file.
   """
   files = [os.fspath(file) for file in files]
   stamps = _stamps(files)
   path = _cache_path(files, cache_dir)
-  kept, why = _read_cache(path, files, stamps)
-  if kept is not None:
-    return kept
-  where = f"{len(files)} shard{'s' * (len(files) > 1)} of {_stem(files[0])}" if files else "nothing"
-  progress(f"indexing {where} ({why})")
+  cached, reason_to_build = _read_cache(path, files, stamps)
+  if cached is not None:
+    return cached
+  subject = f"{len(files)} shard{'s' * (len(files) > 1)} of {_stem(files[0])}" if files else "nothing"
+  progress(f"indexing {subject} ({reason_to_build})")
   index = RecordIndex.of(files, _scan_all(files, [size for size, _ in stamps], progress))
   try:
     _write_cache(path, index, stamps)
-  except Exception as error:  # the bucket libraries raise errors of their own; the run needs no cache
+  except Exception as error:  # the libraries of buckets raise errors of their own; the run needs no cache
     progress(f"cannot keep the index in {cache_dir} ({reason(error)}): it will be built again next time (config.data.index_dir)")
   return index
 
 
 def default_cache_dir() -> str:
+  """Returns the directory in which indices are kept unless config.data.index_dir is set."""
   return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nfnets")
 
 
-def _stamps(files: list[str]) -> list[tuple[int, str]]:
-  """(size in bytes, time of change or tag) of every file."""
+def _stamps(files: list[str]) -> list[_Stamp]:
+  """Returns what shows that a file has changed: its size and its time of change or tag."""
   if any(map(remote.is_url, files)):
     return remote.stat_files(files)
   stats = [tfrecord.check_readable(file) for file in files]
@@ -84,16 +99,17 @@ def _stamps(files: list[str]) -> list[tuple[int, str]]:
 
 
 def _scan_all(files: list[str], sizes: list[int], progress: Callable[[str], None]) -> list[np.ndarray]:
+  """Returns the lengths of each file's payloads, int64 [records]; `sizes` are the files' bytes."""
   if not files:
     return []
-  said = time.monotonic()
+  last_line = time.monotonic()
   pool = concurrent.futures.ThreadPoolExecutor(min(32, len(files)))
   try:
     jobs = [pool.submit(_scan_file, file, size) for file, size in zip(files, sizes, strict=True)]
     for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
       job.result()
-      if time.monotonic() - said > _SAY_EVERY:
-        said = time.monotonic()
+      if time.monotonic() - last_line > _PROGRESS_SECONDS:
+        last_line = time.monotonic()
         progress(f"indexed {done} of {len(files)} shards")
     return [job.result() for job in jobs]
   finally:
@@ -102,7 +118,7 @@ def _scan_all(files: list[str], sizes: list[int], progress: Callable[[str], None
 
 def _scan_file(file: str, size: int) -> np.ndarray:
   if remote.is_url(file):
-    return tfrecord.scan(file, size, _forwards(remote.stream(file)))
+    return tfrecord.scan(file, size, _read_ascending(remote.stream(file)))
   try:
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -112,27 +128,28 @@ def _scan_file(file: str, size: int) -> np.ndarray:
     finally:
       os.close(descriptor)
   except OSError as error:
-    raise tfrecord._unreadable(file, error) from error
+    raise tfrecord.unreadable(file, error) from error
 
 
-def _forwards(blocks: Iterator[bytes]) -> Callable[[int, int], bytes]:
-  """`read(offset, length)` of a stream of blocks, for ascending offsets; what was passed is forgotten."""
-  begin, block = 0, b""
+def _read_ascending(blocks: Iterator[bytes]) -> Callable[[int, int], bytes]:
+  """Returns `read(offset, length)` over a stream of blocks, to be called with ascending offsets; passed bytes are dropped."""
+  begin, buffer = 0, b""  # the bytes of the stream from `begin` on
 
-  def read(at: int, length: int) -> bytes:
-    nonlocal begin, block
-    while at + length > begin + len(block):
-      more = next(blocks, b"")
-      if not more:
+  def read(offset: int, length: int) -> bytes:
+    nonlocal begin, buffer
+    while offset + length > begin + len(buffer):
+      block = next(blocks, b"")
+      if not block:
         break
-      kept = block[max(0, at - begin) :]
-      begin, block = begin + len(block) - len(kept), kept + more
-    return block[at - begin : at - begin + length]
+      rest = buffer[max(0, offset - begin) :]
+      begin, buffer = begin + len(buffer) - len(rest), rest + block
+    return buffer[offset - begin : offset - begin + length]
 
   return read
 
 
 def _stem(file: str) -> str:
+  """Returns the name of a shard without its suffix and number: the dataset and the split."""
   return re.sub(r"\.tfrecord.*$", "", file.rsplit("/", 1)[-1]) or "records"
 
 
@@ -147,19 +164,21 @@ def _open(path: str) -> BinaryIO:
   return open(path, "rb")
 
 
-def _read_cache(path: str, files: list[str], stamps: list[tuple[int, str]]) -> tuple[RecordIndex | None, str]:
+def _read_cache(path: str, files: list[str], stamps: list[_Stamp]) -> tuple[RecordIndex | None, str]:
+  """Returns (the kept index, "") or (None, why it must be built)."""
   try:
-    with _open(path) as stream, np.load(stream, allow_pickle=False) as kept:
-      if kept["files"].tolist() != files or [*zip(kept["sizes"].tolist(), kept["stamps"].tolist(), strict=True)] != stamps:
+    with _open(path) as stream, np.load(stream, allow_pickle=False) as arrays:
+      kept_stamps = [*zip(arrays["sizes"].tolist(), arrays["stamps"].tolist(), strict=True)]
+      if arrays["files"].tolist() != files or kept_stamps != stamps:
         return None, "a shard has changed since the index was made"
-      return RecordIndex.of(files, np.split(kept["lengths"], np.cumsum(kept["counts"])[:-1])), ""
-  except Exception as error:  # whatever is wrong with a cache, building it anew mends it
+      return RecordIndex.of(files, np.split(arrays["lengths"], np.cumsum(arrays["counts"])[:-1])), ""
+  except Exception as error:  # of any kind: building the index anew mends a damaged one
     if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
       return None, "once"
     return None, f"the index in {path} cannot be read: {reason(error)}"
 
 
-def _write_cache(path: str, index: RecordIndex, stamps: list[tuple[int, str]]) -> None:
+def _write_cache(path: str, index: RecordIndex, stamps: list[_Stamp]) -> None:
   arrays = {
     "files": np.asarray(index.files),
     "sizes": np.asarray([size for size, _ in stamps], np.int64),

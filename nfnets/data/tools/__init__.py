@@ -1,1 +1,1 @@
-"""What `launch.data` does: looking at a dataset, checking it, writing it smaller."""
+"""The work of `launch.data`: describes a dataset, checks it, and writes it with smaller images."""

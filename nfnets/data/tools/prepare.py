@@ -1,7 +1,8 @@
-"""Writes a dataset's images smaller, once, as TFRecord shards that TFDS reads: for hosts with few cores or little disk.
+"""Writes a dataset once with smaller images, as TFRecord shards that TFDS reads: for hosts with few cores or little disk.
 
-DIR/NAME/VERSION holds features.json, dataset_info.json, the class names and NAME-SPLIT.tfrecord-00000-of-0000N. A shard appears
-whole or not at all, so that an interrupted run goes on with the first one missing; prepared.json says what it was made of.
+DIR/NAME/VERSION holds features.json, dataset_info.json, the class names and NAME-SPLIT.tfrecord-00000-of-0000N. A shard
+appears whole or not at all, so that a run after an interruption writes only the missing ones; prepared.json has the
+settings that they were made with.
 """
 
 import collections
@@ -10,7 +11,8 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -27,20 +29,18 @@ from nfnets.data.storage.example import serialize_example
 from nfnets.files import remove_unfinished, whole_file, write_file
 
 VERSION = "1.0.0"
-
-
 SETTINGS = "prepared.json"
-
-
 PER_SHARD = 2048  # records, where the number of shards is not given
-
-
-_AHEAD = 8  # records that each thread may be ahead of the file
+_AHEAD = 8  # records for each thread that are encoded before they are written
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prepared:
-  """What was written. kept: shards that were there already; lost: records left out as corrupt; bytes: of the shards."""
+  """What was written to the version directory `path`.
+
+  records: their number in each split; kept: how many of the shards are from an earlier run; lost: how many records were
+  left out as corrupt; bytes: of all shards.
+  """
 
   name: str
   path: str
@@ -51,13 +51,32 @@ class Prepared:
   bytes: int
 
 
+class _Shard(NamedTuple):
+  """Shard `number` of `count` of a split: the source's records [start, stop)."""
+
+  split: str
+  number: int
+  count: int
+  start: int
+  stop: int
+
+
 class Preparation:
-  """A dataset to be written, with the sources of its splits open; `close` them.
+  """A dataset to be written, with the sources of its splits open; `close` it at the end.
 
-  Splits are whole ones: those that the split expressions of `config` name, in the order of the source, so that the same
-  expressions mean the same images.
+  The splits that the split expressions of `config` name are written as a whole, in the order of the source, so that the
+  same expressions mean the same images.
 
-  Raises DataError when the source cannot be loaded, `directory` cannot be written, or what lies there is something else.
+  Args:
+    config: the dataset that is read.
+    directory: where the new dataset is written, on a disk.
+    short_side: pixels of the shorter side of larger images.
+    quality: of the JPEGs, 1 to 100.
+    shards: of the first split; None makes shards of 2,048 records.
+    say: called with a line about every corrupt record.
+
+  Raises:
+    DataError: the source cannot be opened, or `directory` cannot be written or holds something else.
   """
 
   def __init__(
@@ -79,58 +98,37 @@ class Preparation:
     try:
       for split in named_splits(config):
         self._sources[split] = open_source(config, split, progress=say)
-      most = max(map(len, self._sources.values()))
-      first = len(next(iter(self._sources.values())))
-      per_shard = -(-first // min(shards, first)) if shards else min(PER_SHARD, most)
-      # (split, number, of, first record, last record + 1)
-      self._shards = [
-        (split, i, count, len(source) * i // count, len(source) * (i + 1) // count)
-        for split, source in self._sources.items()
-        for count in [max(1, round(len(source) / per_shard))]
-        for i in range(count)
-      ]
+      self._shards = self._divide(shards)
       self.total = sum(map(len, self._sources.values()))
       self._claim()
     except BaseException:
       self.close()
       raise
-    self.done = sum(stop - start for split, i, count, start, stop in self._shards if self._is_there(split, i, count))
+    self.done = sum(shard.stop - shard.start for shard in self._shards if os.path.exists(self._path_of(shard)))
 
   def close(self) -> None:
+    """Closes the sources."""
     for source in self._sources.values():
       source.close()
 
   def run(self, progress: Callable[[int], None] = lambda done: None) -> Prepared:
-    """Writes the shards that are missing, then the metadata. progress: told how many records are done, of `total`.
+    """Writes the shards that are missing, then the metadata.
 
-    Raises DataError when more records are corrupt than config.max_corrupt allows, or a file cannot be written.
+    Args:
+      progress: called with the number of records that are done, of `total`.
+
+    Raises:
+      DataError: more records are corrupt than config.max_corrupt allows, or a file cannot be written.
     """
-    missing = [shard for shard in self._shards if not self._is_there(*shard[:3])]
-    done, lost = self.done, 0
-    self._prefetch(missing[:1])
+    missing = [shard for shard in self._shards if not os.path.exists(self._path_of(shard))]
     try:
       remove_unfinished(self.path)
-      with _OrderedResults(self._encoded, [(shard[0], i) for shard in missing for i in range(*shard[3:])]) as results:
-        for at, (split, number, count, start, stop) in enumerate(missing):
-          self._prefetch(missing[at + 1 : at + 2])
-          with whole_file(self._shard(split, number, count)) as stream:
-            for payload in results.take(stop - start):
-              if isinstance(payload, CorruptRecord):
-                lost += 1
-                self._say(f"corrupt record, left out: {payload}")
-                if lost > self._config.max_corrupt * self.total:
-                  raise DataError(
-                    f"{lost} of {self.total:,} records are corrupt, more than config.data.max_corrupt="
-                    f"{self._config.max_corrupt:g} allows; the last: {payload}"
-                  )
-              else:
-                stream.write(tfrecord.frame(payload))
-              done += 1
-              progress(done)
-      lengths = self._write_metadata()
+      self._write_shards(missing, progress)
+      sizes = self._measure_shards()
+      self._write_metadata(sizes)
     except OSError as error:
       raise DataError(f"{self.path} cannot be written: {error.strerror or error}") from error
-    written = {split: sum(count for count, _ in found) for split, found in lengths.items()}
+    written = {split: sum(records for records, _ in of_split) for split, of_split in sizes.items()}
     return Prepared(
       name=self.name,
       path=self.path,
@@ -138,30 +136,70 @@ class Preparation:
       shards=len(self._shards),
       kept=len(self._shards) - len(missing),
       lost=self.total - sum(written.values()),
-      bytes=sum(size for found in lengths.values() for _, size in found),
+      bytes=sum(size for of_split in sizes.values() for _, size in of_split),
     )
 
-  def _claim(self) -> None:
-    """Makes the directory ours, or finds that it is already, with the same settings."""
-    settings = {
+  def _divide(self, shards: int | None) -> list[_Shard]:
+    """Divides the splits into shards of about equal size. shards: how many the first split has."""
+    first = len(next(iter(self._sources.values())))
+    largest = max(map(len, self._sources.values()))
+    per_shard = -(-first // min(shards, first)) if shards else min(PER_SHARD, largest)
+    return [
+      _Shard(split, number, count, len(source) * number // count, len(source) * (number + 1) // count)
+      for split, source in self._sources.items()
+      for count in [max(1, round(len(source) / per_shard))]
+      for number in range(count)
+    ]
+
+  def _write_shards(self, shards: list[_Shard], progress: Callable[[int], None]) -> None:
+    done, lost = self.done, 0
+    self._prefetch(shards[:1])
+    records = [(shard.split, index) for shard in shards for index in range(shard.start, shard.stop)]
+    with _OrderedResults(self._encode, records) as results:
+      for position, shard in enumerate(shards):
+        self._prefetch(shards[position + 1 : position + 2])
+        with whole_file(self._path_of(shard)) as stream:
+          for payload in results.take(shard.stop - shard.start):
+            if isinstance(payload, CorruptRecord):
+              lost += 1
+              self._say(f"corrupt record, left out: {payload}")
+              if lost > self._config.max_corrupt * self.total:
+                raise DataError(
+                  f"{lost} of {self.total:,} records are corrupt, more than config.data.max_corrupt="
+                  f"{self._config.max_corrupt:g} allows; the last: {payload}"
+                )
+            else:
+              stream.write(tfrecord.frame(payload))
+            done += 1
+            progress(done)
+
+  def _settings(self) -> dict[str, Any]:
+    """Returns what the shards depend on, for prepared.json."""
+    directory = self._config.dir
+    if directory and not remote.is_url(directory):
+      directory = os.path.abspath(os.path.expanduser(directory))
+    return {
       "source": self._config.name,
-      "dir": os.path.abspath(os.path.expanduser(self._config.dir))
-      if self._config.dir and not remote.is_url(self._config.dir)
-      else self._config.dir,
+      "dir": directory,
       "image_key": self._config.image_key,
       "label_key": self._config.label_key,
       "short_side": self._short_side,
       "quality": self._quality,
       "records": {split: len(source) for split, source in self._sources.items()},
-      "shards": dict(collections.Counter(shard[0] for shard in self._shards)),
+      "shards": dict(collections.Counter(shard.split for shard in self._shards)),
     }
-    path = os.path.join(self.path, SETTINGS)
+
+  def _claim(self) -> None:
+    """Writes the settings to the directory; raises DataError if it holds a dataset with other settings or anything else."""
+    settings, path = self._settings(), os.path.join(self.path, SETTINGS)
     try:
       with open(path, encoding="utf-8") as stream:
-        there = json.load(stream)
-      other = [f"{key}={there.get(key)}, now {settings[key]}" for key in settings if there.get(key) != settings[key]]
-      if other:
-        raise DataError(f"{self.path} was made with {'; '.join(other)}: set these as they were, or another --out, or delete it")
+        earlier = json.load(stream)
+      differences = [f"{key}={earlier.get(key)}, now {settings[key]}" for key in settings if earlier.get(key) != settings[key]]
+      if differences:
+        raise DataError(
+          f"{self.path} was made with {'; '.join(differences)}: set these as they were, or another --out, or delete it"
+        )
     except (FileNotFoundError, NotADirectoryError):
       if os.path.isdir(self.path) and os.listdir(self.path):
         raise DataError(
@@ -177,20 +215,19 @@ class Preparation:
         f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}; delete {self.path}, or set another --out"
       ) from error
 
-  def _shard(self, split: str, number: int, count: int) -> str:
-    return os.path.join(self.path, f"{self.name}-{split}.tfrecord-{number:05d}-of-{count:05d}")
+  def _path_of(self, shard: _Shard) -> str:
+    return os.path.join(self.path, f"{self.name}-{shard.split}.tfrecord-{shard.number:05d}-of-{shard.count:05d}")
 
-  def _is_there(self, split: str, number: int, count: int) -> bool:
-    return os.path.exists(self._shard(split, number, count))
+  def _prefetch(self, shards: list[_Shard]) -> None:
+    for shard in shards:
+      source = self._sources[shard.split]
+      if source.remote:
+        source.prefetch(np.arange(shard.start, shard.stop))
 
-  def _prefetch(self, shards: list[tuple]) -> None:
-    for split, _, _, start, stop in shards:
-      if self._sources[split].remote:
-        self._sources[split].prefetch(np.arange(start, stop))
-
-  def _encoded(self, where: tuple[str, int]) -> bytes | CorruptRecord:
-    """The tf.Example of a record, or what is wrong with it."""
-    source, index = self._sources[where[0]], where[1]
+  def _encode(self, key: tuple[str, int]) -> bytes | CorruptRecord:
+    """Returns the tf.Example of record (split, index) with its smaller image, or what is wrong with the record."""
+    split, index = key
+    source = self._sources[split]
     try:
       record = source[index]
       try:
@@ -201,19 +238,23 @@ class Preparation:
       return error
     return serialize_example({self._config.image_key: image, self._config.label_key: record.label})
 
-  def _write_metadata(self) -> dict[str, list[tuple[int, int]]]:
-    """(records, bytes) of every shard, as they lie there."""
-    import tensorflow_datasets as tfds
-
-    lengths: dict[str, list[tuple[int, int]]] = {split: [] for split in self._sources}
-    for split, number, count, _, _ in self._shards:
-      with open(self._shard(split, number, count), "rb") as stream:
+  def _measure_shards(self) -> dict[str, list[tuple[int, int]]]:
+    """Returns (records, bytes) of the shards of each split, read from the files."""
+    sizes: dict[str, list[tuple[int, int]]] = {split: [] for split in self._sources}
+    for shard in self._shards:
+      with open(self._path_of(shard), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         read = lambda at, length, stream=stream: os.pread(stream.fileno(), length, at)
-        lengths[split].append((len(tfrecord.scan(stream.name, size, read)) if size else 0, size))
+        sizes[shard.split].append((len(tfrecord.scan(stream.name, size, read)) if size else 0, size))
+    return sizes
+
+  def _write_metadata(self, sizes: dict[str, list[tuple[int, int]]]) -> None:
+    """Writes TFDS's files. sizes: (records, bytes) of the shards of each split."""
+    import tensorflow_datasets as tfds
+
     names = next(iter(self._sources.values())).class_names
     image, label = self._config.image_key, self._config.label_key
-    # no encoding format: images that were small enough keep their bytes, whatever they are
+    # No encoding format is named: images that were small enough keep their bytes, in any format.
     tfds.features.FeaturesDict(
       {image: tfds.features.Image(shape=(None, None, 3)), label: tfds.features.ClassLabel(names=list(names))}
     ).save_config(self.path)
@@ -221,10 +262,10 @@ class Preparation:
       {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         "name": split,
-        "numBytes": str(sum(size for _, size in found)),
-        "shardLengths": [str(count) for count, _ in found],
+        "numBytes": str(sum(size for _, size in of_split)),
+        "shardLengths": [str(records) for records, _ in of_split],
       }
-      for split, found in lengths.items()
+      for split, of_split in sizes.items()
     ]
     info = {
       "name": self.name,
@@ -235,27 +276,32 @@ class Preparation:
       "description": f"{self._config.name}, shorter side at most {self._short_side} pixels, JPEG quality {self._quality}",
       "supervisedKeys": {"tuple": {"items": [{"featureKey": image}, {"featureKey": label}]}},
     }
-    # the last file: without it there is no dataset
+    # This file is the last: without it TFDS sees no dataset.
     write_file(os.path.join(self.path, "dataset_info.json"), json.dumps(info, indent=2).encode())
-    return lengths
 
 
 def prepared_name(name: str) -> str:
-  """The name of what is written: the source's, without namespace, configuration and version; built-in ones get a suffix."""
+  """Returns the new dataset's name: the source's without namespace, configuration and version, or with a suffix if built-in."""
   short = re.sub(r"\W", "_", re.sub(r":[\d.*]+$", "", name).rpartition(":")[2]).lower()
   return f"{short}_prepared" if short in ("digits", "synthetic", "folder") else short
 
 
 def named_splits(config: DataConfig) -> list[str]:
-  """The splits that the two split expressions of a configuration are made of, e.g. of "train[:98%]" train."""
+  """Returns the splits that the two split expressions of a configuration name, e.g. train for "train[:98%]"."""
   terms = f"{config.train_split}+{config.test_split}".split("+")
   return list(dict.fromkeys(re.sub(r"\[.*", "", term).strip() for term in terms))
 
 
 def smaller(image: bytes | np.ndarray, *, short_side: int, quality: int) -> bytes:
-  """A JPEG whose shorter side has `short_side` pixels; what has no more keeps its bytes (pixels become a PNG).
+  """Returns a JPEG whose shorter side has `short_side` pixels; smaller images keep their bytes, and pixels become a PNG.
 
-  Raises decode.UnreadableImage.
+  Args:
+    image: the bytes of an image, or uint8 [height, width, 3].
+    short_side: pixels.
+    quality: of the JPEG, 1 to 100.
+
+  Raises:
+    decode.UnreadableImage: the bytes are no image, or not a whole one.
   """
   pixels = decode.pixels(image) if isinstance(image, bytes) else image
   height, width = pixels.shape[:2]
@@ -268,10 +314,10 @@ def smaller(image: bytes | np.ndarray, *, short_side: int, quality: int) -> byte
 
 
 class _OrderedResults:
-  """What `work` makes of the items, in order, by a pool of threads that is never far ahead."""
+  """The results of `work(item)` in the order of the items, computed by threads that stay a few items ahead."""
 
-  def __init__(self, work: Callable, items: list):
-    cv2.setNumThreads(1)  # the threads are ours
+  def __init__(self, work: Callable[[Any], Any], items: Sequence[Any]):
+    cv2.setNumThreads(1)  # the pool's threads use all cores already
     threads = cores()
     self._work, self._items = work, iter(items)
     self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="prepare")
@@ -279,12 +325,14 @@ class _OrderedResults:
     for _ in range(threads * _AHEAD):
       self._submit()
 
-  def take(self, count: int) -> Iterator:
+  def take(self, count: int) -> Iterator[Any]:
+    """Yields the next `count` results; raises what `work` raised."""
     for _ in range(count):
       yield self._pending.popleft().result()
       self._submit()
 
   def _submit(self) -> None:
+    """Hands the next item to the threads, if there is one."""
     for item in self._items:
       self._pending.append(self._pool.submit(self._work, item))
       return

@@ -5,7 +5,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from nfnets.data.images import augment
+from nfnets.data.images import augment, operations
 from tests import golden
 
 GOLDEN = golden.load("augment")
@@ -89,42 +89,42 @@ def test_read_only_images_are_fine(name):
 def test_flat_images_stay_flat(value):
   """No division by an empty range or step."""
   image = np.full((20, 30, 3), value, np.uint8)
-  np.testing.assert_array_equal(augment.autocontrast(image), image)
-  np.testing.assert_array_equal(augment.equalize(image), image)
+  np.testing.assert_array_equal(operations.autocontrast(image), image)
+  np.testing.assert_array_equal(operations.equalize(image), image)
 
 
 def test_geometry_by_hand():
   image = picture(6, 8)
-  np.testing.assert_array_equal(augment.translate_x(image, 3)[:, :5], image[:, 3:])
-  assert (augment.translate_x(image, 3)[:, 5:] == augment.GREY).all()
-  np.testing.assert_array_equal(augment.translate_y(image, -2)[2:], image[:-2])
-  assert (augment.translate_y(image, 6) == augment.GREY).all()
-  np.testing.assert_array_equal(augment.rotate(image, 180), image[::-1, ::-1])
+  np.testing.assert_array_equal(operations.translate_x(image, 3)[:, :5], image[:, 3:])
+  assert (operations.translate_x(image, 3)[:, 5:] == operations.GREY).all()
+  np.testing.assert_array_equal(operations.translate_y(image, -2)[2:], image[:-2])
+  assert (operations.translate_y(image, 6) == operations.GREY).all()
+  np.testing.assert_array_equal(operations.rotate(image, 180), image[::-1, ::-1])
   square = picture(7, 7)
-  np.testing.assert_array_equal(augment.rotate(square, 90), np.rot90(square))
-  np.testing.assert_array_equal(augment.shear_x(image, 1)[2, :6], image[2, 2:])
-  np.testing.assert_array_equal(augment.shear_y(image, -1)[3:, 3], image[:3, 3])
+  np.testing.assert_array_equal(operations.rotate(square, 90), np.rot90(square))
+  np.testing.assert_array_equal(operations.shear_x(image, 1)[2, :6], image[2, 2:])
+  np.testing.assert_array_equal(operations.shear_y(image, -1)[3:, 3], image[:3, 3])
 
 
 def test_cutout_is_clipped():
   image = np.zeros((10, 12, 3), np.uint8)
-  grey = (augment.cutout(image, 3, 1, 11) == augment.GREY).all(axis=-1)
+  grey = (operations.cutout(image, 3, 1, 11) == operations.GREY).all(axis=-1)
   assert grey[:4, 8:].all() and grey.sum() == 16
-  assert (augment.cutout(image, 0, 5, 5) == 0).all()
+  assert (operations.cutout(image, 0, 5, 5) == 0).all()
 
 
 def test_levels_beyond_a_byte_wrap_as_in_the_release():
   image = picture(9, 9)
-  np.testing.assert_array_equal(augment.solarize(image, 256), augment.invert(image))
-  np.testing.assert_array_equal(augment.solarize(image, 384), augment.solarize(image, 128))
-  np.testing.assert_array_equal(augment.posterize(image, 9), image & 0x80)
-  np.testing.assert_array_equal(augment.posterize(image, 0), image & 0x80)
+  np.testing.assert_array_equal(operations.solarize(image, 256), operations.invert(image))
+  np.testing.assert_array_equal(operations.solarize(image, 384), operations.solarize(image, 128))
+  np.testing.assert_array_equal(operations.posterize(image, 9), image & 0x80)
+  np.testing.assert_array_equal(operations.posterize(image, 0), image & 0x80)
 
 
 def test_contrast_is_towards_the_number_of_pixels():
   for side, grey in ((192, 144), (224, 196), (320, 255)):
     image = np.full((side, side, 3), 10, np.uint8)
-    assert (augment.contrast(image, 0.5) == (10 + grey) // 2).all()
+    assert (operations.contrast(image, 0.5) == (10 + grey) // 2).all()
 
 
 @pytest.mark.parametrize(

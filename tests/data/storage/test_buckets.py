@@ -68,7 +68,7 @@ def _settle(reader):
   deadline = time.monotonic() + 5
   while reader._queue and reader._bytes + reader._queue[0].size <= reader._buffer and time.monotonic() < deadline:
     threading.Event().wait(0.01)
-  while any(entry.range.state == "flying" for entry in list(reader._entries.values())) and time.monotonic() < deadline:
+  while any(entry.range.state == "fetching" for entry in list(reader._entries.values())) and time.monotonic() < deadline:
     threading.Event().wait(0.01)
 
 

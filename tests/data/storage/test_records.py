@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from nfnets.data.errors import DataError
 from nfnets.data.storage import tfrecord
 from nfnets.data.storage.example import parse_example
-from nfnets.data.storage.index import _forwards, load_index
+from nfnets.data.storage.index import _read_ascending, load_index
 from tests import shards
 
 PAYLOADS = [[b"a", b"", b"long" * 1000], [b"bc"], [bytes([i]) * i for i in range(40)]]
@@ -117,7 +117,7 @@ def test_a_stream_of_blocks_is_scanned_like_a_file(files):
   data = pathlib.Path(files[2]).read_bytes()
   expected = [len(payload) for payload in PAYLOADS[2]]
   for block in (1, 7, 64, 10**6):
-    read = _forwards(iter([data[at : at + block] for at in range(0, len(data), block)]))
+    read = _read_ascending(iter([data[at : at + block] for at in range(0, len(data), block)]))
     assert tfrecord.scan("x", len(data), read).tolist() == expected
 
 
@@ -132,7 +132,7 @@ def test_many_threads_read_and_nothing_stays_open(files, monkeypatch):
   index = load_index(files, cache_dir="/dev/null/none", progress=lambda line: None)
   before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
   reader = tfrecord.FileReader(index.files)
-  reader._most_open = 1  # the other files are opened for each read
+  reader._max_open = 1  # the other files are opened for each read
   rows = [[*map(int, row)] for row in zip(index.file, index.offset, index.length, strict=True)] * 50
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     assert list(pool.map(lambda row: reader.read(*row), rows)) == sum(PAYLOADS, []) * 50
