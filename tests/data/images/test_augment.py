@@ -1,7 +1,8 @@
-"""Augmentation against the release's own pixels, and what it promises besides."""
+"""Augmentation gives the release's own pixels, accepts images of every size, and depends on the generator alone."""
 
 import concurrent.futures
 
+import chex
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 class Fixed:
-  """A generator that picks `index`, applies what has a probability above 0, and gives every argument its plus sign."""
+  """A generator that picks `index`, applies every operation of a probability above 0, and makes every argument positive."""
 
   def __init__(self, index: int):
     self.index = index
@@ -32,7 +33,7 @@ class Fixed:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_operation_is_the_releases(case):
+def test_an_operation_gives_the_pixels_of_the_release(case):
   kind, name, level, drawn = case.split("/")
   image, operation = GOLDEN[f"image/{kind}"], augment.OPERATIONS[name]
   if operation.draw == "centre":
@@ -40,9 +41,9 @@ def test_operation_is_the_releases(case):
     got = operation.function(image, reach, *(int(entry) for entry in drawn.split(",")))
   else:
     got = operation.apply(image, float(level), 0 if int(drawn) > 0 else 0.9, 0, augment.RANDAUGMENT_REACH)
-  apart = np.abs(got.astype(int) - GOLDEN[case])
-  if name == "Rotate":  # Its sines may differ in the last bit, and with them which of two pixels is the nearer.
-    assert apart.mean() < 0.1, f"{np.count_nonzero(apart)} values differ"
+  differences = np.abs(got.astype(int) - GOLDEN[case])
+  if name == "Rotate":  # a sine that differs in the last bit can make the other of two pixels the nearest
+    assert differences.mean() < 0.1, f"{np.count_nonzero(differences)} values differ"
   else:
     np.testing.assert_array_equal(got, GOLDEN[case])
 
@@ -55,19 +56,19 @@ def test_golden_has_every_operation_and_both_signs():
 
 
 @pytest.mark.parametrize("index", range(25))
-def test_policy_is_the_releases(index):
+def test_every_pair_of_the_policy_gives_the_pixels_of_the_release(index):
   got = augment.autoaugment(GOLDEN["image/small"], Fixed(index))
   assert np.abs(got.astype(int) - GOLDEN[f"policy/{index}"]).mean() < 0.1
 
 
-def test_policy_has_the_releases_probabilities_and_levels():
+def test_the_policy_has_the_probabilities_and_levels_of_the_release():
   ours = [", ".join(f"{name} {probability} {level}" for name, probability, level in pair) for pair in augment.POLICY_V0]
   assert ours == GOLDEN["policy"].tolist()
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_size_and_level(name, shape):
+def test_operations_accept_every_size_and_level(name, shape):
   image = picture(*shape)
   before = image.copy()
   for level in (0, 2.5, 5, 10, 15, 22.5, 30):
@@ -78,7 +79,7 @@ def test_any_size_and_level(name, shape):
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_read_only_images_are_fine(name):
+def test_operations_accept_read_only_images(name):
   image = picture(20, 24)
   expected = augment.OPERATIONS[name](image.copy(), 10, np.random.default_rng(0))
   image.setflags(write=False)
@@ -93,7 +94,7 @@ def test_flat_images_stay_flat(value):
   np.testing.assert_array_equal(operations.equalize(image), image)
 
 
-def test_geometry_by_hand():
+def test_geometric_operations_move_pixels_as_slices_do():
   image = picture(6, 8)
   np.testing.assert_array_equal(operations.translate_x(image, 3)[:, :5], image[:, 3:])
   assert (operations.translate_x(image, 3)[:, 5:] == operations.GREY).all()
@@ -121,7 +122,7 @@ def test_levels_beyond_a_byte_wrap_as_in_the_release():
   np.testing.assert_array_equal(operations.posterize(image, 0), image & 0x80)
 
 
-def test_contrast_is_towards_the_number_of_pixels():
+def test_contrast_blends_with_a_grey_that_depends_on_the_number_of_pixels():
   for side, grey in ((192, 144), (224, 196), (320, 255)):
     image = np.full((side, side, 3), 10, np.uint8)
     assert (operations.contrast(image, 0.5) == (10 + grey) // 2).all()
@@ -132,28 +133,28 @@ def test_contrast_is_towards_the_number_of_pixels():
   [lambda image, rng: augment.randaugment(image, rng, layers=4, magnitude=15), augment.autoaugment],
   ids=["randaugment", "autoaugment"],
 )
-def test_a_function_of_the_generator_alone(policy):
+def test_policies_are_functions_of_the_generator_alone(policy):
   image = picture(40, 56)
   before = image.copy()
   serial = [policy(image, np.random.default_rng(seed)) for seed in range(60)]
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
     parallel = list(pool.map(lambda seed: policy(image, np.random.default_rng(seed)), reversed(range(60))))
-  for one, other in zip(serial, reversed(parallel), strict=True):
-    np.testing.assert_array_equal(one, other)
-    assert one.dtype == np.uint8 and one.shape == image.shape and one.flags.c_contiguous
-  assert len({one.tobytes() for one in serial}) > 15
+  chex.assert_trees_all_equal(serial, parallel[::-1])
+  for augmented in serial:
+    assert augmented.dtype == np.uint8 and augmented.shape == image.shape and augmented.flags.c_contiguous
+  assert len({augmented.tobytes() for augmented in serial}) > 15
   np.testing.assert_array_equal(image, before)
-  # An image seen through a view with gaps, or upside down, is the same image.
+  # A view with negative strides gives what the contiguous image gives.
   view = np.ascontiguousarray(image[::-1])[::-1]
   np.testing.assert_array_equal(policy(view, np.random.default_rng(7)), serial[7])
 
 
-def test_every_operation_and_both_signs_come_up(monkeypatch):
-  seen = {name: [] for name in augment.OPERATIONS}
+def test_every_operation_and_both_signs_are_drawn(monkeypatch):
+  calls = {name: [] for name in augment.OPERATIONS}
 
   def recorder(name):
     def record(image, *arguments):
-      seen[name].append(arguments)
+      calls[name].append(arguments)
       return image
 
     return record
@@ -163,13 +164,13 @@ def test_every_operation_and_both_signs_come_up(monkeypatch):
   rng, image = np.random.default_rng(0), picture(30, 50)
   for _ in range(1600):
     augment.randaugment(image, rng, layers=2, magnitude=9)
-  counts = np.array([len(calls) for calls in seen.values()])
+  counts = np.array([len(arguments) for arguments in calls.values()])
   assert counts.sum() == 3200
   assert ((counts - 200) ** 2 / 200).sum() < 37.7  # chi-squared, 15 degrees of freedom, 0.1%
   for name in GEOMETRIC:
-    positive = np.mean([call[0] > 0 for call in seen[name]])
-    assert 0.36 < positive < 0.64 and len({call[0] for call in seen[name]}) == 2
-  _, rows, columns = np.array(seen["Cutout"]).T
+    positive = np.mean([arguments[0] > 0 for arguments in calls[name]])
+    assert 0.36 < positive < 0.64 and len({arguments[0] for arguments in calls[name]}) == 2
+  _, rows, columns = np.array(calls["Cutout"]).T
   assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 29, 0, 49)
 
 
@@ -178,7 +179,7 @@ def test_every_operation_and_both_signs_come_up(monkeypatch):
   [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)],
   ids=lambda image: f"{image.dtype}{image.shape}",
 )
-def test_refuses_other_images(image):
+def test_images_of_another_type_are_refused(image):
   with pytest.raises(ValueError, match="expected uint8"):
     augment.randaugment(image, np.random.default_rng(0), layers=1, magnitude=5)
   with pytest.raises(ValueError, match="expected uint8"):

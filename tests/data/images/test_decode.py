@@ -1,4 +1,4 @@
-"""Pixels and crops against TensorFlow's (tests/golden/README.md), and bytes that are no image."""
+"""Pixels and crops are TensorFlow's (tests/golden/README.md), and bytes that are no image are refused."""
 
 import io
 import pathlib
@@ -15,21 +15,20 @@ FILES = sorted(name.removeprefix("file_") for name in GOLDEN.files if name.start
 
 @pytest.mark.parametrize("name", FILES)
 def test_pixels_are_tensorflows(name):
-  """Baseline, progressive, grey, EXIF-rotated (left as it lies) JPEG, PNG of any kind: equal; CMYK within one grey level."""
-  found, wanted = decode.pixels(GOLDEN[f"file_{name}"].tobytes()), GOLDEN[f"pixels_{name}"]
-  assert found.dtype == np.uint8 and found.shape == wanted.shape
-  assert np.abs(found.astype(int) - wanted).max() <= (1 if name == "cmyk" else 0)
+  """JPEG (baseline, progressive, grey, EXIF orientation ignored) and PNG are equal, CMYK is within one grey level."""
+  pixels, expected = decode.pixels(GOLDEN[f"file_{name}"].tobytes()), GOLDEN[f"pixels_{name}"]
+  assert pixels.dtype == np.uint8 and pixels.shape == expected.shape
+  assert np.abs(pixels.astype(int) - expected).max() <= (1 if name == "cmyk" else 0)
 
 
 @pytest.mark.parametrize("name", ["squash", "crop"])
 def test_evaluation_crops_are_tensorflows_rounded(name):
-  found = decode.TEST_CROPS[name](GOLDEN["pixels_plain"], 32)
-  wanted = GOLDEN[f"{name}_32"] / 8  # stored in eighths
-  assert np.abs(found - np.clip(wanted, 0, 255)).max() <= 0.5 + 1 / 16
+  crop = decode.TEST_CROPS[name](GOLDEN["pixels_plain"], 32)
+  expected = GOLDEN[f"{name}_32"] / 8  # stored in eighths
+  assert np.abs(crop - np.clip(expected, 0, 255)).max() <= 0.5 + 1 / 16
 
 
-def test_short_side_keeps_the_shape():
-  """An image that needs no resizing is only cropped."""
+def test_short_side_only_crops_an_image_that_needs_no_resizing():
   image = GOLDEN["pixels_plain"]  # 80×120
   np.testing.assert_array_equal(decode.short_side(image, 70), image[5:75, 25:95])
   assert decode.short_side(image, 33).shape == (33, 33, 3)
@@ -37,14 +36,14 @@ def test_short_side_keeps_the_shape():
 
 @pytest.mark.parametrize("height, width", [(375, 500), (300, 900)])
 def test_training_crops_are_distributed_as_tensorflows(height, width):
-  """Deciles of area, aspect, top, left and height of 20,000 boxes, in both."""
+  """Compares the deciles of area, aspect, top, left and height of 20,000 boxes."""
   rng = np.random.default_rng(0)
   boxes = np.array([decode.inception_box(height, width, 192, rng, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(20_000)])
   top, left, h, w = boxes.T
   assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
-  found = np.quantile(np.stack([h * w / (height * width), w / h, top, left, h], axis=1), np.linspace(0, 1, 11), axis=0)
-  wanted = GOLDEN[f"boxes_{height}x{width}"]
-  assert (np.abs(found - wanted)[1:-1] <= 0.03 * np.ptp(wanted, axis=0)).all()
+  deciles = np.quantile(np.stack([h * w / (height * width), w / h, top, left, h], axis=1), np.linspace(0, 1, 11), axis=0)
+  expected = GOLDEN[f"boxes_{height}x{width}"]
+  assert (np.abs(deciles - expected)[1:-1] <= 0.03 * np.ptp(expected, axis=0)).all()
 
 
 def test_impossible_crops_fall_back_to_the_centre():
@@ -85,13 +84,13 @@ def jpeg(**options) -> bytes:
     (b"\xff\xd8\xff" + bytes(500), "."),
   ],
 )
-def test_what_is_no_image_is_said_so(data, message):
+def test_bytes_that_are_no_image_are_refused_with_the_reason(data, message):
   with pytest.raises(decode.UnreadableImage, match=message):
     decode.pixels(data)
 
 
-def test_a_harmless_warning_is_no_corruption():
+def test_a_jpeg_with_extra_bytes_before_its_end_marker_is_read():
   """ImageNet has JPEGs with bytes between their data and their end marker; TensorFlow reads them."""
   data = jpeg()
-  odd = data[:-2] + b"\x12\x34\x56" + data[-2:]
-  assert np.abs(decode.pixels(odd).astype(int) - decode.pixels(data)).max() <= 1
+  longer = data[:-2] + b"\x12\x34\x56" + data[-2:]
+  assert np.abs(decode.pixels(longer).astype(int) - decode.pixels(data)).max() <= 1

@@ -1,4 +1,4 @@
-"""Mixup and cutmix against the release's boxes and formulas."""
+"""Mixup and cutmix follow the release's boxes and formulas."""
 
 import numpy as np
 import pytest
@@ -8,13 +8,13 @@ from tests import golden
 
 
 def pair(height: int = 13, width: int = 21) -> tuple[np.ndarray, np.ndarray]:
-  both = np.random.default_rng(3).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
-  both.setflags(write=False)
-  return both[0], both[1]
+  images = np.random.default_rng(3).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+  images.setflags(write=False)
+  return images[0], images[1]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.37, 0.5, 0.999, 1.0])
-def test_mixup(ratio):
+def test_mixup_rounds_the_weighted_sum(ratio):
   image, partner = pair()
   mixed = mix.mixup(image, partner, ratio)
   assert mixed.dtype == np.uint8 and mixed.shape == image.shape and mixed.flags.c_contiguous
@@ -25,7 +25,7 @@ def test_mixup(ratio):
 
 
 @pytest.mark.parametrize("row", golden.load("augment")["cutmix"], ids=lambda row: f"{row[0]:.0f}x{row[1]:.0f}-{row[4]:.3f}")
-def test_box_is_the_releases(row):
+def test_a_box_is_the_one_of_the_release(row):
   height, width, y, x = (int(entry) for entry in row[:4])
   top, left, bottom, right = box = mix.box_around(height, width, y, x, row[4])
   if row[9] == 0:
@@ -48,21 +48,21 @@ def test_cutmix_keeps_the_image_inside():
   assert ratio == 5 * 17 / (13 * 21) and mixed.dtype == np.uint8 and mixed.flags.c_contiguous and mixed.flags.writeable
 
 
-def test_boxes_are_inside_and_a_function_of_the_generator():
+def test_boxes_are_inside_the_image_and_functions_of_the_generator():
   boxes = [mix.cutmix_box(30, 50, np.random.default_rng(seed)) for seed in range(2000)]
   assert boxes == [mix.cutmix_box(30, 50, np.random.default_rng(seed)) for seed in range(2000)]
   top, left, bottom, right = np.array(boxes).T
   assert (top >= 0).all() and (left >= 0).all() and (bottom <= 30).all() and (right <= 50).all()
   assert (top <= bottom).all() and (left <= right).all()
   share = (bottom - top) * (right - left) / 1500
-  # Uniform sides' squares would give 0.5; clipping at the edges leaves (∫ s (1 - s/4))² ds with s² uniform.
+  # Boxes inside the image would have the mean 0.5; clipping leaves the mean of (s (1 - s/4))², where s² is uniform.
   s = np.sqrt((np.arange(1000) + 0.5) / 1000)
   assert share.mean() == pytest.approx(np.mean((s * (1 - s / 4)) ** 2), abs=0.03)
   assert min(top) == 0 and min(left) == 0 and max(bottom) == 30 and max(right) == 50
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_tiny_images(size):
+def test_cutmix_accepts_tiny_images(size):
   rng = np.random.default_rng(0)
   image, partner = pair(size, size)
   for _ in range(50):
@@ -71,7 +71,7 @@ def test_tiny_images(size):
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0])
-def test_ratio_is_beta(alpha):
+def test_the_ratio_has_the_moments_of_the_beta_distribution(alpha):
   rng = np.random.default_rng(0)
   ratios = np.array([mix.mixup_ratio(rng, alpha) for _ in range(4000)])
   assert ratios.min() >= 0 and ratios.max() <= 1
@@ -79,7 +79,7 @@ def test_ratio_is_beta(alpha):
   assert ratios.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.01)
 
 
-def test_refuses_what_does_not_fit():
+def test_images_of_different_shapes_or_types_are_refused():
   image, partner = pair()
   for other in (partner[:-1], partner.astype(np.float32)):
     with pytest.raises(ValueError, match="cannot mix uint8"):
