@@ -1,8 +1,8 @@
-"""Which process am I, are the others there, do we agree? Knows nothing of training.
+"""Joins the processes of a run, notices when one is lost, and compares what all of them must have alike. Knows no training.
 
-detect.py: where a process learns its rank. processes.py: joins the processes and ends them together, by way of meeting.py
-(before JAX starts) and lifeline.py (afterwards). agree.py: compares what all must have alike. signals.py: requests to stop.
-watchdog.py: ends what hangs. exit_status.py: when a launcher starts a run again.
+detect.py finds out the number of this process and of all. processes.py joins the processes and ends them together, by way of
+meeting.py (before JAX starts) and lifeline.py (afterwards). agree.py compares values over all processes. signals.py turns signals
+into requests to stop. watchdog.py ends a process that hangs. exit_status.py says when a launcher starts a run again.
 """
 
 from nfnets.distributed.agree import (

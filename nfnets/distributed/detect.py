@@ -1,7 +1,7 @@
-"""Which engine started this process, and what it says: one of how many, and where process 0 listens.
+"""Finds out which engine started this process, how many processes there are, which one this is and where process 0 listens.
 
-`detect` looks at the environment alone; what must be asked for over a network (a TPU's metadata, Kubernetes) is asked by
-`complete`, through JAX's own detection, and only where the environment says that somebody will answer.
+`detect` reads the environment, and the metadata server of a TPU VM. What only a network can answer (the hosts of a TPU pod,
+Kubernetes) is left to `complete`, which asks JAX's own detection, and only where the environment shows such an engine.
 """
 
 import dataclasses
@@ -11,24 +11,31 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from nfnets.distributed.errors import LostPeer, ProcessError
 
 SKYPILOT_PORT = 8476
-
-
-_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX wants to see
-
-
+_SLURM = (
+  "SLURM_JOB_ID",
+  "SLURM_STEP_NODELIST",
+  "SLURM_NTASKS",
+  "SLURM_PROCID",
+  "SLURM_LOCALID",
+)  # all that JAX's detection needs
 _VARIABLES = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-  """What is known about this process. coordinator: HOST:PORT. Of what is None, JAX's detection `ask` is to be asked.
+  """What the flags and the environment say about this process; values that are None are still unknown.
 
-  ask: JAX's name of a cluster ("slurm", "ompi", "gketpu", "gcetpu"), "k8s", or None.
+  Attributes:
+    engine: who gave the values, for messages.
+    coordinator: HOST:PORT at which process 0 listens.
+    count: number of processes.
+    index: number of this process, from 0.
+    ask: JAX's name of the cluster whose detection knows the rest ("slurm", "ompi", "gketpu", "gcetpu", "k8s"), or None.
   """
 
   engine: str
@@ -38,14 +45,25 @@ class Membership:
   ask: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+  """Everything that this process must know to join its run. coordinator: HOST:PORT; may be empty for a run of one process."""
+
+  engine: str
+  coordinator: str
+  count: int
+  index: int
+
+
 def tpu_workers() -> int:
-  """Hosts of this TPU VM's job, those of all slices, by its metadata server; 1 where none answers, three times, within 2 s."""
+  """Asks the metadata server for the number of hosts of this TPU VM's job, over all slices; 1 where none answers."""
   hosts, environment = _metadata("worker-network-endpoints"), _metadata("tpu-env")
   slices = re.search(r"MEGASCALE_NUM_SLICES\W+(\d+)", environment)
   return len(hosts.split(",")) * (int(slices[1]) if slices else 1)
 
 
 def _metadata(name: str) -> str:
+  """Reads an attribute of this virtual machine from Google's metadata server; empty where there is none."""
   request = urllib.request.Request(
     f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}", headers={"Metadata-Flavor": "Google"}
   )
@@ -57,7 +75,7 @@ def _metadata(name: str) -> str:
       if error.code == 404:
         break
     except OSError as error:
-      if isinstance(getattr(error, "reason", None), socket.gaierror):  # no such name: this is no machine of Google's
+      if isinstance(getattr(error, "reason", None), socket.gaierror):  # the name is unknown: this is not Google's cloud
         break
   return ""
 
@@ -71,95 +89,137 @@ def detect(
   tpu_workers: Callable[[], int] = tpu_workers,
   has_kubernetes: Callable[[], bool] = lambda: importlib.util.find_spec("kubernetes") is not None,
 ) -> Membership:
-  """Explicit arguments, then what JAX detects, then the JAX_ variables, then SkyPilot's, then one process.
+  """Finds this process's membership: from the arguments, what JAX detects, the JAX_ variables, SkyPilot's, or else one process.
 
-  What is explicit goes before what the engine says, value by value. Raises ProcessError, naming the variable, for values that
-  are no numbers or contradict each other.
+  Args:
+    environ: the environment variables.
+    coordinator: HOST:PORT of process 0. This and the next two override what the engine says, value by value.
+    count: number of processes.
+    index: number of this process, from 0.
+    tpu_workers: counts the hosts of a TPU VM's job.
+    has_kubernetes: whether the package through which JAX asks Kubernetes is installed.
+
+  Raises:
+    ProcessError: a value is not a number, or values contradict each other; the message names the variable or flag.
   """
   if None not in (coordinator, count, index):
-    plan = Membership(engine="flags", coordinator=coordinator, count=count, index=index)
-  elif count == 1:
-    plan = Membership(engine="flags", count=1, index=index)
-  else:
-    found = _by_jax(environ, tpu_workers, has_kubernetes) or _by_variables(environ) or _by_skypilot(environ)
-    if found is None:
-      found = (
-        Membership(engine="by default", count=1) if (coordinator, count, index) == (None,) * 3 else Membership(engine="flags")
-      )
-    values = {"coordinator": coordinator, "count": count, "index": index}
-    plan = dataclasses.replace(found, **{name: value for name, value in values.items() if value is not None})
-  return _checked(plan)
+    return _checked(Membership(engine="flags", coordinator=coordinator, count=count, index=index))
+  if count == 1:
+    return _checked(Membership(engine="flags", count=1, index=index))
+  membership = _by_jax(environ, tpu_workers, has_kubernetes) or _by_variables(environ) or _by_skypilot(environ)
+  if membership is None and (coordinator, count, index) == (None, None, None):
+    membership = Membership(engine="by default", count=1)
+  elif membership is None:
+    membership = Membership(engine="flags")
+  return _checked(
+    dataclasses.replace(
+      membership,
+      coordinator=membership.coordinator if coordinator is None else coordinator,
+      count=membership.count if count is None else count,
+      index=membership.index if index is None else index,
+    )
+  )
 
 
-def complete(plan: Membership, timeout_s: float) -> tuple[Membership, list[int] | None]:
-  """Asks JAX for what `plan` lacks: (the plan with everything known, local device ids that JAX would give this process).
+def complete(membership: Membership, timeout_s: float) -> tuple[Placement, Sequence[int] | None]:
+  """Asks JAX's detection for what `membership` lacks.
 
-  Raises ProcessError with what JAX's detection said; LostPeer where process 0's host has no address within `timeout_s`.
+  Returns:
+    The complete placement, and the ids of the local devices that JAX would give this process (None: all).
+
+  Raises:
+    ProcessError: JAX's detection failed; the message holds its error.
+    LostPeer: process 0's host still has no address after `timeout_s`.
   """
-  if plan.ask is None or (plan.count == 1 and plan.ask in ("slurm", "ompi")):
-    return plan, None
-  from jax._src import clusters  # the public initialize() kills the process where a peer is missing, so it comes after we met
+  if membership.ask is None or (membership.count == 1 and membership.ask in ("slurm", "ompi")):
+    return _placement(membership), None
+  # jax.distributed.initialize would detect and join at once, and kill the process where a peer is missing; we must meet between
+  from jax._src import clusters
 
   deadline = time.monotonic() + timeout_s
   try:
     coordinator, count, index, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-      plan.coordinator, plan.count, plan.index, None, None if plan.ask == "k8s" else plan.ask, int(timeout_s)
+      membership.coordinator,
+      membership.count,
+      membership.index,
+      None,
+      None if membership.ask == "k8s" else membership.ask,
+      int(timeout_s),
     )
   except (RuntimeError, ValueError, KeyError, OSError) as error:
-    said = " ".join(str(error).split())
-    if "Failed to recognize coordinator" in said or isinstance(error.__cause__, socket.gaierror):  # its pod has not started yet
-      if time.monotonic() < deadline:
-        return complete(plan, deadline - time.monotonic())
-      raise LostPeer(f"{plan.engine}: process 0's host has no address after {timeout_s:g} s ({said})") from error
+    reason = " ".join(str(error).split())
+    no_address = "Failed to recognize coordinator" in reason or isinstance(error.__cause__, socket.gaierror)
+    if no_address and time.monotonic() < deadline:  # process 0's pod has not started yet
+      return complete(membership, deadline - time.monotonic())
+    if no_address:
+      raise LostPeer(f"{membership.engine}: process 0's host has no address after {timeout_s:g} s ({reason})") from error
     raise ProcessError(
-      f"{plan.engine}: JAX's detection failed: {type(error).__name__}: {said}; give --coordinator, --processes and --process"
+      f"{membership.engine}: JAX's detection failed: {type(error).__name__}: {reason}; "
+      "give --coordinator, --processes and --process"
     ) from error
-  return _checked(dataclasses.replace(plan, coordinator=coordinator, count=count, index=index, ask=None)), local
+  complete_membership = dataclasses.replace(membership, coordinator=coordinator, count=count, index=index, ask=None)
+  return _placement(_checked(complete_membership)), local
 
 
-def local_devices(environ: Mapping[str, str], suggested: list[int] | None) -> list[int] | None:
-  """The ids of the GPUs that this process may use; None: all it can see.
+def local_devices(environ: Mapping[str, str], suggested: Sequence[int] | None) -> Sequence[int] | None:
+  """Chooses the ids of the GPUs that this process may use; None means all that it can see.
 
   JAX suggests one GPU a task wherever SLURM or Open MPI starts it, the task's number on its node. That leaves GPUs unused where
-  a node runs one task, and asks for one that is not there where the engine already shows each task its own.
+  a node runs one task, and asks for a GPU that does not exist where the engine already shows each task its own.
   """
   if "JAX_LOCAL_DEVICE_IDS" in environ:
     return None  # JAX reads it
   tasks, visible = _tasks_on_node(environ), environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
-  shown = None if visible is None else len(visible.split(","))
-  each_its_own = shown == 1 or "SLURM_GPUS_PER_TASK" in environ or None not in (shown, tasks) and shown < tasks
+  gpus = None if visible is None else len(visible.split(","))
+  fewer_than_tasks = gpus is not None and tasks is not None and gpus < tasks
+  each_its_own = gpus == 1 or "SLURM_GPUS_PER_TASK" in environ or fewer_than_tasks
   return None if each_its_own or tasks == 1 else suggested
 
 
+# ---- engines
+
+
 def _by_jax(environ: Mapping[str, str], tpu_workers: Callable[[], int], has_kubernetes: Callable[[], bool]) -> Membership | None:
-  """In the order in which JAX looks."""
-  where = environ.get("JAX_COORDINATOR_ADDRESS")
+  """Recognizes the engines that JAX detects, in JAX's order."""
+  coordinator = environ.get("JAX_COORDINATOR_ADDRESS")
   if "OMPI_COMM_WORLD_SIZE" in environ:
-    known = {"count": _number(environ, "OMPI_COMM_WORLD_SIZE"), "index": _number(environ, "OMPI_COMM_WORLD_RANK")}
-    # Open MPI 5 no longer says where mpirun listens, from which JAX learns the coordinator's host
-    ask = "ompi" if "OMPI_MCA_orte_hnp_uri" in environ else None
-    return Membership(engine="Open MPI", coordinator=where, ask=ask, **known)
+    return Membership(
+      engine="Open MPI",
+      coordinator=coordinator,
+      count=_number(environ, "OMPI_COMM_WORLD_SIZE"),
+      index=_number(environ, "OMPI_COMM_WORLD_RANK"),
+      # JAX learns the coordinator's host from mpirun's address, which Open MPI 5 no longer publishes
+      ask="ompi" if "OMPI_MCA_orte_hnp_uri" in environ else None,
+    )
   if all(name in environ for name in _SLURM):
-    # an interactive shell is a step of one task in an allocation of many
-    many = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-    known = {"count": _number(environ, many), "index": _number(environ, "SLURM_PROCID")}
-    return Membership(engine="SLURM", coordinator=where, ask="slurm", **known)
+    # in an interactive shell, SLURM_NTASKS counts the allocation's tasks, while the shell is a step of one task
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    return Membership(
+      engine="SLURM", coordinator=coordinator, count=_number(environ, tasks), index=_number(environ, "SLURM_PROCID"), ask="slurm"
+    )
   if environ.get("TPU_ML_PLATFORM") == "JAX":  # `import jax` sets it where it finds TPU chips and libtpu
-    names = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
-    slices = _number(environ, "MEGASCALE_NUM_SLICES") if environ.get("MEGASCALE_NUM_SLICES") else 1
-    if names is None and "TPU_SKIP_MDS_QUERY" in environ:
-      return None
-    if max(slices, len(names.split(",")) if names is not None else tpu_workers()) == 1:
-      return Membership(engine="TPU, one host", count=1)
-    return Membership(engine="TPU pod", coordinator=where, ask="gketpu" if names is not None else "gcetpu")
+    return _by_tpu(environ, coordinator, tpu_workers)
   indexed = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
-  # JAX asks the API server, for which a pod needs rights; Kubeflow's variables need none, and say the same
+  # JAX asks the API server, for which a pod needs rights; Kubeflow's variables hold the same values and need none
   if indexed and not all(name in environ for name in _VARIABLES) and has_kubernetes():
-    return Membership(engine="Kubernetes", coordinator=where, ask="k8s")
+    return Membership(engine="Kubernetes", coordinator=coordinator, ask="k8s")
   return None
 
 
+def _by_tpu(environ: Mapping[str, str], coordinator: str | None, tpu_workers: Callable[[], int]) -> Membership | None:
+  """Tells a TPU pod from a single TPU host."""
+  names = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+  slices = _number(environ, "MEGASCALE_NUM_SLICES") if environ.get("MEGASCALE_NUM_SLICES") else 1
+  if names is None and "TPU_SKIP_MDS_QUERY" in environ:
+    return None
+  hosts = tpu_workers() if names is None else len(names.split(","))
+  if max(slices, hosts) == 1:
+    return Membership(engine="TPU, one host", count=1)
+  return Membership(engine="TPU pod", coordinator=coordinator, ask="gcetpu" if names is None else "gketpu")
+
+
 def _by_variables(environ: Mapping[str, str]) -> Membership | None:
+  """Reads the JAX_ variables, which Kubeflow and local launchers set."""
   if not any(environ.get(name) for name in _VARIABLES):
     return None
   count, index = (_number(environ, name) if environ.get(name) else None for name in _VARIABLES[:2])
@@ -167,6 +227,7 @@ def _by_variables(environ: Mapping[str, str]) -> Membership | None:
 
 
 def _by_skypilot(environ: Mapping[str, str]) -> Membership | None:
+  """Reads SkyPilot's variables; process 0 is on the first address."""
   if not environ.get("SKYPILOT_NODE_IPS"):
     return None
   addresses = environ["SKYPILOT_NODE_IPS"].split()
@@ -179,7 +240,10 @@ def _by_skypilot(environ: Mapping[str, str]) -> Membership | None:
   )
 
 
-_NAMES = {  # what a person sets: coordinator, count, index
+# ---- checks
+
+
+_NAMES = {  # engine: the flags or variables in which a person sets the coordinator, the count and the index
   "flags": ("--coordinator", "--processes", "--process"),
   "JAX_ variables": ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
   "SkyPilot": ("SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"),
@@ -188,30 +252,41 @@ _NAMES = {  # what a person sets: coordinator, count, index
 }
 
 
-def _checked(plan: Membership) -> Membership:
-  """`plan` if its values can be; ProcessError if not."""
-  where, many, which = _NAMES.get(plan.engine, _NAMES["flags"])
-  count, index = plan.count, plan.index
+def _checked(membership: Membership) -> Membership:
+  """Returns `membership` if its values are possible together, with index 0 where there is one process; else ProcessError."""
+  coordinator_name, count_name, index_name = _NAMES.get(membership.engine, _NAMES["flags"])
+  coordinator, count, index = membership.coordinator, membership.count, membership.index
   if count is not None and count < 1:
-    raise ProcessError(f"{many}={count}: expected at least 1 process")
+    raise ProcessError(f"{count_name}={count}: expected at least 1 process")
   if index is not None and index < 0:
-    raise ProcessError(f"{which}={index}: expected 0 or more")
+    raise ProcessError(f"{index_name}={index}: expected 0 or more")
   if count is not None and index is not None and index >= count:
-    raise ProcessError(f"{which}={index} with {many}={count}: expected 0 to {count - 1}; one process too many, or a wrong count")
-  if count == 1 and plan.coordinator is None:
-    return dataclasses.replace(plan, index=0, ask=None)
-  if plan.ask is None:
-    given = {where: plan.coordinator, many: count, which: index}
-    missing = [name for name, value in given.items() if value is None]
+    raise ProcessError(
+      f"{index_name}={index} with {count_name}={count}: expected 0 to {count - 1}; one process too many, or a wrong count"
+    )
+  if count == 1 and coordinator is None:
+    return dataclasses.replace(membership, index=0, ask=None)
+  if membership.ask is None:
+    values = {coordinator_name: coordinator, count_name: count, index_name: index}
+    missing = [name for name, value in values.items() if value is None]
     if missing:
-      known = ", ".join(f"{name.split('=')[0]}={value}" for name, value in given.items() if value is not None)
-      raise ProcessError(f"{known or plan.engine}: {' and '.join(missing)} must be given too")
-  if plan.coordinator is not None and not re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s\[\]/]+):\d{1,5}", plan.coordinator):
-    raise ProcessError(f"{where}={plan.coordinator}: expected HOST:PORT, e.g. 10.0.0.1:8476")
-  return plan
+      given = ", ".join(f"{name.split('=')[0]}={value}" for name, value in values.items() if value is not None)
+      raise ProcessError(f"{given or membership.engine}: {' and '.join(missing)} must be given too")
+  if coordinator is not None and not re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s\[\]/]+):\d{1,5}", coordinator):
+    raise ProcessError(f"{coordinator_name}={coordinator}: expected HOST:PORT, e.g. 10.0.0.1:8476")
+  return membership
+
+
+def _placement(membership: Membership) -> Placement:
+  """Returns the values of a membership that lacks nothing, as `_checked` makes sure."""
+  count, index = membership.count, membership.index
+  if count is None or index is None or (membership.coordinator is None and count > 1):
+    raise ValueError(f"{membership}: expected a coordinator, a count and an index")
+  return Placement(engine=membership.engine, coordinator=membership.coordinator or "", count=count, index=index)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
+  """Reads a whole number from the variable `name`; ProcessError for anything else."""
   text = environ.get(name, "")
   if not re.fullmatch(r"\s*-?\d+\s*", text):
     raise ProcessError(f"{name}={text!r}: expected a number")
@@ -219,10 +294,13 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
-  """Tasks of this job step on this node; None where nobody says. SLURM writes "2(x3),1": three nodes of 2, then one of 1."""
+  """Counts this job step's tasks on this node; None where the engine does not say.
+
+  SLURM writes "2(x3),1" for three nodes of 2 tasks and one of 1.
+  """
   if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "").isdigit():
     return int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
-  tasks = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-  nodes = [int(many) for many, times in tasks for _ in range(int(times or 1))]
+  groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+  tasks_by_node = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
   node = environ.get("SLURM_NODEID", "")
-  return nodes[int(node)] if node.isdigit() and int(node) < len(nodes) else None
+  return tasks_by_node[int(node)] if node.isdigit() and int(node) < len(tasks_by_node) else None

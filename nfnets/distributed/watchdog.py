@@ -1,4 +1,4 @@
-"""A watchdog that ends a process which hangs, and writes down what its threads were doing."""
+"""Ends a process that hangs, and writes down what its threads were doing."""
 
 import faulthandler
 import os
@@ -14,15 +14,15 @@ FIRST_STEP_S = 3600.0  # seconds that the first step gets beyond the usual ones,
 
 
 class Watchdog:
-  """Ends the process with status LOST when it has not reported progress (`finished`) for `seconds`.
+  """Ends the process with status LOST when it has not called `finished` for `seconds`.
 
-  One process that hangs holds up all others in their next collective, for ever (jax issue 38503).
+  A process that hangs holds up all others in their next collective for ever (jax issue 38503).
 
   Args:
-    seconds: how long a piece of work may take; 0 = no limit.
-    directory: gets the stacks of all threads, in stacks-PROCESS.txt; stderr gets them too.
+    seconds: how long one piece of work may take; 0 means no limit.
+    directory: where the stacks of all threads are written, as stacks-PROCESS.txt; stderr gets them too.
     process: the number of this process.
-    first: seconds more for the first piece of work.
+    first: additional seconds for the first piece of work.
   """
 
   def __init__(self, seconds: float, directory: str, process: int = 0, *, first: float = FIRST_STEP_S):
@@ -33,7 +33,7 @@ class Watchdog:
       self._thread.start()
 
   def finished(self, what_next: str, more: float = 0.0) -> None:
-    """Says that a piece of work is finished; `what_next` must be within the usual seconds and `more`."""
+    """Says that a piece of work is finished; the next, `what_next`, may take the usual seconds and `more`."""
     self._awaited, self._deadline = what_next, time.monotonic() + self._seconds + more
 
   def close(self) -> None:
@@ -43,11 +43,13 @@ class Watchdog:
       self._thread.join()
 
   def _watch(self) -> None:
+    """Waits for the deadline, on the watchdog's own thread."""
     while not self._closed.wait(min(1.0, self._seconds / 4)):
       if time.monotonic() > self._deadline:
         self._end_process()
 
   def _end_process(self) -> None:
+    """Prints the error, writes the stacks and ends the process, whatever fails on the way."""
     try:
       print(
         f"{processes.label()}error: {self._awaited} was not finished within config.watchdog={self._seconds:g} s; stacks in "

@@ -1,4 +1,4 @@
-"""The peaks of known chips, from their makers' data sheets."""
+"""Holds the peaks of known chips, from their makers' data sheets."""
 
 import dataclasses
 import re
@@ -6,22 +6,26 @@ import re
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chip:
-  """What the maker's data sheet says of one JAX device; None where it depends on the board or is not said.
+  """Holds the peaks of one JAX device from its maker's data sheet; None where they depend on the board or are not given.
 
-  tflops: 10¹² FLOP/s, dense, bfloat16 (float16 on V100 and T4, which have no bfloat16), accumulated in float32. memory: GiB as
-  sold, of which the runtime keeps some. memory_gb_s: 10⁹ bytes/s to and from it. link_gb_s: 10⁹ bytes/s out of the device over
-  all its links to others of its kind together (a TPU's ICI, a GPU's NVLink), half of what is sold as bidirectional.
+  Attributes:
+    kind: a regular expression that is searched for in `device_kind`.
+    tflops: 10¹² FLOP/s, dense, bfloat16 (float16 on V100 and T4, which have no bfloat16), accumulated in float32.
+    memory: GiB as sold, of which the runtime keeps some.
+    memory_gb_s: 10⁹ bytes/s to and from the memory.
+    link_gb_s: 10⁹ bytes/s out of the device over all its links to others of its kind together (a TPU's ICI, a GPU's NVLink), half
+      of what is sold as bidirectional.
   """
 
-  kind: str  # a pattern to find in `device_kind`
+  kind: str
   tflops: float
   memory: float | None = None
   memory_gb_s: float | None = None
   link_gb_s: float | None = None
 
 
-# The first row whose pattern is found counts. TPU v2 and v3 are two devices a chip (so half of it each), later TPUs one. A kind
-# that no row describes for certain is left unknown.
+# The first row whose pattern matches counts. On TPU v2 and v3 a device is half a chip, on later TPUs a whole one. A kind that no
+# row describes for certain stays unknown.
 CHIPS = (
   Chip(r"\bB200\b", 2250.0, 180, 8000, 900),
   Chip(r"\bH100\b.*\bNVL\b", 835.0, 94, 3900),
@@ -57,13 +61,13 @@ CHIPS = (
 
 
 def chip(device_kind: str) -> Chip | None:
-  """The row of `CHIPS` that describes a `device_kind`; None for one that is not in it, and for a slice of a chip (MIG)."""
+  """Returns the row of `CHIPS` that describes a `device_kind`; None for an unknown kind, and for a slice of a chip (MIG)."""
   if re.search(r"\bMIG\b", device_kind):
     return None
   return next((row for row in CHIPS if re.search(row.kind, device_kind)), None)
 
 
 def peak_tflops(device_kind: str) -> float | None:
-  """Peak TFLOP/s of one JAX device, see `Chip`; None for an unknown one."""
+  """Returns the peak TFLOP/s of one JAX device, see `Chip`; None for an unknown kind."""
   row = chip(device_kind)
   return None if row is None else row.tflops

@@ -1,4 +1,4 @@
-"""What the benchmark of the data path hands out: measurements, ratios and their table."""
+"""Holds the measurements of the data path's benchmark, and makes their ratios, table and JSON."""
 
 import dataclasses
 import json
@@ -6,27 +6,24 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nfnets.config import DataConfig
 from nfnets.data.batches.prefetch import cores
 
-CROP, RECIPE = "decode + crop + flip", "whole recipe"
+if TYPE_CHECKING:  # measured processes import this module, and their memory and imports count
+  import rich.table
 
-
+CROP, RECIPE = "decode + crop + flip", "whole recipe"  # the groups of pipelines that do the same work
 OURS = "nfnets"
-
-
 PHASES = ("read", "check", "decode", "augment", "mix")
-
-
-# pipeline -> (group, how many times its images per CPU-second ours should reach)
+# pipeline: (group, how many times its images per CPU-second ours should reach)
 PEERS = {"tf.data, tuned": (CROP, 1.15), "tf.data, official structure": (RECIPE, 5.0)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-  """One measurement: `steps` batches of `batch` images by `pipeline` (OURS or a key of PEERS) with `threads` threads."""
+  """Describes a measurement: `steps` batches of `batch` images by `pipeline` (OURS or a key of PEERS), `threads` threads."""
 
   pipeline: str
   group: str
@@ -37,34 +34,39 @@ class Measurement:
   seed: int = 0
 
   def to_json(self) -> str:
+    """Writes it for the process that measures."""
     return json.dumps(dataclasses.asdict(self))
 
   @classmethod
   def from_json(cls, text: str) -> "Measurement":
-    fields = json.loads(text)
-    data = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("data").items()}
+    """Reads what `to_json` wrote."""
+    fields: dict[str, Any] = json.loads(text)
+    data: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("data").items()
+    }
     return cls(data=DataConfig(**data), **fields)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-  """What one process measured. Seconds are of the wall, or of the CPU (user + system, all threads of the process)."""
+  """Holds what one process measured: seconds of the wall, or of the CPU (user + system, all threads of the process)."""
 
   images: int
   batch_bytes: int
   import_s: float
-  setup_s: float  # opening the source or building the graph, until the first batch can be asked for
+  setup_s: float  # opening the source or building the graph, up to the request for the first batch
   setup_cpu_s: float
   first_batch_s: float  # setup_s included
-  wall_s: float  # from set up to the last batch
+  wall_s: float  # from the end of setting up to the last batch
   cpu_s: float
   peak_bytes: int  # resident, of the whole process
   imported_bytes: int  # resident after the imports
-  times: dict[str, float]  # seconds that ours spent on read, check, decode, augment, mix, summed over its threads
+  times: dict[str, float]  # seconds that ours spent on each of PHASES, summed over its threads
   versions: dict[str, str]
 
   @property
   def figures(self) -> dict[str, float]:
+    """The speeds, times and bytes that are compared."""
     return {
       "images_per_s": self.images / self.wall_s,
       "images_per_cpu_s": self.images / self.cpu_s,
@@ -78,7 +80,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ratio:
-  """Ours over a peer's images per CPU-second: of the medians, and of each round."""
+  """Holds our images per CPU-second over a peer's: of the medians, of each round, and the wanted ratio."""
 
   group: str
   peer: str
@@ -88,12 +90,13 @@ class Ratio:
 
   @classmethod
   def of(cls, group: str, peer: str, ours: Sequence[float], theirs: Sequence[float], wanted: float) -> "Ratio":
+    """Divides our images per CPU-second by theirs, one of each a round."""
     return cls(
       group=group,
       peer=peer,
       ratio=statistics.median(ours) / statistics.median(theirs),
       wanted=wanted,
-      rounds=tuple(a / b for a, b in zip(ours, theirs, strict=True)),
+      rounds=tuple(our / their for our, their in zip(ours, theirs, strict=True)),
     )
 
   def __str__(self) -> str:
@@ -105,18 +108,18 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-  """Jobs and, in the same order, the results of each over the rounds."""
+  """Holds the jobs and, in the same order, the results of each over the rounds."""
 
   jobs: tuple[Measurement, ...]
   results: tuple[tuple[Measured, ...], ...]
 
   def medians(self, index: int) -> dict[str, float]:
-    """Median over the rounds of each figure."""
+    """Computes the median over the rounds of each figure of job `index`."""
     rounds = [result.figures for result in self.results[index]]
     return {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
 
   def shares(self, index: int) -> dict[str, float]:
-    """Part of its threads' work that ours spent on each phase, over all rounds; empty for others."""
+    """Computes the part of its threads' work that job `index` spent on each phase, over all rounds; empty for peers."""
     totals: dict[str, float] = {}
     for result in self.results[index]:
       for name, seconds in result.times.items():
@@ -126,6 +129,7 @@ class DataReport:
 
   @property
   def ratios(self) -> list[Ratio]:
+    """Our speed over each peer's in the same group."""
     speeds = lambda index: [result.figures["images_per_cpu_s"] for result in self.results[index]]
     ours = {job.group: index for index, job in enumerate(self.jobs) if job.pipeline == OURS}
     return [
@@ -135,6 +139,7 @@ class DataReport:
     ]
 
   def to_json(self) -> dict[str, Any]:
+    """Returns the settings and all figures, ready for json.dumps."""
     rows = [
       {
         "pipeline": job.pipeline,
@@ -160,8 +165,8 @@ class DataReport:
       "ratios": [dataclasses.asdict(ratio) for ratio in self.ratios],
     }
 
-  def table(self):
-    """A rich table, a section a group."""
+  def table(self) -> "rich.table.Table":
+    """Makes a table with a section for each group."""
     import rich.box
     import rich.table
 
@@ -187,16 +192,16 @@ class DataReport:
       for index, job in enumerate(self.jobs):
         if job.group != group:
           continue
-        found, shares = self.medians(index), self.shares(index)
+        medians, shares = self.medians(index), self.shares(index)
         parts = " / ".join(f"{100 * shares[name]:.0f}" for name in PHASES) if shares else "–"
         table.add_row(
           f"  {job.pipeline}",
-          f"{found['images_per_s']:,.0f}",
-          f"{found['images_per_cpu_s']:,.0f}",
-          f"{found['first_batch_s']:.2f}",
-          f"{found['import_s']:.2f}",
-          f"{found['peak_bytes'] / 1e6:,.0f}",
-          f"{found['own_bytes'] / 1e6:,.0f}",
+          f"{medians['images_per_s']:,.0f}",
+          f"{medians['images_per_cpu_s']:,.0f}",
+          f"{medians['first_batch_s']:.2f}",
+          f"{medians['import_s']:.2f}",
+          f"{medians['peak_bytes'] / 1e6:,.0f}",
+          f"{medians['own_bytes'] / 1e6:,.0f}",
           parts,
         )
     return table

@@ -1,4 +1,4 @@
-"""What the devices send each other in a compiled program, counted from its HLO text."""
+"""Counts from a compiled program's HLO text what its devices send each other."""
 
 import collections
 import dataclasses
@@ -11,10 +11,13 @@ KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-  """One instruction of one device's program.
+  """Holds one instruction of one device's program by which devices exchange data.
 
-  bytes: of the whole array that a group of devices reduces, gathers or exchanges (a device's own one where there is no whole:
-  collective-permute). devices: in a group. times: that a step runs it, more than once within a loop.
+  Attributes:
+    kind: one of KINDS.
+    bytes: of the whole array that a group of devices reduces, gathers or exchanges; for collective-permute, of a device's own.
+    devices: number of devices in a group.
+    times: how often the program runs the instruction, more than once within a loop.
   """
 
   kind: str
@@ -24,21 +27,25 @@ class Collective:
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends in a step, as a ring does it: an all-reduce goes round twice, everything else once."""
+    """The bytes that a device sends when groups are rings: an all-reduce goes round twice, everything else once."""
     if self.kind == "collective-permute":
       return float(self.bytes * self.times)
     return (2 if self.kind == "all-reduce" else 1) * (self.devices - 1) / self.devices * self.bytes * self.times
 
 
 def parse(text: str, devices: int) -> list[Collective]:
-  """The collectives of `text` (`compiled.as_text()`), whose instructions without groups are over all of `devices`.
+  """Finds the collectives of more than one device in an HLO text.
 
-  A start and its done count once, tuples are added up, computations count as often as they are called; a loop whose trip count
-  the text does not say counts once. A fusion of an all-reduce and the slice that a device keeps (XLA:TPU's
-  "all-reduce-scatter") is a reduce-scatter.
+  An asynchronous start and its done count once, the elements of tuples are added up, and computations count as often as they are
+  called; a loop counts once where the text does not give its trip count. A fusion of an all-reduce and the slice that a device
+  keeps (XLA:TPU's "all-reduce-scatter") is a reduce-scatter.
+
+  Args:
+    text: `compiled.as_text()`.
+    devices: number of devices of the program, over all of which an instruction without groups runs.
   """
   computations, entry = _computations(text)
-  found = []
+  collectives = []
   for name, times in _calls(computations, entry).items():
     for line in computations[name]:
       match = _COLLECTIVE.match(line)
@@ -48,17 +55,21 @@ def parse(text: str, devices: int) -> list[Collective]:
       group = _group_size(line, devices)
       parts = _elements(shape)
       if match["phase"] == "-start" and kind != "all-reduce" and len(parts) > 1:
-        parts = parts[1:2]  # (operands, results, context …)
+        parts = parts[1:2]  # the shape is (operands, results, context …)
       size = sum(map(_bytes, parts))
       if kind == "reduce-scatter":
         size *= group
       if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-      found.append(Collective(kind=kind, bytes=size, devices=group, times=times))
-  return [each for each in found if each.devices > 1]
+      if group > 1:
+        collectives.append(Collective(kind=kind, bytes=size, devices=group, times=times))
+  return collectives
 
 
-# A shape may hold parentheses and spaces of its own, in tuples and in layouts such as {1,0:T(8,128)}, and no "=" but in comments.
+# ---- the patterns
+
+
+# A shape may hold parentheses and spaces, in tuples and in layouts such as {1,0:T(8,128)}, but no "=" except in comments.
 _COLLECTIVE = re.compile(
   r"\s+(?:ROOT )?%?\S+ = (?P<shape>(?:[^=]|index=)+?) "
   rf"(?P<kind>{'|'.join(KINDS)})(?P<phase>-start|-done)?\("
@@ -67,11 +78,15 @@ _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?P<how>calls|to_apply|body|condition|true_computation|false_computation)=%?(?P<name>[\w.\-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{(?P<names>[^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=")
 _LEAF = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
 
+# ---- computations and their calls
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """(the lines of each computation that can hold or call a collective, the entry's name)."""
+  """Splits the text into (the lines of each computation that can matter here, the name of the entry computation)."""
   computations: dict[str, list[str]] = {}
   entry, lines = "", []
   for line in text.splitlines():
@@ -84,11 +99,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return computations, entry
 
 
-_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=")
-
-
 def _calls(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-  """How often each computation runs in one run of the entry."""
+  """Counts how often each computation runs in one run of the entry."""
   edges = {name: list(_callees(lines, computations)) for name, lines in computations.items()}
   order, seen = [], set()
 
@@ -102,20 +114,21 @@ def _calls(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
   if entry:
     visit(entry)
   times = collections.Counter({entry: 1} if entry else {})
-  for name in reversed(order):  # a caller before what it calls
+  for name in reversed(order):  # callers come before their callees
     for callee, trips in edges[name]:
       times[callee] += times[name] * trips
   return times
 
 
 def _callees(lines: list[str], computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+  """Yields (computation, times) for each call in `lines`."""
   for line in lines:
-    if " async-done(" in line or " async-update(" in line:  # older texts name the computation that their start has called
+    if " async-done(" in line or " async-update(" in line:  # in older texts they repeat their start's call
       continue
     called = {match["how"]: match["name"] for match in _CALLED.finditer(line)}
     for how, name in called.items():
       if name in computations:
-        yield name, _trips(line, computations.get(called.get("condition"), [])) if how == "body" else 1
+        yield name, _trips(line, computations.get(called.get("condition", ""), [])) if how == "body" else 1
     for match in _CALLED_LISTS.finditer(line):
       for name in re.findall(r"[\w.\-]+", match["names"]):
         if name in computations:
@@ -123,15 +136,18 @@ def _callees(lines: list[str], computations: dict[str, list[str]]) -> Iterator[t
 
 
 def _trips(line: str, condition: list[str]) -> int:
-  """A loop's trip count: as XLA notes it, else the one number that its condition compares with, else 1."""
-  if known := _TRIPS.search(line):
-    return int(known[1])
-  bounds = [int(bound) for each in condition for bound in re.findall(r"= s32\[\]\S* constant\((\d+)\)", each)]
+  """Returns a loop's trip count: XLA's note of it, else the only constant of the loop's condition, else 1."""
+  if noted := _TRIPS.search(line):
+    return int(noted[1])
+  bounds = [int(bound) for text in condition for bound in re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)]
   return bounds[0] if len(bounds) == 1 else 1
 
 
+# ---- groups and shapes
+
+
 def _group_size(line: str, devices: int) -> int:
-  """The devices of one group, in any of the ways that HLO writes them down."""
+  """Counts the devices of one group, in each of HLO's notations."""
   if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):  # mesh['data'=4,'model'=2] {'data'}
     sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", match[1])}
     return math.prod(sizes[axis] for axis in re.findall(r"'([^']*)'", match[2]) if axis in sizes)
@@ -143,27 +159,28 @@ def _group_size(line: str, devices: int) -> int:
 
 
 def _elements(shape: str) -> list[str]:
-  """The elements of a tuple's shape, or the shape itself."""
+  """Returns the elements of a tuple's shape, or the shape itself."""
   shape = shape.strip()
   if not shape.startswith("("):
     return [shape]
   elements, depth, begin = [], 0, 1
-  for place, character in enumerate(shape):
+  for end, character in enumerate(shape):
     depth += (character in "([{") - (character in ")]}")
     if depth == 0 or depth == 1 and character == ",":
-      elements.append(shape[begin:place])
-      begin = place + 1
+      elements.append(shape[begin:end])
+      begin = end + 1
   return elements
 
 
 def _bytes(shape: str) -> int:
-  """Of all arrays in a shape; tokens and opaque values are none."""
+  """Adds up the bytes of all arrays in a shape; tokens and opaque values have none."""
   return sum(
     math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(dtype) // 8 for dtype, sizes in _LEAF.findall(shape)
   )
 
 
 def _item_bits(dtype: str) -> int:
+  """Returns the bits of one number of HLO's `dtype`; 0 for no number."""
   if dtype == "pred":
     return 8
   bits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)

@@ -1,4 +1,4 @@
-"""What a plan of the training step hands out: memory, arithmetic, traffic and a roofline, with their units and definitions."""
+"""Holds the figures of a plan of the training step (memory, arithmetic, traffic, roofline), and puts them into words."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,17 +8,20 @@ import rich.table
 
 from nfnets.measure import hlo
 from nfnets.measure.chips import Chip
-from nfnets.measure.program import ProgramMemory, size_text
+from nfnets.measure.program import ProgramMemory, size_text, versions_text
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
-  """Seconds that a step takes at the chip's peaks, nothing lost.
+  """Holds the seconds that a step takes at the chip's peaks, if nothing is lost.
 
-  compute, memory, links: each as if the others were not there. low: the largest, all three at the same time; high: their sum, one
-  after the other (with `memory_high`, the most that the memory's traffic can be, where the compiler's count leaves it open).
+  Attributes:
+    compute: the arithmetic alone.
+    memory: the memory's traffic alone, at the least that the compiler's count allows.
+    memory_high: the memory's traffic at the most that the compiler's count allows.
+    links: what the devices send, alone.
   """
 
   compute: float
@@ -28,71 +31,95 @@ class Roofline:
 
   @property
   def low(self) -> float:
+    """The largest of the three: all at the same time."""
     return max(self.compute, self.memory, self.links)
 
   @property
   def high(self) -> float:
+    """The sum of the three: one after the other, with `memory_high`."""
     return self.compute + self.memory_high + self.links
 
   @property
   def bound(self) -> str:
+    """The name of the largest of the three."""
     return max(("compute", "memory", "links"), key=lambda term: getattr(self, term))
 
 
 def roofline(
   chip: Chip | None, *, flops: float | None, memory_bytes: float | None, sent: float, loops: int = 1
 ) -> Roofline | None:
-  """From what one device computes [FLOP], moves to and from its memory [bytes] and sends [bytes] in a step.
+  """Divides what one device does in a step by the chip's peaks.
 
-  loops: how often the part of the step runs that `memory_bytes` counts once; its bytes are between once and so many times.
-  None where the chip, its bandwidths or a count are unknown; the links' only matters if anything is sent.
+  Args:
+    chip: the device's peaks.
+    flops: FLOP that it computes.
+    memory_bytes: bytes that it moves to and from its memory.
+    sent: bytes that it sends.
+    loops: how often the step's loop runs, whose bytes `memory_bytes` counts once; they are between once and `loops` times that.
+
+  Returns:
+    The roofline; None where the chip, one of its bandwidths or a count is unknown. The links' matters only if anything is sent.
   """
-  if chip is None or not flops or not memory_bytes or chip.memory_gb_s is None or sent and chip.link_gb_s is None:
+  if chip is None or not flops or not memory_bytes or chip.memory_gb_s is None:
+    return None
+  if sent and chip.link_gb_s is None:
     return None
   memory = memory_bytes / (1e9 * chip.memory_gb_s)
   return Roofline(
     compute=flops / (1e12 * chip.tflops),
     memory=memory,
     memory_high=loops * memory,
-    links=sent / (1e9 * chip.link_gb_s) if sent else 0.0,
+    links=sent / (1e9 * chip.link_gb_s) if sent and chip.link_gb_s else 0.0,
   )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledStep:
-  """One compilation of the step; figures are of one device. None: not reported, or not compiled since it does not fit.
+  """Holds one compilation of the step; figures are of one device, None where not reported or not compiled.
 
-  refusal: what the compiler said where it found too little memory; needed: the bytes that it names there, temporaries alone.
-  flops, memory_bytes: the compiler's counts, in which the body of a loop (accumulation) stands once. counted_flops: by the
-  model's multiply-adds, see `plan.counted_flops`.
+  Attributes:
+    name: the change of the config, e.g. "remat".
+    accumulate: the config's.
+    memory: the compiler's plan of the memory.
+    refusal: the compiler's message where there is too little memory, else empty.
+    needed: the bytes that `refusal` names, of temporaries alone.
+    fits: whether the step fits into the device's memory; None where that is unknown.
+    lowering_s: seconds of tracing.
+    compile_s: seconds of compiling.
+    flops: the compiler's count, in which the body of a loop (accumulation) stands once.
+    counted_flops: by the model's multiply-adds, see `plan.counted_flops`.
+    memory_bytes: the compiler's count of bytes to and from memory, with the body of a loop once.
+    collectives: what the devices send each other.
+    roofline: the estimated time.
   """
 
   name: str
   accumulate: int
   memory: ProgramMemory | None
-  refusal: str
-  needed: int | None
+  refusal: str = ""
+  needed: int | None = None
   fits: bool | None
   lowering_s: float
   compile_s: float
-  flops: float | None
+  flops: float | None = None
   counted_flops: float
-  memory_bytes: float | None
-  collectives: list[hlo.Collective]
-  roofline: Roofline | None
+  memory_bytes: float | None = None
+  collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
+  roofline: Roofline | None = None
 
   def by_kind(self) -> dict[str, dict[str, float]]:
-    """{kind: {"count", "bytes", "sent"}} a step; `bytes` of the whole arrays, `sent` by a device in a ring."""
+    """Sums up the collectives of a step by kind: {"count", "bytes" of the whole arrays, "sent" by a device in a ring}."""
     return {
       kind: {
-        "count": sum(each.times for each in self.collectives if each.kind == kind),
-        "bytes": sum(each.bytes * each.times for each in self.collectives if each.kind == kind),
-        "sent": sum(each.sent for each in self.collectives if each.kind == kind),
+        "count": sum(collective.times for collective in self.collectives if collective.kind == kind),
+        "bytes": sum(collective.bytes * collective.times for collective in self.collectives if collective.kind == kind),
+        "sent": sum(collective.sent for collective in self.collectives if collective.kind == kind),
       }
       for kind in hlo.KINDS
     }
 
   def to_json(self) -> dict[str, Any]:
+    """Returns all figures by name, ready for json.dumps."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     memory = None if self.memory is None else {**dataclasses.asdict(self.memory), "total": self.memory.total}
     line = self.roofline
@@ -100,7 +127,7 @@ class CompiledStep:
     return {**values, "memory": memory, "collectives": self.by_kind(), "roofline": times}
 
   def said_memory(self) -> str:
-    """In words: the total, or more than what the compiler refused."""
+    """Puts the memory into words: the total, or that it is more than what the compiler refused."""
     if self.memory is not None:
       return size_text(self.memory.total)
     return f"over {size_text(self.needed)}" if self.needed else "too much" if self.refusal else "not reported"
@@ -108,7 +135,7 @@ class CompiledStep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-  """The step that was asked for and, behind it in `steps`, the variants that were compiled as well."""
+  """Holds what was planned; `steps` holds the configured step first, then the variants that were compiled too."""
 
   model: str
   dtype: str
@@ -131,21 +158,22 @@ class Plan:
   advice: str
 
   def to_json(self) -> dict[str, Any]:
+    """Returns all figures by name, ready for json.dumps."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     chip = None if self.chip is None else dataclasses.asdict(self.chip)
     return {"plan": "step", **values, "chip": chip, "steps": [step.to_json() for step in self.steps]}
 
   def table(self) -> rich.table.Table:
-    """The step asked for, or the first variant that compiled if it did not, figure by figure."""
+    """Lists the figures of the configured step, or of the first variant that compiled if it did not."""
     table = rich.table.Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for label, text in [*self._asked(), *self._figures(next((s for s in self.steps if s.memory), self.steps[0]))]:
+    for label, text in [*self._setting(), *self._figures(next((step for step in self.steps if step.memory), self.steps[0]))]:
       table.add_row(label, text)
     return table
 
   def variants(self) -> rich.table.Table:
-    """All compiled steps, one a row."""
+    """Lists all compiled steps, one a row."""
     table = rich.table.Table(pad_edge=False)
     for head in ("step", "memory a device", "fits", "state and batch", "temporaries", "estimated step", "compile"):
       table.add_column(head, justify="left" if head == "step" else "right")
@@ -156,7 +184,7 @@ class Plan:
     return table
 
   def assumptions(self) -> list[str]:
-    """What the estimated step takes for granted."""
+    """Lists the assumptions behind the estimated time of a step."""
     chip = self.chip
     if chip is None or chip.memory_gb_s is None:
       return [
@@ -183,8 +211,9 @@ class Plan:
       )
     return notes
 
-  def _asked(self) -> list[tuple[str, str]]:
-    how = ", ".join(
+  def _setting(self) -> list[tuple[str, str]]:
+    """Describes the step and the devices, as (label, text)."""
+    options = ", ".join(
       word
       for word in (
         f"accumulate={self.accumulate}" if self.accumulate > 1 else "",
@@ -193,15 +222,19 @@ class Plan:
       )
       if word
     )
-    where = self.topology or "this machine"
+    machine = self.topology or "this machine"
     return [
-      ("step of", f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}{how and f'; {how}'}"),
+      (
+        "step of",
+        f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}{options and f'; {options}'}",
+      ),
       ("batch", f"{self.batch} images of {self.image_size}×{self.image_size}, {self.batch // self.devices} a device"),
-      ("devices", f"{where}: {self.devices} × {self.device_kind}"),
+      ("devices", f"{machine}: {self.devices} × {self.device_kind}"),
       ("memory a device", "unknown" if self.capacity is None else size_text(self.capacity)),
     ]
 
   def _figures(self, step: CompiledStep) -> list[tuple[str, str]]:
+    """Describes the figures of `step`, as (label, text)."""
     rows = [("figures of", step.name)] if step is not self.steps[0] else []
     fits = _fits(step.fits)
     if step.memory is None:
@@ -215,58 +248,59 @@ class Plan:
     sent = [
       f"{kind} {size_text(values['bytes'])} in {values['count']}" for kind, values in step.by_kind().items() if values["count"]
     ]
-    line = step.roofline
-    times = "unknown"
-    if line is not None:
-      images = f"{self.batch / line.high:,.0f} to {self.batch / line.low:,.0f} images/s"
-      times = (
-        f"{_ms(line.low)} to {_ms(line.high)}, {images}; bound by {line.bound}: compute {_ms(line.compute)}, memory "
-        f"{_ms(line.memory)}{f' to {_ms(line.memory_high)}' if line.memory_high > line.memory else ''}, links "
-        f"{_ms(line.links)}"
-      )
     counts = "not reported by this backend" if step.flops is None else f"{_tera(step.flops)} as compiled"
     moved = "not reported by this backend" if step.memory_bytes is None else f"{step.memory_bytes / 1e9:,.2f} GB"
     return [
       *rows,
-      (
-        "needed",
-        f"{step.said_memory()}, fits: {fits}; arguments {size_text(memory.arguments)} + outputs {size_text(memory.outputs)} "
-        f"- aliased {size_text(memory.aliased)} + temporaries {size_text(memory.temporaries)} + code {size_text(memory.code)}",
-      ),
+      ("needed", f"{step.said_memory()}, fits: {fits}; {memory.parts_text()} + code {size_text(memory.code)}"),
       ("arithmetic", f"{counts}, {_tera(step.counted_flops)} by the model's multiply-adds, a device"),
       ("memory traffic", f"{moved} a device"),
-      ("sent", f"{', '.join(sent) or 'nothing'}; {size_text(sum(each.sent for each in step.collectives))} out of a device"),
-      ("estimated step", times),
+      (
+        "sent",
+        f"{', '.join(sent) or 'nothing'}; {size_text(sum(collective.sent for collective in step.collectives))} out of a device",
+      ),
+      ("estimated step", self._time_text(step.roofline)),
       (
         "compile",
         f"{step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling (compilation cache: "
         f"{self.compilation_cache or 'off'})",
       ),
-      ("with", f"{', '.join(f'{name} {version}' for name, version in self.versions.items())}; {self.date}"),
+      ("with", f"{versions_text(self.versions)}; {self.date}"),
     ]
+
+  def _time_text(self, line: Roofline | None) -> str:
+    """Puts the estimated time of a step into words."""
+    if line is None:
+      return "unknown"
+    images = f"{self.batch / line.high:,.0f} to {self.batch / line.low:,.0f} images/s"
+    memory = f"{_ms(line.memory)}{f' to {_ms(line.memory_high)}' if line.memory_high > line.memory else ''}"
+    return (
+      f"{_ms(line.low)} to {_ms(line.high)}, {images}; bound by {line.bound}: compute {_ms(line.compute)}, memory {memory}, "
+      f"links {_ms(line.links)}"
+    )
 
 
 def picture(plan: Plan, file: str) -> None:
-  """Draws the memory of every compiled step as stacked bars, with the device's as a line."""
+  """Draws the memory of every compiled step as stacked bars, and the device's as a line, into `file`."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(7, 1.4 + 0.4 * len(plan.steps)), layout="constrained")
   axes = figure.subplots()
   names, left = [step.name for step in plan.steps], [0.0] * len(plan.steps)
   parts = {
-    "state and batch": lambda m: m.arguments + m.outputs - m.aliased,
-    "temporaries": lambda m: m.temporaries,
-    "code": lambda m: m.code,
+    "state and batch": lambda memory: memory.arguments + memory.outputs - memory.aliased,
+    "temporaries": lambda memory: memory.temporaries,
+    "code": lambda memory: memory.code,
   }
-  for (label, of), color in zip(parts.items(), ("#4878a8", "#e49444", "#85b6b2"), strict=True):
-    values = [of(step.memory) / GIB if step.memory else 0.0 for step in plan.steps]
+  for (label, part), color in zip(parts.items(), ("#4878a8", "#e49444", "#85b6b2"), strict=True):
+    values = [part(step.memory) / GIB if step.memory else 0.0 for step in plan.steps]
     axes.barh(names, values, left=left, label=label, color=color)
-    left = [a + b for a, b in zip(left, values, strict=True)]
-  for place, step in enumerate(plan.steps):
+    left = [begin + value for begin, value in zip(left, values, strict=True)]
+  for row, step in enumerate(plan.steps):
     if step.needed:
-      left[place] = step.needed / GIB
-      axes.barh(place, left[place], color="none", edgecolor="#d1605e", hatch="//")
-    axes.text(left[place], place, f" {step.said_memory()}", va="center", fontsize=8)
+      left[row] = step.needed / GIB
+      axes.barh(row, left[row], color="none", edgecolor="#d1605e", hatch="//")
+    axes.text(left[row], row, f" {step.said_memory()}", va="center", fontsize=8)
   if plan.capacity is not None:
     axes.axvline(plan.capacity / GIB, color="#d1605e", linestyle="--", label="a device has")
   axes.invert_yaxis()
@@ -278,22 +312,22 @@ def picture(plan: Plan, file: str) -> None:
 
 
 def advice(steps: Sequence[CompiledStep]) -> str:
-  """In one line, what the compiled steps say about memory."""
-  asked, *others = steps
+  """Says in one line whether the configured step, which is first, fits, and which variant does if not."""
+  configured, *others = steps
   fitting = [step for step in others if step.fits]
-  if asked.fits is None and not fitting:
+  if configured.fits is None and not fitting:
     return "whether it fits is unknown: neither the device nor the table of known chips says how much memory there is"
-  if asked.fits:
+  if configured.fits:
     return "it fits as configured"
   if fitting:
-    best = min(fitting, key=lambda step: (step.roofline.low if step.roofline else 0.0, step.memory.total))
+    best = min(fitting, key=lambda step: (step.roofline.low if step.roofline else 0.0, step.memory.total if step.memory else 0))
     return f"it does not fit as configured; it does with {best.name}"
-  tried = "; ".join(step.name for step in others) or "any other setting"
-  return f"it does not fit, nor with {tried}: lower config.batch or take more devices"
+  names = "; ".join(step.name for step in others) or "any other setting"
+  return f"it does not fit, nor with {names}: lower config.batch or take more devices"
 
 
 def _fits(fits: bool | None) -> str:
-  return {True: "yes", False: "no", None: "unknown"}[fits]
+  return "unknown" if fits is None else "yes" if fits else "no"
 
 
 def _ms(seconds: float) -> str:

@@ -1,8 +1,9 @@
-"""The training step as a compiled program: lowered once for any platform, and what the compiler says of its memory."""
+"""Lowers the training step for any platform, and reads the memory and the counts of the compiled program."""
 
 import dataclasses
 import importlib.metadata
 import platform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,12 @@ from nfnets.train.step import sharding
 from nfnets.train.step.state import TrainState
 from nfnets.train.step.step import train_step_over
 
-IMAGENET_IMAGES = 1_281_167  # training images of ILSVRC 2012: the schedule needs an epoch's length, and no dataset is loaded here
+IMAGENET_IMAGES = 1_281_167  # training images of ILSVRC 2012, for the schedule's length of an epoch, since no dataset is loaded
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramMemory:
-  """Bytes on one device, from the compiler; aliased: outputs in the place of the donated state."""
+  """Holds a program's bytes on one device, as the compiler plans them; aliased: outputs that replace the donated state."""
 
   arguments: int
   outputs: int
@@ -31,17 +32,24 @@ class ProgramMemory:
 
   @property
   def data(self) -> int:
-    """arguments + outputs - aliased + temporaries."""
+    """All bytes but the code's: arguments + outputs - aliased + temporaries."""
     return self.arguments + self.outputs - self.aliased + self.temporaries
 
   @property
   def total(self) -> int:
-    """`data` and the code."""
+    """All bytes: `data` and the code."""
     return self.data + self.code
+
+  def parts_text(self) -> str:
+    """Puts the sum `data` into words."""
+    return (
+      f"arguments {size_text(self.arguments)} + outputs {size_text(self.outputs)} - aliased {size_text(self.aliased)} "
+      f"+ temporaries {size_text(self.temporaries)}"
+    )
 
 
 def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:
-  """The run's optimizer, with ImageNet's length of an epoch."""
+  """Makes the run's optimizer for an epoch as long as ImageNet's."""
   per_epoch = IMAGENET_IMAGES / config.batch
   return optim.make_optimizer(
     config.optim, params, batch=config.batch, steps_per_epoch=per_epoch, total_steps=max(1, round(config.epochs * per_epoch))
@@ -49,9 +57,14 @@ def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransform
 
 
 def lower(config: Config, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, size: int) -> jax.stages.Lowered:
-  """The training loop's own step for images of `size` pixels a side, lowered for the platform of `mesh`.
+  """Lowers the training loop's own step for the platform of `mesh`.
 
-  state: arrays or shapes. Images mixed with others, if config.data.mix says so, bring their second label and ratio.
+  Args:
+    config: the run. Where config.data.mix mixes images, the batch holds their second label and ratio too.
+    graph: the network's modules.
+    state: arrays or their shapes.
+    mesh: the devices.
+    size: pixels of a side of the images.
   """
   batch = {
     "image": jax.ShapeDtypeStruct((config.batch, size, size, 3), jnp.uint8),
@@ -60,40 +73,58 @@ def lower(config: Config, graph: nnx.GraphDef, state: TrainState, mesh: Mesh, si
   if config.data.mix != "none":
     batch["mix_label"] = batch["label"]
     batch["ratio"] = jax.ShapeDtypeStruct((config.batch,), jnp.float32)
-  like = sharding.place(mesh, state, shard=config.shard)
-  return train_step_over(config, mesh, graph, make_optimizer(config, state.params), like).lower(like, batch)
+  placed = sharding.place(mesh, state, shard=config.shard)
+  step = train_step_over(config, mesh, graph, make_optimizer(config, state.params), placed)
+  return step.lower(placed, batch)  # pyrefly: ignore[missing-attribute] (it is what jax.jit returns, declared as a plain function)
 
 
 def memory(compiled: jax.stages.Compiled) -> ProgramMemory | None:
-  """The compiler's plan of the memory; None where the backend does not report it."""
-  analysis = compiled.memory_analysis()
-  parts = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp", "code": "generated_code"}
-  sizes = {name: getattr(analysis, f"{part}_size_in_bytes", None) for name, part in parts.items()}
-  return None if None in sizes.values() else ProgramMemory(**sizes)
+  """Returns the compiler's plan of the memory; None where the backend does not report it."""
+  analysis: Any = compiled.memory_analysis()  # None, or without these sizes, on some backends
+  try:
+    return ProgramMemory(
+      arguments=analysis.argument_size_in_bytes,
+      outputs=analysis.output_size_in_bytes,
+      aliased=analysis.alias_size_in_bytes,
+      temporaries=analysis.temp_size_in_bytes,
+      code=analysis.generated_code_size_in_bytes,
+    )
+  except AttributeError:
+    return None
 
 
 def cost(program: jax.stages.Lowered | jax.stages.Compiled, name: str) -> float | None:
-  """XLA's own count of one device, "flops" (element-wise work included) or "bytes accessed"; None where it has none."""
+  """Returns XLA's own count of one device's "flops" (element-wise work included) or "bytes accessed"; None where it has none."""
   count = (program.cost_analysis() or {}).get(name, -1.0)
   return count if count > 0 else None
 
 
 def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-  """Whether a compiler or an allocator says that the devices have too little memory."""
+  """Says whether a compiler or an allocator raised `error` because the devices have too little memory."""
   return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def versions(*more: str) -> dict[str, str]:
-  """Of JAX, the packages that make the step, `more` where they are installed, and Python."""
-  found = {}
-  for name in ("jax", "jaxlib", "flax", "optax", *more):
+def compilation_cache() -> str | None:
+  """Returns JAX's directory of compiled programs, from which a compilation may be read instead; None without one."""
+  return jax.config.jax_compilation_cache_dir  # pyrefly: ignore[missing-attribute] (JAX adds its options as it is imported)
+
+
+def versions(*packages: str) -> dict[str, str]:
+  """Returns the versions of JAX, the packages that make the step, other `packages` where installed, and Python."""
+  numbers = {}
+  for name in ("jax", "jaxlib", "flax", "optax", *packages):
     try:
-      found[name] = importlib.metadata.version(name)
+      numbers[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
-  return {**found, "python": platform.python_version()}
+  return {**numbers, "python": platform.python_version()}
+
+
+def versions_text(numbers: dict[str, str]) -> str:
+  """Lists packages with their versions."""
+  return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 def size_text(count: float) -> str:
-  """Bytes in words, e.g. "1.50 GiB"."""
+  """Puts a number of bytes into words, e.g. "1.50 GiB"."""
   return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,12 +1,12 @@
-"""How fast the compiled training step is: the loop's own step, on synthetic images that already lie on the devices.
+"""Times the training loop's own compiled step, on synthetic images that already lie on the devices.
 
     from nfnets.measure import step
     print(step.benchmark_step(config, steps=50, warmup=5))
 
-What keeps the figures honest: every step takes the state that the one before it gave back (donated, as in training),
-so none can be skipped or overlap; the clock stops only when the new state is there; warm-up steps are not counted;
-nothing is sent to the devices meanwhile (a transfer guard sees to it); and the figures are handed out only if the last
-loss is finite and the state has counted as many updates as were asked for.
+What keeps the figures honest: every step takes the state that the step before it returned (donated, as in training), so no step
+can be skipped or overlap another; the clock stops only when the new state is computed; warm-up steps are not counted; a transfer
+guard forbids sending anything to the devices meanwhile; and there is a report only if the last loss is finite and the state has
+counted as many updates as steps were run.
 """
 
 import contextlib
@@ -34,12 +34,11 @@ from nfnets.train.step import sharding
 from nfnets.train.step.gradients import Batch, Metrics, needs_all_rows
 from nfnets.train.step.state import TrainState, build_network, init_state, split_network
 
-# Blocks of steps with and without AGC; each pair gives one ratio.
-AGC_PAIRS = 10
+AGC_PAIRS = 10  # pairs of blocks of steps, one with and one without AGC; each pair gives one ratio
 
 
 class OutOfMemoryError(UserError):
-  """The step does not fit into the devices' memory; the message says what to lower."""
+  """The step does not fit into the devices' memory; the message names the settings to lower."""
 
 
 def benchmark_step(
@@ -61,82 +60,57 @@ def benchmark_step(
     config: the run; `batch` is over all devices.
     steps: timed steps, first one by one, then as many in a row.
     warmup: steps before these, at least 1; the first of them shows whether the state is donated.
-    without_agc: also time the step with clipping=None, in blocks that take turns with the configured step's. Both
-      states then lie in memory, but the memory figures are from before the second is made.
+    without_agc: also time the step with clipping=None, in blocks that alternate with the configured step's. Both states then
+      lie in memory, but the memory figures are taken before the second is made.
     mesh: the devices; all of them by default.
     say: gets a line as each phase begins.
 
   Raises:
-    UserError: a field or argument is out of range, the batch does not divide among the devices, `without_agc` where
-      the config has no AGC; OutOfMemoryError where it does not fit; what `models.create` and `optim.make_optimizer`
-      raise.
+    UserError: a field or argument is out of range, the batch does not divide among the devices, or `without_agc` is set where
+      the config has no AGC; also what `models.create` and `optim.make_optimizer` raise.
+    OutOfMemoryError: the step does not fit into the devices' memory.
     FloatingPointError: the loss or a gradient was not finite, so the times would mean nothing.
   """
-  config.validate()
-  for name, value in (("steps", steps), ("warmup", warmup)):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise UserError(f"{name} = {value!r}: expected a whole number >= 1.")
-  clips = config.optim.clipping is not None and config.optim.clipping < math.inf
-  if without_agc and not clips:
-    raise UserError(
-      f"without_agc needs AGC to compare with, but config.optim.clipping={config.optim.clipping}; set it, e.g. to 0.01"
-    )
+  _check_arguments(config, steps, warmup, without_agc)
   mesh = sharding.make_mesh() if mesh is None else mesh
   sharding.check_batch(config.batch, mesh, config.accumulate)
   overrides = config.model.all_overrides()
   size = config.data.image_size or models.variant(config.model.name, **overrides).train_resolution
   classes = config.data.num_classes or 1000
-  where = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
-  with _explained_out_of_memory(config.batch, size, where):
-    say(f"initialising {config.model.name} on {where}")
-    begin = time.perf_counter()
-    network = build_network(config.model, classes, seed=config.seed)
-    graph, params, stats = split_network(network)
-    state = _state(config, params, stats, mesh)
-    init_s = time.perf_counter() - begin
-    del network, params, stats  # the state's buffers are about to be donated
+  kind = mesh.devices.flat[0].device_kind
+  devices = f"{mesh.size} × {kind}"
+  with _explained_out_of_memory(config.batch, size, devices):
+    say(f"initialising {config.model.name} on {devices}")
+    (graph, state), init_s = _timed(_initial_state, config, classes, mesh)
     say(f"compiling the step on {config.batch} images of {size}×{size}")
-    plain_images = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))  # nothing is mixed here
+    plain_images = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))  # noise needs no mixing
     lowered, lowering_s = _timed(program.lower, plain_images, graph, state, mesh, size)
     compiled, compile_s = _timed(lowered.compile)
-    batch = _batch(config, mesh, size, classes)
+    run = _Run(step=compiled, state=state, batch=_batch(config, mesh, size, classes))
+    del state  # its buffers are about to be donated
 
     say(f"{warmup} steps to warm up, {steps} one by one, {steps} in a row")
     peak_before = _peak_bytes(mesh)
-    run = _Run(step=compiled, state=state, batch=batch)
-    before = jax.tree.leaves(state)
-    del state
-    state_bytes = sum(leaf.nbytes for leaf in before)
-    run.seconds_per_step(1)
-    donated_bytes = sum(leaf.nbytes for leaf in before if leaf.is_deleted())
-    del before
+    state_bytes, donated_bytes = _first_step(run)
     if warmup > 1:
       run.seconds_per_step(warmup - 1)
     waited = Spread.of([1e3 * run.seconds_per_step(1) for _ in range(steps)])
     run_s = run.seconds_per_step(steps)
-    memory = _memory(compiled, peak_before, _peak_bytes(mesh))
+    memory = Memory(compiled=program.memory(compiled), peak_before=peak_before, peak=_peak_bytes(mesh))
     run.check()  # before the comparison, which would only waste time on a halted state
-
     overhead = None
     if without_agc:
       say("compiling the step without AGC, then blocks of both in turn")
-      plain_config = dataclasses.replace(plain_images, optim=dataclasses.replace(config.optim, clipping=None))
-      plain_state = _state(plain_config, *jax.tree.map(jnp.copy, (run.state.params, run.state.stats)), mesh)
-      plain = _Run(step=program.lower(plain_config, graph, plain_state, mesh, size).compile(), state=plain_state, batch=batch)
-      del plain_state
-      overhead = _compare(run, plain, warmup=warmup, steps=max(1, round(steps / AGC_PAIRS)))
-      plain.check()
+      overhead = _agc_overhead(plain_images, graph, run, mesh, size, warmup=warmup, steps=max(1, round(steps / AGC_PAIRS)))
     loss = run.check()
 
   macs = models.describe(config.model.name, classes, resolutions={"train": size}, **overrides).macs[size]
   images_per_s = config.batch / run_s
   tflops = 6 * macs * images_per_s / mesh.size / 1e12
-  kind = mesh.devices.flat[0].device_kind
   peak = peak_tflops(kind)
-  # XLA counts a device's share of the batch; of the lowered program the whole, where it was left to divide the computation.
+  # XLA counts a device's share of the batch; the lowered program is of the whole batch where XLA divides the computation itself
   share = config.batch / mesh.size
-  xla_flops = _flops_an_image(lowered, config.batch if needs_all_rows(config, run.state.stats) else share)
-  xla_optimised = _flops_an_image(compiled, share)
+  lowered_images = config.batch if needs_all_rows(config, run.state.stats) else share
   return StepReport(
     model=config.model.name,
     overrides=overrides,
@@ -146,15 +120,15 @@ def benchmark_step(
     parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
     batch=config.batch,
     optimizer=config.optim.name,
-    clipping=config.optim.clipping if clips else None,
-    agc_track=clips and config.optim.agc_track,
+    clipping=config.optim.clipping if _clips(config) else None,
+    agc_track=_clips(config) and config.optim.agc_track,
     ema_decay=config.optim.ema_decay,
     device_kind=kind,
     devices=mesh.size,
     processes=jax.process_count(),
     versions={**program.versions(), "backend": " ".join(mesh.devices.flat[0].client.platform_version.split())},
     xla_flags=os.environ.get("XLA_FLAGS", ""),
-    compilation_cache=jax.config.jax_compilation_cache_dir,
+    compilation_cache=program.compilation_cache(),
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     init_s=init_s,
     lowering_s=lowering_s,
@@ -167,8 +141,8 @@ def benchmark_step(
     images_per_s_per_device=images_per_s / mesh.size,
     forward_macs_per_image=macs,
     flops_per_image=6 * macs,
-    xla_flops_per_image=xla_flops,
-    xla_optimised_flops_per_image=xla_optimised,
+    xla_flops_per_image=_flops_an_image(lowered, lowered_images),
+    xla_optimised_flops_per_image=_flops_an_image(compiled, share),
     tflops_per_device=tflops,
     peak_tflops_per_device=peak,
     mfu=None if peak is None else tflops / peak,
@@ -181,9 +155,26 @@ def benchmark_step(
   )
 
 
+def _check_arguments(config: Config, steps: int, warmup: int, without_agc: bool) -> None:
+  """Raises UserError for a wrong config, for numbers of steps out of range, and for a comparison with AGC where there is none."""
+  config.validate()
+  for name, value in (("steps", steps), ("warmup", warmup)):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise UserError(f"{name} = {value!r}: expected a whole number >= 1.")
+  if without_agc and not _clips(config):
+    raise UserError(
+      f"without_agc needs AGC to compare with, but config.optim.clipping={config.optim.clipping}; set it, e.g. to 0.01"
+    )
+
+
+def _clips(config: Config) -> bool:
+  """Says whether the step has AGC; a lambda of inf clips nothing."""
+  return config.optim.clipping is not None and config.optim.clipping < math.inf
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Run:
-  """A compiled step with its own state, going on from call to call."""
+  """Runs a compiled step on its own state, which every call takes on. done: how many steps have run."""
 
   step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   state: TrainState
@@ -192,7 +183,7 @@ class _Run:
   done: int = 0
 
   def seconds_per_step(self, steps: int) -> float:
-    """Sends `steps` steps one after the other without waiting, then waits for the last state; mean seconds a step."""
+    """Starts `steps` steps one after the other, waits for the last state, and returns the mean seconds of a step."""
     with jax.transfer_guard("disallow"):
       begin = time.perf_counter()
       for _ in range(steps):
@@ -203,7 +194,9 @@ class _Run:
     return seconds / steps
 
   def check(self) -> float:
-    """The last step's mean loss; FloatingPointError if the run stood still instead of training."""
+    """Returns the last step's mean loss; FloatingPointError where the run halted instead of training."""
+    if self.metrics is None:
+      raise RuntimeError("no step has run yet")
     loss = float(self.metrics["loss_sum"]) / float(self.metrics["count"])
     if bool(self.state.halted) or not math.isfinite(loss):
       raise FloatingPointError(
@@ -215,15 +208,44 @@ class _Run:
     return loss
 
 
+def _initial_state(config: Config, classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
+  """Builds the network, and the state before the first step."""
+  graph, params, stats = split_network(build_network(config.model, classes, seed=config.seed))
+  return graph, _state(config, params, stats, mesh)
+
+
+def _first_step(run: _Run) -> tuple[int, int]:
+  """Runs the first step: (bytes of the state, how many of them the step took over)."""
+  leaves = jax.tree.leaves(run.state)
+  state_bytes = sum(leaf.nbytes for leaf in leaves)
+  run.seconds_per_step(1)
+  return state_bytes, sum(leaf.nbytes for leaf in leaves if leaf.is_deleted())
+
+
+def _agc_overhead(
+  config: Config, graph: nnx.GraphDef, run: _Run, mesh: Mesh, size: int, *, warmup: int, steps: int
+) -> AgcOverhead:
+  """Compiles the step of `config` without AGC, and times it in turn with `run`, from a copy of its parameters."""
+  plain_config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clipping=None))
+  params, stats = jax.tree.map(jnp.copy, run.state.params), jax.tree.map(jnp.copy, run.state.stats)
+  state = _state(plain_config, params, stats, mesh)
+  del params, stats
+  plain = _Run(step=program.lower(plain_config, graph, state, mesh, size).compile(), state=state, batch=run.batch)
+  del state
+  overhead = _compare(run, plain, warmup=warmup, steps=steps)
+  plain.check()
+  return overhead
+
+
 def _compare(run: _Run, plain: _Run, *, warmup: int, steps: int) -> AgcOverhead:
-  """AGC_PAIRS pairs of blocks; who goes first alternates, so that a drift of the clock favours neither."""
-  for each in (run, plain):
-    each.seconds_per_step(warmup)
-  milliseconds: dict[int, list[float]] = {id(run): [], id(plain): []}
+  """Times AGC_PAIRS pairs of blocks, whose order alternates, so that a drift of the clock favours neither."""
+  run.seconds_per_step(warmup)
+  plain.seconds_per_step(warmup)
+  with_agc, without_agc = [], []
   for pair in range(AGC_PAIRS):
-    for each in (run, plain) if pair % 2 == 0 else (plain, run):
-      milliseconds[id(each)].append(1e3 * each.seconds_per_step(steps))
-  with_agc, without_agc = milliseconds.values()
+    blocks = [(run, with_agc), (plain, without_agc)]
+    for timed, milliseconds in blocks if pair % 2 == 0 else reversed(blocks):
+      milliseconds.append(1e3 * timed.seconds_per_step(steps))
   first, second = Spread.of(with_agc), Spread.of(without_agc)
   pair_ratio = Spread.of([a / b for a, b in zip(with_agc, without_agc, strict=True)])
   return AgcOverhead(
@@ -232,13 +254,13 @@ def _compare(run: _Run, plain: _Run, *, warmup: int, steps: int) -> AgcOverhead:
 
 
 def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> TrainState:
-  """The state before the first step, once it lies on the devices."""
+  """Makes the state before the first step, and waits until it lies on the devices."""
   state = init_state(params, stats, program.make_optimizer(config, params), config)
   return jax.block_until_ready(sharding.put(state, sharding.place(mesh, state, shard=config.shard)))
 
 
 def _batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:
-  """Noise, not zeros: a chip draws less power on zeros, and so runs faster than on images."""
+  """Makes a batch of noise: on zeros a chip draws less power, and so runs faster than on images."""
   draw = np.random.default_rng(config.seed)
   return jax.block_until_ready(
     sharding.put_batch(
@@ -252,37 +274,33 @@ def _batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:
 
 
 def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-  """(what `work` returns, seconds)."""
+  """Calls `work`: (its result, seconds)."""
   begin = time.perf_counter()
   return work(*args), time.perf_counter() - begin
 
 
 def _peak_bytes(mesh: Mesh) -> int | None:
-  """The most bytes that were ever in use on one of this process's devices; None where the backend does not say."""
+  """Returns the most bytes that were ever in use on one of this process's devices; None where the backend does not report it."""
   peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.local_devices]
-  return None if None in peaks else max(peaks)
+  reported = [peak for peak in peaks if peak is not None]
+  return max(reported) if len(reported) == len(peaks) else None
 
 
-def _memory(compiled: jax.stages.Compiled, peak_before: int | None, peak: int | None) -> Memory:
-  planned = program.memory(compiled)
-  names = ("arguments", "outputs", "aliased", "temporaries")
-  sizes = {name: None if planned is None else getattr(planned, name) for name in names}
-  return Memory(**sizes, program=None if planned is None else planned.data, peak_before=peak_before, peak=peak)
-
-
-def _flops_an_image(compiled: jax.stages.Lowered | jax.stages.Compiled, images: float) -> float | None:
-  flops = program.cost(compiled, "flops")
+def _flops_an_image(step: jax.stages.Lowered | jax.stages.Compiled, images: float) -> float | None:
+  """Divides XLA's count of the step's FLOPs by the `images` that it counts."""
+  flops = program.cost(step, "flops")
   return None if flops is None else flops / images
 
 
 @contextlib.contextmanager
-def _explained_out_of_memory(batch: int, size: int, where: str) -> Iterator[None]:
+def _explained_out_of_memory(batch: int, size: int, devices: str) -> Iterator[None]:
+  """Turns a device's lack of memory into an OutOfMemoryError."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if not program.is_out_of_memory(error):
       raise
     raise OutOfMemoryError(
-      f"out of memory with {batch} images of {size}×{size} a step on {where}; lower the batch or "
+      f"out of memory with {batch} images of {size}×{size} a step on {devices}; lower the batch or "
       "the image size, or set config.model.remat=True"
     ) from error

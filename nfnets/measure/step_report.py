@@ -1,4 +1,4 @@
-"""What the benchmark of the training step hands out: the figures with their units and definitions."""
+"""Holds the figures of the training step's benchmark, with their units and definitions, and puts them into words."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from nfnets.measure.program import size_text
+from nfnets.measure.program import ProgramMemory, size_text, versions_text
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-  """Median, quartiles and extremes of `count` measurements."""
+  """Holds the median, quartiles and extremes of `count` measurements."""
 
   median: float
   quartile1: float
@@ -22,6 +22,7 @@ class Spread:
 
   @classmethod
   def of(cls, values: Sequence[float]) -> "Spread":
+    """Computes them from the measurements, with NumPy's quantiles."""
     low, first, middle, third, high = (float(q) for q in np.percentile(values, (0, 25, 50, 75, 100)))
     return cls(median=middle, quartile1=first, quartile3=third, minimum=low, maximum=high, count=len(values))
 
@@ -31,29 +32,34 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-  """Bytes on one device; None = this backend does not report it.
+  """Holds bytes on one device; None where this backend does not report them.
 
-  arguments, outputs, aliased, temporaries: XLA's plan of the compiled step; aliased counts outputs that take the
-  donated state's place. program: arguments + outputs - aliased + temporaries. peak: the most that was ever in use on
-  the fullest device, from the beginning of the process (so with initialisation and autotuning) to the end of the
-  configured step's runs. peak_before: the same before the first step; where the two are equal, the step did not set it.
+  Attributes:
+    compiled: the compiler's plan of the step.
+    peak_before: the most that was ever in use on the fullest device, from the beginning of the process (so with initialisation
+      and autotuning) to the first step.
+    peak: the same up to the end of the configured step's runs; where it equals `peak_before`, the step did not set it.
   """
 
-  arguments: int | None
-  outputs: int | None
-  aliased: int | None
-  temporaries: int | None
-  program: int | None
+  compiled: ProgramMemory | None
   peak_before: int | None
   peak: int | None
+
+  def to_json(self) -> dict[str, int | None]:
+    """Returns the figures by name; `program` is arguments + outputs - aliased + temporaries."""
+    names = ("arguments", "outputs", "aliased", "temporaries")
+    parts = {name: None if self.compiled is None else getattr(self.compiled, name) for name in names}
+    total = None if self.compiled is None else self.compiled.data
+    return {**parts, "program": total, "peak_before": self.peak_before, "peak": self.peak}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AgcOverhead:
-  """The step with AGC against the step without, in blocks that take turns. Times in ms a step.
+  """Compares the step with AGC and the step without, timed in turn in blocks of steps; times are in ms a step.
 
-  ratio: median with / median without. pair_ratio: the ratios of the pairs of neighbouring blocks; its spread is the
-  error.
+  Attributes:
+    ratio: median with AGC / median without.
+    pair_ratio: the ratios of the pairs of neighbouring blocks; its spread is the error.
   """
 
   with_agc_ms: Spread
@@ -65,7 +71,7 @@ class AgcOverhead:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-  """Everything measured; `str()` gives it in words, `to_json()` as a dict for json.dumps."""
+  """Holds all figures; `str()` puts them into words, `to_json()` into a dict for json.dumps."""
 
   # ---- what ran
   model: str
@@ -93,54 +99,46 @@ class StepReport:
   compile_s: float
   # ---- time
   warmup_steps: int
-  waited_step_ms: Spread  # each step waited for before the next is sent
+  waited_step_ms: Spread  # each step is waited for before the next is sent
   run_steps: int
-  run_step_ms: float  # run_steps in a row, waited for once, at the end: as the training loop runs
+  run_step_ms: float  # mean of run_steps steps in a row, waited for once at the end, as the training loop runs
   images_per_s: float  # from run_step_ms, over all devices
   images_per_s_per_device: float
   # ---- arithmetic
   forward_macs_per_image: int
   flops_per_image: int  # 3 · 2 · forward_macs_per_image
   xla_flops_per_image: float | None  # XLA's count of the program as lowered
-  xla_optimised_flops_per_image: float | None  # and as compiled, where hand-written kernels may count for nothing
+  xla_optimised_flops_per_image: float | None  # XLA's count as compiled, which may leave out hand-written kernels
   tflops_per_device: float  # 10¹² flops_per_image a second, from run_step_ms
   peak_tflops_per_device: float | None
   mfu: float | None  # tflops_per_device / peak_tflops_per_device, in [0, 1]
   # ---- memory, donation, checks
   memory: Memory
   state_bytes: int
-  donated_bytes: int  # of the state's, how many the step took over
+  donated_bytes: int  # how many of state_bytes the step took over
   final_loss: float
-  updates: int  # as the state counts them
+  updates: int  # updates that the state counted
   agc: AgcOverhead | None
 
   def to_json(self) -> dict[str, Any]:
-    return {"benchmark": "step", **dataclasses.asdict(self)}
+    """Returns all figures by name, ready for json.dumps."""
+    return {"benchmark": "step", **dataclasses.asdict(self), "memory": self.memory.to_json()}
 
   def __str__(self) -> str:
-    giga = lambda count: "not reported" if count is None else f"{count / 1e9:.4g} GFLOP"
-    if self.peak_tflops_per_device is None:
-      mfu = f"unknown chip {self.device_kind!r}: no peak to divide by, no MFU"
-    else:
-      mfu = f"MFU {100 * self.mfu:.2f} % of {self.peak_tflops_per_device:g} TFLOP/s, the chip's dense bfloat16 peak"
-      mfu += "" if self.dtype == "bfloat16" else f" (this step computes in {self.dtype}, whose own peak is lower)"
+    lines = [*self._setting(), *self._times(), *self._arithmetic(), *self._memory(), *self._checks()]
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)
+
+  def _setting(self) -> list[tuple[str, str]]:
+    """Describes the step, the batch and the devices, as (label, text)."""
     clipping = "no AGC" if self.clipping is None else f"AGC {self.clipping:g}{', tracked' if self.agc_track else ''}"
     average = "no EMA" if self.ema_decay is None else f"EMA {self.ema_decay:g}"
-    memory = self.memory
-    plan = peak = "not reported by this backend"
-    if memory.program is not None:
-      plan = (
-        f"{size_text(memory.program)} a device = arguments {size_text(memory.arguments)} + outputs "
-        f"{size_text(memory.outputs)} - aliased {size_text(memory.aliased)} + temporaries {size_text(memory.temporaries)}"
-      )
-    if memory.peak is not None:
-      peak = f"{size_text(memory.peak)} a device since the process began ({size_text(memory.peak_before)} before the first step)"
-    lines = [
+    overrides = "".join(f", {name}={value!r}" for name, value in self.overrides.items())
+    return [
       (
         "step of",
-        f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}"
-        f"{''.join(f', {key}={value!r}' for key, value in self.overrides.items())}; {self.optimizer}, "
-        f"{clipping}, {average}",
+        f"{self.model}, {self.parameters:,} parameters, {self.num_classes} classes, {self.dtype}{overrides}; "
+        f"{self.optimizer}, {clipping}, {average}",
       ),
       (
         "batch",
@@ -148,13 +146,18 @@ class StepReport:
         "synthetic, on the devices from the start",
       ),
       ("devices", f"{self.devices} × {self.device_kind} ({self.processes} process{'es' * (self.processes > 1)})"),
+    ]
+
+  def _times(self) -> list[tuple[str, str]]:
+    """Describes the times and the speed."""
+    waited = self.waited_step_ms
+    return [
       ("init", f"{self.init_s:.2f} s (parameters and state, until they lie on the devices)"),
       ("lowering", f"{self.lowering_s:.2f} s"),
       ("compile", f"{self.compile_s:.2f} s (compilation cache: {self.compilation_cache or 'off'})"),
       (
         "step, waited for",
-        f"median {self.waited_step_ms.median:.4g} ms, {self.waited_step_ms} (each of "
-        f"{self.waited_step_ms.count} steps by itself, after {self.warmup_steps} to warm up)",
+        f"median {waited.median:.4g} ms, {waited} (each of {waited.count} steps by itself, after {self.warmup_steps} to warm up)",
       ),
       (
         "step, in a run",
@@ -162,36 +165,60 @@ class StepReport:
         "runs; the figures below are from this)",
       ),
       ("images/s", f"{self.images_per_s_per_device:,.1f} a device, {self.images_per_s:,.1f} in all"),
+    ]
+
+  def _arithmetic(self) -> list[tuple[str, str]]:
+    """Describes the FLOPs of an image and the FLOP/s of a device."""
+    if self.peak_tflops_per_device is None or self.mfu is None:
+      mfu = f"unknown chip {self.device_kind!r}: no peak to divide by, no MFU"
+    else:
+      mfu = f"MFU {100 * self.mfu:.2f} % of {self.peak_tflops_per_device:g} TFLOP/s, the chip's dense bfloat16 peak"
+      mfu += "" if self.dtype == "bfloat16" else f" (this step computes in {self.dtype}, whose own peak is lower)"
+    return [
       (
         "FLOPs an image",
-        f"{giga(self.flops_per_image)} = 3 (forward, two of backward) × 2 × "
+        f"{_gigaflop(self.flops_per_image)} = 3 (forward, two of backward) × 2 × "
         f"{self.forward_macs_per_image / 1e9:.4g} G multiply-adds of a forward pass at "
-        f"{self.image_size} px; XLA counts {giga(self.xla_flops_per_image)} as lowered, "
-        f"{giga(self.xla_optimised_flops_per_image)} as compiled",
+        f"{self.image_size} px; XLA counts {_gigaflop(self.xla_flops_per_image)} as lowered, "
+        f"{_gigaflop(self.xla_optimised_flops_per_image)} as compiled",
       ),
       ("TFLOP/s", f"{self.tflops_per_device:.4g} a device; {mfu}"),
+    ]
+
+  def _memory(self) -> list[tuple[str, str]]:
+    """Describes the memory and what of the state was donated."""
+    plan = peak = "not reported by this backend"
+    compiled = self.memory.compiled
+    if compiled is not None:
+      plan = f"{size_text(compiled.data)} a device = {compiled.parts_text()}"
+    if self.memory.peak is not None and self.memory.peak_before is not None:
+      before = size_text(self.memory.peak_before)
+      peak = f"{size_text(self.memory.peak)} a device since the process began ({before} before the first step)"
+    return [
       ("memory, XLA's plan", plan),
       ("memory, peak in use", peak),
       ("donated", f"{size_text(self.donated_bytes)} of the state's {size_text(self.state_bytes)}"),
     ]
+
+  def _checks(self) -> list[tuple[str, str]]:
+    """Describes AGC's overhead where it was measured, the checks and the versions."""
+    lines = []
     if self.agc is not None:
+      agc, ratios = self.agc, self.agc.pair_ratio
       lines.append(
         (
           "AGC overhead",
-          f"× {self.agc.ratio:.4f} = {self.agc.with_agc_ms.median:.4g} ms with / "
-          f"{self.agc.without_agc_ms.median:.4g} ms without, medians; by pairs of blocks: "
-          f"{self.agc.pair_ratio} ({self.agc.pair_ratio.count} pairs of blocks of "
-          f"{self.agc.steps_per_block} step{'s' * (self.agc.steps_per_block > 1)}, "
-          "taking turns)",
+          f"× {agc.ratio:.4f} = {agc.with_agc_ms.median:.4g} ms with / {agc.without_agc_ms.median:.4g} ms without, medians; "
+          f"by pairs of blocks: {ratios} ({ratios.count} pairs of blocks of {agc.steps_per_block} "
+          f"step{'s' * (agc.steps_per_block > 1)}, taking turns)",
         )
       )
-    lines += [
+    return [
+      *lines,
       ("checked", f"loss {self.final_loss:.4g} after {self.updates} updates, not halted"),
-      (
-        "with",
-        ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        + f"; XLA_FLAGS {self.xla_flags!r}; {self.date}",
-      ),
+      ("with", f"{versions_text(self.versions)}; XLA_FLAGS {self.xla_flags!r}; {self.date}"),
     ]
-    width = max(len(label) for label, _ in lines)
-    return "\n".join(f"{label.ljust(width)}  {text}" for label, text in lines)
+
+
+def _gigaflop(count: float | None) -> str:
+  return "not reported" if count is None else f"{count / 1e9:.4g} GFLOP"

@@ -13,7 +13,7 @@ import pytest
 
 from nfnets import distributed
 from nfnets.distributed import agree, detect, lifeline, meeting, processes
-from nfnets.distributed.detect import Membership
+from nfnets.distributed.detect import Membership, Placement
 from nfnets.distributed.errors import LostPeer, ProcessError
 
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}
@@ -117,9 +117,9 @@ def test_jax_is_asked_where_the_coordinator_is(monkeypatch):
   """Through a name that is not public: this says when it moves. The port is the job's, the host the first of the list."""
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
-  plan, local = detect.complete(detected(SLURM), 5)
-  assert plan == Membership(engine="SLURM", coordinator="n1:61447", count=4, index=1) and local == [1]
-  assert detect.complete(one("SLURM"), 5) == (one("SLURM"), None)
+  placement, local = detect.complete(detected(SLURM), 5)
+  assert placement == Placement(engine="SLURM", coordinator="n1:61447", count=4, index=1) and local == [1]
+  assert detect.complete(one("SLURM"), 5) == (Placement(engine="SLURM", coordinator="", count=1, index=0), None)
 
 
 def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
@@ -139,8 +139,8 @@ def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
   tired.__cause__ = socket.gaierror(-2, "Name or service not known")
   unknown = RuntimeError("Failed to recognize coordinator address a")
   answers[:] = [tired, unknown, ("a:1", 2, 1, None)]
-  found, _ = detect.complete(Membership(engine="Kubernetes", ask="k8s"), 60)
-  assert found == Membership(engine="Kubernetes", coordinator="a:1", count=2, index=1)
+  placement, _ = detect.complete(Membership(engine="Kubernetes", ask="k8s"), 60)
+  assert placement == Placement(engine="Kubernetes", coordinator="a:1", count=2, index=1)
   answers[:] = [unknown]
   with pytest.raises(LostPeer, match="TPU pod: process 0's host has no address after 0 s"):
     detect.complete(Membership(engine="TPU pod", ask="gketpu"), 0)

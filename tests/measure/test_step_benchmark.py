@@ -61,9 +61,10 @@ def test_flops_are_three_forward_passes_of_the_description(report):
 def test_the_whole_state_is_donated(report):
   assert report.donated_bytes == report.state_bytes
   assert report.state_bytes > 3 * 4 * report.parameters  # parameters, momentum, EMA, and the count of steps
-  memory = report.memory
-  assert memory.aliased == report.state_bytes
-  assert memory.program == memory.arguments + memory.outputs - memory.aliased + memory.temporaries
+  compiled = report.memory.compiled
+  assert compiled.aliased == report.state_bytes
+  figures = report.memory.to_json()
+  assert figures["program"] == compiled.arguments + compiled.outputs - compiled.aliased + compiled.temporaries
 
 
 def test_every_step_was_an_update(report):
@@ -223,7 +224,9 @@ def test_out_of_memory_says_what_to_lower():
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
-# ---------------------------------------------------------------- the program
+# ---- the program
+
+
 def test_program_prints_json_last_and_writes_it(tmp_path):
   recipe, file = tmp_path / "one_block.py", tmp_path / "step.json"
   recipe.write_text(
