@@ -1,5 +1,7 @@
 """What the ImageNet recipes of this directory share; not a recipe itself."""
 
+from typing import Any
+
 from nfnets.config import DataConfig
 from nfnets.errors import UserError
 
@@ -27,8 +29,8 @@ def parse(arg: str, variants: tuple[str, ...], expected: str, *, sizes: bool = F
   return variant, "minival" in options, int(batches[0]) if batches else None
 
 
-def data_config(*, minival: bool, **fields) -> DataConfig:
+def data_config(*, minival: bool, **fields: Any) -> DataConfig:
   """ImageNet by TFDS, cropped and mirrored; `minival` trains without train[:10000] and evaluates on it."""
   train, test = ("train[10000:]", "train[:10000]") if minival else ("train", "validation")
-  fields = {"train_crop": "inception", "test_crop": "crop", "flip": True, **fields}
-  return DataConfig(name="imagenet2012", train_split=train, test_split=test, **fields)
+  settings: dict[str, Any] = {"train_crop": "inception", "test_crop": "crop", "flip": True, **fields}
+  return DataConfig(name="imagenet2012", train_split=train, test_split=test, **settings)

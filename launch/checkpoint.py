@@ -13,6 +13,7 @@ export: writes the newest good checkpoint's network, the average (EMA) where it 
 import json
 import pathlib
 import time
+from typing import Any
 
 import rich.table
 from absl import flags
@@ -51,7 +52,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 def show(values: flags.FlagValues, where: str) -> int:
   from nfnets.train.checkpoints import manifest, retention
 
-  kinds = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
+  kinds: dict[type[CheckpointError], str] = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
   directory, steps = _steps(where)
   good, states, problems = {}, {}, []
   for step in steps:
@@ -133,7 +134,9 @@ def export(values: flags.FlagValues, where: str) -> int:
   _, one = retention.locate(where)
   reader = CheckpointReader(str(directory))
   step = reader.choose(one)
-  meta = {**reader.meta(step), "metrics": reader.metrics(step)}
+  if step is None:
+    raise cli.UsageError(f"{where}: no checkpoint there; give a workdir that training has written to")
+  meta: dict[str, Any] = {**reader.meta(step), "metrics": reader.metrics(step)}
   weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
   arrays = reader.restore_weights(step, weights)
   facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}

@@ -11,7 +11,8 @@ import json
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -84,6 +85,7 @@ def main(
   values = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "Show this and exit.", short_name="h", flag_values=values)
   define(values)
+  status: int | None = 1
   try:
     if not {"-h", "--help"} & set(sys.argv):
       _check_config_arguments(sys.argv[1:])
@@ -116,7 +118,7 @@ def main(
 
 
 def run_subcommand(
-  table: dict[str, Callable[[flags.FlagValues], int]], values: flags.FlagValues, arguments: tuple[str, ...], example: str
+  table: Mapping[str, Callable[..., int]], values: flags.FlagValues, arguments: tuple[str, ...], example: str
 ) -> int:
   """Runs the one of `table` that the first argument names. `example`: a command line with NAME for it."""
   what, *rest = arguments or ("nothing",)
@@ -210,7 +212,7 @@ def _check_config_arguments(arguments: list[str]) -> None:
       _check_field(Config, flag.removeprefix("config.").split("."), flag)
 
 
-def _check_field(kind: type, names: list[str], flag: str) -> None:
+def _check_field(kind: Any, names: list[str], flag: str) -> None:
   fields = {field.name: field for field in dataclasses.fields(kind)}
   if names[0] not in fields:
     near = difflib.get_close_matches(names[0], fields, n=3, cutoff=0.4) or sorted(fields)

@@ -126,7 +126,8 @@ def agc(
       raise ValueError(f"Gradients ({len(grads)} leaves) and parameters ({len(weights)}) differ, as in {odd[:3]}.")
     # Each schedule is asked once a step, not once a parameter.
     schedules = {id(entry.clipping): entry.clipping for entry in entries.values() if callable(entry.clipping)}
-    now = {key: jnp.reshape(schedule(state.count), ()) for key, schedule in schedules.items()}
+    step: Any = state.count  # None only where no schedule asks for it
+    now = {key: jnp.reshape(schedule(step), ()) for key, schedule in schedules.items()}
     clipped, rows = [], {}
     for path, grad in grads.items():
       entry = entries[path]
@@ -139,11 +140,11 @@ def agc(
       out, *rows[path] = _clip(grad, weights[path], strength, eps, unit_axes=entry.unit_axes, track=track)
       clipped.append(out)
 
-    count = optax.safe_increment(state.count) if scheduled else None
+    count: Any = None if state.count is None else optax.safe_increment(state.count)
     tree = jax.tree.unflatten(jax.tree.structure(updates, is_leaf=_is_hole), clipped)
     return tree, AGCState(count, *(_tracked(entries.values(), rows) if track else ()))
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformation(init, update)  # pyrefly: ignore[bad-argument-type]: names of arguments
 
 
 def agc_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
@@ -164,7 +165,7 @@ def agc_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
 def explain(params: Any, clipping: Any = 0.01, *, exclude: Any = None, unit_axes: Any = None) -> str:
   """A table of what `agc` with these arguments does to each parameter (array or ShapeDtypeStruct), and the rule."""
   entries = explain_entries(params, clipping, exclude=exclude, unit_axes=unit_axes)
-  rows = [("parameter", "shape", "unit axes", "units", "clipping", "why")]
+  rows: list[tuple[str, ...]] = [("parameter", "shape", "unit axes", "units", "clipping", "why")]
   for path, shape, axes, units, value, why in entries:
     cells = ("-",) * 3 if value is None else (axes or "all", units, "schedule" if callable(value) else value)
     rows.append((path or "(root)", "-" if shape is None else str(shape), *map(str, cells), why))

@@ -192,7 +192,7 @@ def make_schedule(config: OptimConfig, *, batch: int, steps_per_epoch: float, to
   if end > peak:
     raise UserError(f"OptimConfig.end_lr = {end:g} is above the peak learning rate {peak:g}; lower it.")
 
-  def schedule(step: jax.Array | int) -> jax.Array:
+  def schedule(step: Any) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)
     value = jnp.float32(peak)
     if config.schedule == "cosine":
@@ -247,7 +247,7 @@ def make_optimizer(
     return jax.tree.unflatten(jax.tree.structure(tree), [owners[path].decay for path in paths])
 
   links = {}
-  if _clips(config):
+  if config.clipping is not None and _clips(config):
     unclipped = {path for path, group in owners.items() if not group.clip}
     links["agc"] = agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)
   decay = optax.add_decayed_weights(config.weight_decay, mask=mask)

@@ -62,7 +62,9 @@ def official(config: DataConfig, *, batch: int, steps: int, threads: int):
   """
   import tensorflow as tf
 
-  size = config.image_size
+  size, layers, magnitude = config.image_size, config.randaugment_layers, config.randaugment_magnitude
+  if size is None or layers is None or magnitude is None:
+    raise DataError("the official structure needs config.data.image_size, randaugment_layers and randaugment_magnitude")
 
   def prepare(image, label):
     image = tf.image.random_flip_left_right(_random_crop(tf, image, config))
@@ -88,7 +90,7 @@ def official(config: DataConfig, *, batch: int, steps: int, threads: int):
 
   def augment(example):
     image = tf.cast(tf.clip_by_value(example["image"], 0, 255), tf.uint8)
-    image = randaugment(tf, image, layers=config.randaugment_layers, magnitude=config.randaugment_magnitude)
+    image = randaugment(tf, image, layers=layers, magnitude=magnitude)
     return {**example, "image": (tf.cast(image, tf.float32) - config.mean) / config.std}
 
   found = _prepared(tf, config, prepare, count=2 * batch * steps, buffer=10 * batch, threads=threads)

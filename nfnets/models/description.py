@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nfnets.models.network import Network
 from nfnets.models.registry import create, variant
 
 
@@ -120,7 +121,7 @@ def _stage_names(depth: tuple[int, ...]):
   return stage_of
 
 
-def _trace(network: nnx.Module, size: int, stage_of) -> tuple[dict[str, tuple[int, ...]], collections.Counter]:
+def _trace(network: Network, size: int, stage_of) -> tuple[dict[str, tuple[int, ...]], collections.Counter]:
   """(output shape by stage, multiply-adds by stage) of one image of size × size."""
   shapes: dict[str, tuple[int, ...]] = {}
 

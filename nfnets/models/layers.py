@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,8 @@ def full(value: float) -> Callable[..., Array]:
 def linear(in_features: int, out_features: int, *, stddev: float | None = None, dtype=None, rngs: ParamKeys) -> nnx.Linear:
   """Dense layer, kernel [in, out]; by default the release's truncated normal with deviation 1/sqrt(in)."""
   init = normal(in_features**-0.5, truncated=True) if stddev is None else normal(stddev) if stddev else full(0)
-  return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=rngs)
+  drawn: Any = rngs  # flax says Rngs, and takes what gives keys
+  return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=drawn)
 
 
 # ---------------------------------------------------------------- convolutions
@@ -317,7 +318,8 @@ def bernoulli(key: Array, p: float, shape: Sequence[int]) -> Array:
   return jax.random.bernoulli(key, p, tuple(shape))
 
 
-def stochastic_depth(x: Array, rate: float, key: Array) -> Array:
+def stochastic_depth(x: Array, rate: float, key: Array | None) -> Array:
   """Zeroes each sample's residual branch with probability `rate`; what stays is not rescaled (the release, unlike timm)."""
+  assert key is not None  # the network has asked for one
   keep = bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1, 1))
   return jnp.where(keep, x, jnp.zeros_like(x))

@@ -71,7 +71,7 @@ class Network(nnx.Module):
   def __init__(
     self,
     *,
-    blocks: list[nnx.Module],
+    blocks: Sequence[nnx.Module],
     features: int,
     num_classes: int,
     drop_rate: float,
@@ -129,6 +129,7 @@ class Network(nnx.Module):
       pool = dropped = layers.global_pool(features)
     tap("pool", pool)
     if train and self.drop_rate > 0:
+      assert key is not None  # `_key` has asked for one
       keep = layers.bernoulli(layers.fold_in(key, len(self.blocks)), 1 - self.drop_rate, pool.shape)
       dropped = jnp.where(keep, pool / (1 - self.drop_rate), 0)
     with jax.named_scope("fc"):

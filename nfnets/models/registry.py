@@ -6,6 +6,8 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ _FAMILIES = (
   (resnet.ResNet, resnet.VARIANTS),
   (resnet.FixupResNet, resnet.FIXUP_VARIANTS),
 )
-_VARIANTS: dict[str, tuple[type[Network], Config]] = {
+_VARIANTS: dict[str, tuple[Callable[..., Network], Config]] = {
   name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()
 }
 
@@ -77,7 +79,7 @@ def create(
   return network(config, num_classes, dtype=dtype, rngs=layers.ParamKeys(key))
 
 
-def _lookup(name: str, overrides: dict) -> tuple[type[Network], Config]:
+def _lookup(name: str, overrides: dict[str, Any]) -> tuple[Callable[..., Network], Config]:
   squeeze = lambda text: re.sub(r"[-_\s]", "", text.lower())
   by_key = {squeeze(known): known for known in _VARIANTS}
   known = by_key.get(squeeze(str(name)))
@@ -93,9 +95,8 @@ def _lookup(name: str, overrides: dict) -> tuple[type[Network], Config]:
       near = difflib.get_close_matches(field, fields, n=3, cutoff=0.5) or sorted(fields)
       raise UnknownOverrideError(f"{known} has no field {field!r}; near: {', '.join(near)}")
     _check(known, field, value, fields[field])
-  config = dataclasses.replace(
-    config, **{field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
-  )
+  changes: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
+  config = dataclasses.replace(config, **changes)
   if not len(config.depth) == len(config.width) == len(config.stage_strides):
     raise InvalidOverrideError(
       f"{known}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "

@@ -6,7 +6,8 @@ Fixup, which is post-activation, is Zhang et al., 1901.09321. Depths 50–600 as
 
 import dataclasses
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -58,7 +59,13 @@ def make_norm(kind: str, features: int, *, dtype, rngs: layers.ParamKeys) -> nnx
   """The normalization that `kind` names, with scale and bias [features], statistics in float32; None for "none"."""
   if kind == "none":
     return None
-  init = {"scale_init": layers.full(1), "bias_init": layers.full(0), "epsilon": 1e-5, "dtype": dtype, "rngs": rngs}
+  init: dict[str, Any] = {
+    "scale_init": layers.full(1),
+    "bias_init": layers.full(0),
+    "epsilon": 1e-5,
+    "dtype": dtype,
+    "rngs": rngs,
+  }
   if kind == "batch":  # running statistics move by 0.1 a step; under jit over a mesh they are the global batch's
     return nnx.BatchNorm(features, momentum=0.9, **init)
   groups = {"group": min(32, features), "layer": 1, "instance": features}[kind]
@@ -132,8 +139,8 @@ class FixupBlock(nnx.Module):
       if transition
       else None
     )
-    for name in ("bias1a", "bias1b", "bias2a", "bias2b", "bias3a", "bias3b"):
-      setattr(self, name, nnx.Param(layers.full(0)(None, ())))
+    zero = lambda: nnx.Param(layers.full(0)(None, ()))
+    self.bias1a, self.bias1b, self.bias2a, self.bias2b, self.bias3a, self.bias3b = (zero() for _ in range(6))
     self.scale = nnx.Param(layers.full(1)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
@@ -158,7 +165,7 @@ class FixupBlock(nnx.Module):
 class ResNet(Network):
   """Pre-activation ResNet with `config.norm`, or with SkipInit; its classifier starts from zero."""
 
-  block = ResBlock
+  block: ClassVar[Callable[..., nnx.Module]] = ResBlock
 
   def __init__(self, config: ResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
@@ -197,7 +204,7 @@ class ResNet(Network):
 class FixupResNet(ResNet):
   """Post-activation ResNet with Fixup initialisation and its scalar biases `bias1` (stem) and `bias2` (classifier)."""
 
-  block = FixupBlock
+  block: ClassVar[Callable[..., nnx.Module]] = FixupBlock
 
   def __init__(self, config: FixupConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     super().__init__(config, num_classes, dtype=dtype, rngs=rngs)
@@ -216,7 +223,7 @@ class FixupResNet(ResNet):
 
 # ---------------------------------------------------------------- variants
 _skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
-_tiny = {
+_tiny: dict[str, Any] = {
   "depth": (2, 2, 2),
   "width": (64, 128, 256),
   "stage_strides": (1, 2, 2),
@@ -230,7 +237,7 @@ VARIANTS = {
   **{f"resnet{layers_}": ResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
   **{f"skipinit_resnet{layers_}": _skip_init(depth=depth) for layers_, depth in DEPTHS.items()},
   "resnet_tiny": ResNetConfig(**_tiny),  # the shape of nf_resnet_tiny
-  "skipinit_resnet_tiny": _skip_init(**{**_tiny, "stochastic_depth": 0.0}),
+  "skipinit_resnet_tiny": _skip_init(**_tiny, stochastic_depth=0.0),
 }
 FIXUP_VARIANTS = {
   **{f"fixup_resnet{layers_}": FixupConfig(depth=depth) for layers_, depth in DEPTHS.items()},

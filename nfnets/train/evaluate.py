@@ -55,7 +55,7 @@ def evaluate(
   """
   names, weights = list(weights), sharding.gather(mesh, weights)
   totals, previous = None, None
-  with contextlib.closing(iter(batches)) as parts:
+  with contextlib.closing(batches.__iter__()) as parts:
     for done, part in enumerate(parts, start=1):
       batch = sharding.put_batch(mesh, {**part, "stop": np.full(len(mesh.local_devices), stopping(), np.int32)})
       sums = {name: eval_step(params, stats, batch) for name, (params, stats) in weights.items()}

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import pprint
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -84,7 +84,7 @@ class Run:
 
   # ---- one step
 
-  def batches_from_here(self) -> Iterator[dict[str, jax.Array]]:
+  def batches_from_here(self) -> Generator[dict[str, jax.Array], None, None]:
     """The batches of the steps to come, on the devices, prepared ahead by a thread; to be closed."""
     shift = self.passed_over
     return prefetch(lambda step: self.batches.start(step + shift), self.step, self.total_steps, then=self._send)

@@ -1,6 +1,6 @@
 """Evaluation batches: every image of a split once, in order, the last batch padded and masked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class EvalBatches(DecodedBatches):
   def __len__(self) -> int:
     return -(-len(self.source) // self.batch)
 
-  def __iter__(self) -> Iterator[Batch]:
+  def __iter__(self) -> Generator[Batch, None, None]:
     yield from prefetch(self.start, 0, len(self))
 
   def start(self, step: int) -> Pending:
