@@ -1,4 +1,4 @@
-"""Optimizer, schedule, parameter groups and average against float64 numpy references, optax and the published code."""
+"""A training step of every optimizer against float64 numpy references, optax and the published code."""
 
 import dataclasses
 import math
@@ -8,110 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nfnets import models, optim
-from nfnets.agc import agc, agc_metrics, named_leaves
+from nfnets import optim
+from nfnets.agc import agc, agc_metrics
 from nfnets.config import OptimConfig
 from tests import golden as golden_values
+from tests.optim_cases import (
+  CLASSIFIER,
+  LENGTH,
+  SHAPES,
+  assert_close,
+  config_with,
+  flatten,
+  make,
+  make_grads,
+  make_params,
+  make_state,
+  nest,
+  reference_lr,
+  run,
+)
 
-LENGTH = {"batch": 512, "steps_per_epoch": 2.5, "total_steps": 20}
-SHAPES = {
-  "stem/kernel": (3, 3, 3, 8),
-  "stem/gain": (8,),
-  "stem/bias": (8,),
-  "blocks/0/conv1/kernel": (3, 3, 4, 8),
-  "blocks/0/conv1/gain": (8,),
-  "blocks/0/conv1/bias": (8,),
-  "blocks/0/se/fc0/kernel": (8, 4),
-  "blocks/0/se/fc0/bias": (4,),
-  "blocks/0/skip_gain": (),
-  "blocks/1/bias1a": (),
-  "blocks/1/scale": (),
-  "fc/kernel": (8, 5),
-  "fc/bias": (5,),
-}
-CLASSIFIER = ("^fc/kernel$",)
-
-
-def nest(flat):
-  tree = {}
-  for path, value in flat.items():
-    *parents, leaf = path.split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value
-  return tree
-
-
-def flatten(tree, convert=np.asarray):
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): convert(leaf)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-  }
-
-
-def random_flat(seed, scale=1.0):
-  draw = np.random.default_rng(seed)
-  return {path: np.asarray(draw.normal(scale=scale, size=shape), np.float32) for path, shape in SHAPES.items()}
-
-
-def make_params(seed=0, scale=0.3):
-  flat = random_flat(seed, scale)
-  flat["blocks/0/skip_gain"] = np.float32(0)  # As initialised: AGC's eps must let it move.
-  return jax.tree.map(jnp.asarray, nest(flat))
-
-
-def make_grads(step):
-  # Scales around the clipping threshold, so that some units are clipped and some are not.
-  return jax.tree.map(jnp.asarray, nest(random_flat(100 + step, scale=0.006 * (step + 1))))
-
-
-def make_state(params):
-  """The same parameters as an nnx.State in which the classifier's kernel carries the model's mark."""
-  leaves = {
-    path: nnx.Param(jnp.asarray(value), **({"agc": False} if path == "fc/kernel" else {}))
-    for path, value in flatten(params).items()
-  }
-  return nnx.State(nest(leaves))
-
-
-def config_with(**fields):
-  return OptimConfig(**{"agc_exclude": CLASSIFIER, "warmup_epochs": 1.0, **fields})
-
-
-def run(optimizer, params, steps=4, wrap=lambda tree: tree, update=None):
-  update = update or jax.jit(optimizer.update)
-  state = optimizer.init(params)
-  for step in range(steps):
-    updates, state = update(wrap(make_grads(step)), state, params)
-    params = optax.apply_updates(params, updates)
-  return params, state
-
-
-def assert_close(got, want, rtol=2e-6, atol=1e-7):
-  got, want = flatten(got), flatten(want)
-  assert got.keys() == want.keys()
-  for path in want:
-    np.testing.assert_allclose(got[path], want[path], rtol=rtol, atol=atol, err_msg=path)
-
-
-def make(config, params, **kwargs):
-  return optim.make_optimizer(config, params, **LENGTH, **kwargs)
-
-
-# --- One training step -----------------------------------------------------------------------------------------------
-
-
-def reference_lr(config, step, batch, steps_per_epoch, total_steps):
-  peak = config.base_lr * batch / 256 if config.scale_lr else config.base_lr
-  warmup = config.warmup_epochs * steps_per_epoch
-  if step <= warmup and warmup > 0:
-    return peak * step / warmup
-  progress = min((step - warmup) / (total_steps - warmup), 1)
-  return config.end_lr + (peak - config.end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+# ---- One training step
 
 
 def reference_clip(grad, param, config):
@@ -283,7 +202,7 @@ def test_optimizer_needs_shapes_only():
   assert_close(run(make(config_with(), abstract), params)[0], run(make(config_with(), params), params)[0])
 
 
-# --- The published optimizer ------------------------------------------------------------------------------------------
+# ---- The published optimizer
 
 
 @pytest.fixture(scope="module")
@@ -339,231 +258,3 @@ def test_official_schedule_at_release_scale(golden):
   schedule = optim.make_schedule(OptimConfig(), batch=batch, steps_per_epoch=images / batch, total_steps=images * 360 // batch)
   got = [schedule(int(step)) for step in golden["release_steps"]]
   np.testing.assert_allclose(got, golden["release_lr"], rtol=1e-6, atol=1e-12)
-
-
-# --- Average ---------------------------------------------------------------------------------------------------------
-
-
-def test_ema_decay_warms_up():
-  for step, decay in ((0, 0.1), (1, 2 / 11), (8, 0.5), (90, 0.91), (10**7, 0.99999)):
-    got = optim.ema_update({"w": jnp.zeros(())}, {"w": jnp.ones(())}, step, 0.99999)["w"]
-    np.testing.assert_allclose(got, 1 - decay, rtol=1e-6)
-    assert got.dtype == jnp.float32
-
-
-def test_ema_of_equal_values_does_not_drift():
-  value = {"w": jnp.float32(math.pi)}
-  assert jax.jit(optim.ema_update, static_argnums=3)(value, value, 10**6, 0.99999)["w"] == value["w"]
-
-
-def test_ema_of_low_precision_parameters_is_float32():
-  got = optim.ema_update({"w": jnp.zeros(3)}, {"w": jnp.ones(3, jnp.bfloat16)}, 0, 0.5)["w"]
-  assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, 0.9, rtol=1e-6)
-
-
-# --- Schedule --------------------------------------------------------------------------------------------------------
-
-
-def test_schedule_of_the_nfnet_recipe():
-  # 360 epochs of ImageNet at batch 4096: peak 1.6, after a warm-up of a fractional number of steps.
-  length = {"batch": 4096, "steps_per_epoch": 1281167 / 4096, "total_steps": 1281167 * 360 // 4096}
-  config = OptimConfig()
-  schedule = jax.jit(optim.make_schedule(config, **length))
-  total, warmup = length["total_steps"], 5 * length["steps_per_epoch"]
-  steps = np.unique([*range(0, total, 37), math.floor(warmup), math.ceil(warmup), total - 1, total, total + 100])
-  got = np.array([schedule(step) for step in steps])
-  want = np.array([reference_lr(config, step, **length) for step in steps])
-  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12)
-  assert got.dtype == np.float32 and got[0] == 0 and abs(got.max() - 1.6) < 1e-4 and schedule(total) == 0
-
-
-def test_schedule_of_the_nf_regnet_recipe():
-  config = OptimConfig(base_lr=0.4, scale_lr=False, end_lr=0.001)
-  length = {"batch": 1024, "steps_per_epoch": 100, "total_steps": 36000}
-  schedule = optim.make_schedule(config, **length)
-  for step, value in ((0, 0.0), (100, 0.08), (500, 0.4), (18250, 0.2005), (36000, 0.001), (40000, 0.001)):
-    np.testing.assert_allclose(schedule(step), value, rtol=1e-6)
-  np.testing.assert_allclose(schedule(7777), reference_lr(config, 7777, **length), rtol=1e-6)
-
-
-def test_schedule_without_warmup_and_constant():
-  schedule = optim.make_schedule(OptimConfig(warmup_epochs=0), **LENGTH)
-  assert schedule(0) == jnp.float32(0.2) and schedule(20) == 0
-  schedule = optim.make_schedule(OptimConfig(schedule="constant", warmup_epochs=2), **LENGTH)
-  got = [schedule(step) for step in (0, 1, 5, 6, 19, 1000)]
-  np.testing.assert_allclose(got, [0, 0.04, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-  ("fields", "length", "message"),
-  [
-    ({"warmup_epochs": 8}, {}, r"warm-up of 8 epochs \(20 steps\) does not end within the training of 20 steps"),
-    ({"end_lr": 0.3}, {}, "end_lr = 0.3 is above the peak learning rate 0.2"),
-    ({}, {"batch": 0}, "batch = 0"),
-    ({}, {"steps_per_epoch": 0}, "steps_per_epoch = 0"),
-    ({}, {"total_steps": 0}, "total_steps = 0"),
-  ],
-)
-def test_schedules_that_do_not_fit(fields, length, message):
-  with pytest.raises(ValueError, match=message):
-    optim.make_schedule(OptimConfig(**fields), **{**LENGTH, **length})
-
-
-# --- Parameter groups ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["dict", "state"])
-def test_default_groups(kind):
-  params, config = make_params(), OptimConfig(agc_exclude=CLASSIFIER)
-  if kind == "state":
-    params, config = make_state(params), OptimConfig()
-  owners = optim.parameter_groups(params, optim.default_groups(params, config))
-  assert owners.keys() == SHAPES.keys()
-  for path, group in owners.items():
-    assert group.decay == path.endswith("/kernel") and group.clip == (path != "fc/kernel"), path
-
-
-@pytest.mark.parametrize(
-  "name",
-  [
-    "nfnet_tiny",
-    "eca_nfnet_l0",
-    "nf_resnet_tiny",
-    "nf_seresnet26",
-    "nf_regnet_b0",
-    "resnet_tiny",
-    "skipinit_resnet_tiny",
-    "fixup_resnet_tiny",
-  ],
-)
-def test_default_groups_of_our_models(name):
-  params = nnx.state(nnx.eval_shape(lambda: models.create(name, rngs=nnx.Rngs(0))), nnx.Param)
-  owners = optim.parameter_groups(params, optim.default_groups(params, OptimConfig()))
-  ranks = {path: leaf.ndim for path, leaf, _ in named_leaves(params)}
-  assert [path for path, group in owners.items() if not group.clip] == ["fc/kernel"]
-  assert {path for path, group in owners.items() if group.decay} == {path for path, rank in ranks.items() if rank > 1}
-
-
-def test_default_groups_know_haiku_linen_and_unclipped_biases():
-  params = nest(
-    {
-      "nf_net/~/stem/w": jnp.zeros((2, 2)),
-      "nf_net/~/stem/b": jnp.zeros(2),
-      "norm/scale": jnp.zeros(2),
-      "norm/offset": jnp.zeros(2),
-      "tokens/embedding": jnp.zeros((5, 2)),
-      "x/affine_gain": jnp.zeros(2),
-    }
-  )
-  owners = optim.parameter_groups(params, optim.default_groups(params, OptimConfig(agc_exclude=("/b$", "^tokens/"))))
-  assert {path for path, group in owners.items() if group.decay} == {"nf_net/~/stem/w", "tokens/embedding"}
-  assert {path for path, group in owners.items() if not group.clip} == {"nf_net/~/stem/b", "tokens/embedding"}
-
-
-def group(name, *patterns, **fields):
-  return optim.ParameterGroup(**{"name": name, "patterns": patterns, "decay": True, "clip": True, **fields})
-
-
-@pytest.mark.parametrize(
-  ("groups", "message"),
-  [
-    ([group("kernels", "kernel$")], r"In no parameter group: blocks/0/conv1/bias, .* and 1 more.*'kernels' has patterns"),
-    ([group("all", "."), group("head", "^fc/")], r"In several .* groups: fc/bias \(all, head\), fc/kernel \(all, head\)"),
-    ([group("all", "."), group("none", "^head/")], r"Pattern '\^head/' of parameter group 'none' is found in no"),
-    ([group("all", ".", but_not=("^head/",))], r"Pattern '\^head/' of parameter group 'all' is found in no"),
-    ([group("one", "^fc/"), group("one", ".", but_not=("^fc/",))], "names of their own"),
-  ],
-)
-def test_groups_that_do_not_part_the_parameters(groups, message):
-  with pytest.raises(ValueError, match=message):
-    optim.parameter_groups(make_params(), groups)
-  with pytest.raises(ValueError, match=message):
-    make(OptimConfig(), make_params(), groups=groups)
-
-
-def test_unknown_leaf_is_an_error():
-  with pytest.raises(ValueError, match="In no parameter group: fc/wight"):
-    make(OptimConfig(), {"fc": {"wight": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}})
-
-
-def test_a_group_may_not_clip_what_the_model_marks():
-  with pytest.raises(ValueError, match="Marked agc=False by the model, but in a group that clips: fc/kernel"):
-    optim.parameter_groups(make_state(make_params()), [group("all", ".")])
-
-
-def test_exclusion_that_finds_nothing_is_an_error():
-  with pytest.raises(ValueError, match="agc_exclude: pattern 'head/kernel' is found in none of the 13 parameter paths"):
-    make(OptimConfig(agc_exclude=("head/kernel",)), make_params())
-
-
-def test_own_groups_decide_decay_and_clipping():
-  params = make_params()
-  groups = [group("all", ".", but_not=("^stem/",)), group("stem", "^stem/", decay=False, clip=False)]
-  config = OptimConfig(weight_decay=0.5, momentum=0.0, schedule="constant", warmup_epochs=0, clipping=1e-6)
-  got, _ = run(make(config, params, groups=groups), params, steps=1)
-  for path, value in flatten(got).items():
-    old, grad = flatten(params)[path], flatten(make_grads(0))[path]
-    want = old - 0.2 * grad if path.startswith("stem/") else old - 0.2 * 0.5 * old
-    np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5, err_msg=path)
-
-
-def test_description():
-  table = optim.describe_groups(make_state(make_params()), OptimConfig()).splitlines()
-  assert table[0].split() == "group patterns tensors parameters weight decay AGC clipping".split()
-  assert [line.split()[-4:] for line in table[1:4]] == [
-    ["3", "536", "2e-05", "0.01"],
-    ["1", "40", "2e-05", "off"],
-    ["9", "44", "0", "0.01"],
-  ]
-  assert table[2].startswith("kernels, unclipped") and "^fc/kernel$" in table[2]
-  assert table[-1].split() == ["all", "13", "620"]
-  off = optim.describe_groups(make_params(), OptimConfig(clipping=math.inf)).splitlines()
-  assert all(line.split()[-1] == "off" for line in off[1:-1])
-
-
-# --- Config ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"name": "SGD"}, "OptimConfig.name = 'SGD': expected one of 'sgd', 'adamw', 'lars'. Did you mean 'sgd'?"),
-    ({"name": "adam"}, "Did you mean 'adamw'?"),
-    ({"schedule": "cosin"}, "schedule = 'cosin': expected one of 'cosine', 'constant'. Did you mean 'cosine'?"),
-    ({"base_lr": 0.0}, "OptimConfig.base_lr = 0.0: expected a finite number > 0"),
-    ({"base_lr": "0.1"}, "OptimConfig.base_lr = '0.1': expected a finite number > 0"),
-    ({"end_lr": -1.0}, "OptimConfig.end_lr = -1.0"),
-    ({"warmup_epochs": math.nan}, "OptimConfig.warmup_epochs = nan"),
-    ({"momentum": 1.0}, "OptimConfig.momentum = 1.0: expected a number in [0, 1)"),
-    ({"weight_decay": math.inf}, "OptimConfig.weight_decay = inf"),
-    ({"clipping": 0.0}, "OptimConfig.clipping = 0.0: expected a number > 0, or None (or inf) for no clipping"),
-    ({"clipping": True}, "OptimConfig.clipping = True"),
-    ({"agc_eps": 0}, "OptimConfig.agc_eps = 0"),
-    ({"agc_exclude": "fc"}, "OptimConfig.agc_exclude = 'fc': expected a tuple of regular expressions"),
-    ({"agc_exclude": ("(",)}, "OptimConfig.agc_exclude = ('(',): expected regular expressions, of which '(' is none"),
-    ({"agc_track": 1}, "OptimConfig.agc_track = 1: expected True or False"),
-    ({"nesterov": "yes"}, "OptimConfig.nesterov = 'yes': expected True, False or None"),
-    ({"ema_decay": 1.0}, "OptimConfig.ema_decay = 1.0: expected a number in [0, 1), or None for no average"),
-    ({"b1": 0.5}, "OptimConfig.b1 = 0.5 has no effect: only adamw read it, and name is 'sgd'"),
-    ({"name": "adamw", "momentum": 0.5}, "OptimConfig.momentum = 0.5 has no effect"),
-    ({"schedule": "constant", "end_lr": 0.01}, "OptimConfig.end_lr = 0.01 has no effect with schedule 'constant'"),
-    ({"nesterov": True, "momentum": 0.0}, "OptimConfig.nesterov = True needs momentum > 0"),
-  ],
-)
-def test_bad_fields(fields, message):
-  with pytest.raises(ValueError) as error:
-    OptimConfig(**fields)
-  assert message in str(error.value)
-
-
-def test_fields_are_checked_again_when_read():
-  config = OptimConfig()
-  with pytest.raises(AttributeError):
-    config.weight_decoy = 0.1
-  config.momentum = 2.0
-  for read in (make, lambda config, _: optim.make_schedule(config, **LENGTH)):
-    with pytest.raises(ValueError, match=r"OptimConfig.momentum = 2.0: expected a number in \[0, 1\)"):
-      read(config, make_params())
-  with pytest.raises(ValueError, match="OptimConfig.momentum = 2.0"):
-    optim.describe_groups(make_params(), config)
