@@ -1,5 +1,7 @@
 """Small parameter trees, gradients and runs that the optimizer's tests share."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
