@@ -36,12 +36,11 @@ _STEP_NUMBERS = itertools.count()
 def all_finite(tree: Any) -> jax.Array:
   """Whether no number of the tree, of float32 arrays, is NaN or infinite: bool [].
 
-  By a sum of squares, scaled so that finite numbers cannot overflow (3.4e38 · 2⁻⁸⁰ squared is 8e28). XLA's CPU backend compiles
-  it with the other norms, while a boolean reduction of each array made the step of NFNet-F0 compile several times as long, with
-  `optimization_barrier` round the arrays too (docs/speed.md).
+  By a sum of absolute values, scaled so that finite numbers cannot overflow. (Not squared: XLA may join the two factors to 2⁻¹⁶⁰,
+  which is 0.) Its CPU backend compiles it somewhat faster than a boolean reduction of each array (docs/speed.md).
   """
-  scaled = jax.tree.map(lambda leaf: leaf * jnp.float32(2.0**-80), tree)
-  return jnp.isfinite(optax.tree.norm(scaled, squared=True))
+  totals = [jnp.sum(jnp.abs(leaf) * jnp.float32(2.0**-80)) for leaf in jax.tree.leaves(tree)]
+  return jnp.isfinite(sum(totals, jnp.float32(0)))
 
 
 def make_train_step(
