@@ -22,7 +22,7 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pyrefly check
+	$(RUN) -m pyrefly check --python-interpreter-path $(RUN)
 
 chaos: $(VENV)/installed
 	$(RUN) -m tests.faults $(ARGS)
