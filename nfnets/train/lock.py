@@ -11,11 +11,13 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 
+from nfnets import distributed
 from nfnets.errors import UserError
 from nfnets.files import write_file
 
@@ -46,11 +48,14 @@ class Holder:
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: str, *, say: Callable[[str], None]) -> Iterator[None]:
+def workdir_lock(
+  workdir: str, *, say: Callable[[str], None], end: Callable[[str], None] = lambda line: _end_process(line)
+) -> Iterator[None]:
   """Holds the workdir's lock; one process of a run takes it, before anything is written there.
 
   A lock is broken, with a line, when its process is gone: at once on this host, after SILENCE_S seconds without a sign of life on
-  another one.
+  another one. A holder that finds another's lock in the place of its own (it was stalled for so long that it counted as gone)
+  never writes over it: `end` gets a line, and by default ends the process with status LOST.
 
   Raises:
     WorkdirInUse: a run that is alive holds it. UserError: the workdir cannot be written.
@@ -63,7 +68,7 @@ def workdir_lock(workdir: str, *, say: Callable[[str], None]) -> Iterator[None]:
   except OSError as error:
     raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}; expected a directory to write to") from error
   released = threading.Event()
-  thread = threading.Thread(target=_beat, args=(path, me, released), name="workdir lock", daemon=True)
+  thread = threading.Thread(target=_beat, args=(path, me, released, end), name="workdir lock", daemon=True)
   thread.start()
   try:
     yield
@@ -134,12 +139,21 @@ def _create(path: pathlib.Path, me: Holder) -> bool:
   return True
 
 
-def _beat(path: pathlib.Path, me: Holder, released: threading.Event) -> None:
+def _beat(path: pathlib.Path, me: Holder, released: threading.Event, end: Callable[[str], None]) -> None:
   count = 0
   while not released.wait(BEAT_S):
+    holder = _read(path)
+    if holder is not None and not holder.same_process(me):
+      return end(f"{path} is now held by {holder}: this run was stalled, and another has taken its workdir")
     count += 1
     with contextlib.suppress(OSError):  # a full disk: the next beat may get through
       write_file(path, json.dumps(dataclasses.asdict(dataclasses.replace(me, beat=count))).encode())
+
+
+def _end_process(line: str) -> None:
+  """Ends at once: whatever this run still wrote would be written between another's files."""
+  print(f"{distributed.label()}error: {line}", file=sys.stderr, flush=True)
+  os._exit(distributed.LOST)
 
 
 def _read(path: pathlib.Path) -> Holder | None:

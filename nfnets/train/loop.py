@@ -47,8 +47,10 @@ def train(config: Config, workdir: str) -> Result:
   """
   with open_run(config, workdir) as run:
     with stop_on_signals() as run.stop:
-      results = _evaluate_what_a_signal_kept(run)
-      ended = Ended.ROLLED_BACK
+      results, ended = None, Ended.ROLLED_BACK
+      if _evaluation_is_missing(run):
+        results = _make_up_evaluation(run)
+        ended = Ended.ROLLED_BACK if results else Ended.STOPPED  # a signal again: its step is saved, and stays the newest
       while ended is Ended.ROLLED_BACK:
         ended, results = _take_steps(run, results)
       if ended is Ended.FINISHED and not results:  # resumed at the end
@@ -92,10 +94,13 @@ def _take_steps(run: Run, results: Results | None) -> tuple[Ended, Results | Non
   return Ended.FINISHED, results
 
 
-def _evaluate_what_a_signal_kept(run: Run) -> Results | None:
-  """The evaluation that was due at the step that the run goes on from, if a signal came before it."""
-  if run.resumed_from is None or not run.is_due(run.config.eval_every) or run.reader.evaluated(run.step):
-    return None
+def _evaluation_is_missing(run: Run) -> bool:
+  """Whether a signal came before the evaluation that was due at the step that the run goes on from."""
+  return run.resumed_from is not None and run.is_due(run.config.eval_every) and not run.reader.evaluated(run.step)
+
+
+def _make_up_evaluation(run: Run) -> Results | None:
+  """Evaluates the step that the run goes on from, and notes it in its checkpoint; None where a signal ended it."""
   results = run.evaluate()
   if results is not None:
     run.writer.add_metrics(run.step, results)

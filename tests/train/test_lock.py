@@ -99,6 +99,18 @@ def test_the_holder_beats(tmp_path, said, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_holder_that_was_stalled_does_not_write_over_its_successor(tmp_path, said, monkeypatch):
+  monkeypatch.setattr(lock, "BEAT_S", 0.05)
+  ended = []
+  with workdir_lock(str(tmp_path), say=said.append, end=ended.append):
+    write(tmp_path, holder(host="the successor's"))
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+      time.sleep(0.02)
+  assert len(ended) == 1 and "is now held by process 7 on the successor's" in ended[0]
+  assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "the successor's"
+
+
 def test_a_lock_that_is_no_lock_is_broken_and_a_file_is_no_workdir(tmp_path, said):
   (tmp_path / lock.NAME).write_text("what is this")
   with workdir_lock(str(tmp_path), say=said.append):
