@@ -34,13 +34,18 @@ _STEP_NUMBERS = itertools.count()
 
 
 def all_finite(tree: Any) -> jax.Array:
-  """Whether no number of the tree, of float32 arrays, is NaN or infinite: bool [].
+  """Whether no number of the tree's arrays is NaN or infinite: bool []."""
+  return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), jnp.array(True))
 
-  By a sum of absolute values, scaled so that finite numbers cannot overflow. (Not squared: XLA may join the two factors to 2⁻¹⁶⁰,
-  which is 0.) Its CPU backend compiles it somewhat faster than a boolean reduction of each array (docs/speed.md).
+
+def is_bad(loss: jax.Array, *trees: Any) -> jax.Array:
+  """Whether the loss, float32 [], or any number of the trees is NaN or infinite: bool [].
+
+  The trees are looked at in a branch of their own, only where the loss is finite. That is more than saved work: XLA fuses what
+  computes an array into each reduction that reads it, on CPUs several times over, and it does not do so across a branch, so that
+  the step compiles in a quarter of the time (docs/speed.md).
   """
-  totals = [jnp.sum(jnp.abs(leaf) * jnp.float32(2.0**-80)) for leaf in jax.tree.leaves(tree)]
-  return jnp.isfinite(sum(totals, jnp.float32(0)))
+  return ~jax.lax.cond(jnp.isfinite(loss), all_finite, lambda trees: jnp.array(False), trees)
 
 
 def make_train_step(
@@ -87,7 +92,7 @@ def make_train_step(
     average, decay = state.ema, config.optim.ema_decay
     if average is not None and decay is not None:
       average = ema_update(average, (params, stats), state.step, decay)
-    bad = ~(jnp.isfinite(loss) & all_finite(grads) & all_finite((params, stats)))
+    bad = is_bad(loss, grads, params, stats)
     if config.spike:
       bad |= (state.loss_mean > 0) & (loss > config.spike * state.loss_mean)
     halted = state.halted if config.on_bad_step == "skip" else state.halted | bad

@@ -18,7 +18,7 @@ from nfnets.train import evaluate
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import batch_loss, normalise, row_keys
 from nfnets.train.step.state import build_network, init_state, split_network
-from nfnets.train.step.step import all_finite, eval_step_over, train_step_over
+from nfnets.train.step.step import all_finite, eval_step_over, is_bad, train_step_over
 
 
 def make_config(model: str) -> Config:
@@ -91,6 +91,14 @@ def test_all_finite_sees_every_number_that_is_not_and_no_other():
       x.reshape(-1)[-1] = bad
       assert not jax.jit(all_finite)({**finite, name: jnp.asarray(x)})
   assert all_finite({})
+
+
+def test_a_step_is_bad_where_the_loss_or_any_number_is_not_finite():
+  fine, broken = {"a": jnp.ones(3)}, {"a": jnp.ones(3).at[1].set(jnp.nan)}
+  check = jax.jit(is_bad)
+  assert not check(jnp.float32(1), fine, fine)
+  assert check(jnp.float32(jnp.inf), fine, fine)
+  assert check(jnp.float32(1), broken, fine) and check(jnp.float32(1), fine, broken)
 
 
 def test_the_state_is_donated():
