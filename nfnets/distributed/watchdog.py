@@ -14,7 +14,7 @@ FIRST_STEP_S = 3600.0  # seconds that the first step gets beyond the usual ones,
 
 
 class Watchdog:
-  """Ends the process with status LOST when it has not called `finished` for `seconds`.
+  """Ends the process with status LOST when it has not called `expect` for `seconds`.
 
   A process that hangs holds up all others in their next collective for ever (jax issue 38503).
 
@@ -32,9 +32,9 @@ class Watchdog:
     if seconds:
       self._thread.start()
 
-  def finished(self, what_next: str, more: float = 0.0) -> None:
-    """Says that a piece of work is finished; the next, `what_next`, may take the usual seconds and `more`."""
-    self._awaited, self._deadline = what_next, time.monotonic() + self._seconds + more
+  def expect(self, work: str, more: float = 0.0) -> None:
+    """Says which piece of work comes next, since the last is finished; it may take the usual seconds and `more`."""
+    self._awaited, self._deadline = work, time.monotonic() + self._seconds + more
 
   def close(self) -> None:
     """Stops watching."""

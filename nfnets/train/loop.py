@@ -56,7 +56,7 @@ def train(config: Config, workdir: str) -> Result:
       if ended is Ended.FINISHED and not results:  # resumed at the end
         results = run.evaluate()
         ended = Ended.FINISHED if results else Ended.STOPPED
-      run.watchdog.finished("the last checkpoint")
+      run.watchdog.expect("the last checkpoint")
       run.writer.wait()  # while signals are still ours: the last write must not be lost to one
     _say_goodbye(run, results)
     return Result(step=run.step, finished=ended is Ended.FINISHED, results=results or {})
@@ -64,10 +64,10 @@ def train(config: Config, workdir: str) -> Result:
 
 def _take_steps(run: Run, results: Results | None) -> tuple[Ended, Results | None]:
   """Steps until the end, a signal or a rollback; and the last evaluation, `results` if there was none."""
-  config, window = run.config, Window(run.devices_are_idle)
-  with contextlib.closing(run.batches_from_here()) as ahead:
+  config = run.config
+  with contextlib.closing(Window()) as window, contextlib.closing(run.batches_from_here()) as ahead:
     for batch in window.batches(ahead):
-      run.make_room()
+      run.wait_for_room()
       stopping = run.is_stopping()
       window.add(run.take_step(batch))
       if not run.has_compiled:
@@ -77,8 +77,7 @@ def _take_steps(run: Run, results: Results | None) -> tuple[Ended, Results | Non
       if run.step % config.log_every == 0 or evaluation_due or save_due or stopping:
         jax.block_until_ready(window.metrics[-1])
         if bool(run.state.halted):
-          recovery.roll_back(run, window.metrics)
-          run.log.rewind(run.step)
+          recovery.handle_halt(run, jax.device_get(window.metrics))
           return Ended.ROLLED_BACK, results
         _report(run, window)
 
@@ -104,7 +103,7 @@ def _make_up_evaluation(run: Run) -> Results | None:
   results = run.evaluate()
   if results is not None:
     run.writer.add_metrics(run.step, results)
-  run.watchdog.finished("the first step", FIRST_STEP_S)
+  run.watchdog.expect("the first step", FIRST_STEP_S)
   return results
 
 
@@ -112,12 +111,12 @@ def _wait_for_compilation(run: Run, window: Window) -> None:
   """The first step compiles: it is waited for, and left out of the time that a step takes."""
   jax.block_until_ready(window.metrics[-1])
   run.has_compiled = True
-  run.watchdog.finished(f"step {run.step + 1}")
-  run.log.say(f"compiled in {window.leave_out():.0f} s")
+  run.watchdog.expect(f"step {run.step + 1}")
+  run.log.say(f"compiled in {window.exclude_steps_so_far():.0f} s")
 
 
 def _report(run: Run, window: Window) -> None:
-  """A line of the log about the steps since the last one. Raises NonFiniteError or DataError where too much went wrong."""
+  """Logs the steps since the last line. Raises NonFiniteError or DataError where too much went wrong in them."""
   seconds, waiting = window.seconds_per_step(), window.waiting_share()
   metrics = jax.device_get(window.metrics)
   run.note_corrupt(metrics)
@@ -126,9 +125,10 @@ def _report(run: Run, window: Window) -> None:
     scalars["images_per_second"] = run.config.batch / seconds
   if run.corrupt:
     scalars["corrupt_records"] = len(run.corrupt)
-  recovery.check_bad_steps(run, metrics)
   run.log.train(run.step, {**scalars, "data_wait": waiting}, clip_by_layer, seconds)
-  window.start_anew()
+  window.clear()
+  recovery.check_bad_steps(run, metrics)
+  run.check_corrupt()
 
 
 def _say_goodbye(run: Run, results: Results | None) -> None:

@@ -11,10 +11,11 @@ from flax import nnx
 from nfnets import distributed
 from nfnets.agc import named_leaves
 from nfnets.config import Config
+from nfnets.distributed.watchdog import FIRST_STEP_S
 from nfnets.train.logs.window import Metrics
 from nfnets.train.run import Run
 from nfnets.train.step import sharding
-from nfnets.train.step.gradients import Batch, batch_loss, row_keys, step_key
+from nfnets.train.step.gradients import Batch, ascended, batch_loss, row_keys, step_key
 from nfnets.train.step.state import TrainState
 
 
@@ -23,35 +24,43 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_bad_steps(run: Run, window: list[Metrics]) -> None:
-  """Says which steps of the window were skipped.
+  """Says which steps of the window, oldest first, were skipped.
 
   Raises:
     NonFiniteError: more steps than config.max_bad_steps have been skipped.
   """
   total = int(run.state.bad_steps)
-  for back, metrics in enumerate(reversed(window)):
+  for step, metrics in enumerate(window, run.step - len(window) + 1):
     if metrics["bad"]:
       run.log.warn(
-        f"step {run.step - back} skipped: loss {metrics['loss_sum'] / metrics['count']:.4g}, gradient norm "
+        f"step {step} skipped: loss {metrics['loss_sum'] / metrics['count']:.4g}, gradient norm "
         f"{metrics['grad_norm']:.4g}; {total} bad step{'s' * (total > 1)} so far"
       )
   if run.config.on_bad_step == "skip" and total > run.config.max_bad_steps:
-    raise NonFiniteError(f"{total} bad steps up to step {run.step}, more than config.max_bad_steps={run.config.max_bad_steps}")
+    raise NonFiniteError(
+      f"{total} bad steps up to step {run.step}, more than config.max_bad_steps={run.config.max_bad_steps}; "
+      f"{_last_checkpoint(run)}"
+    )
 
 
-def roll_back(run: Run, window: list[Metrics]) -> None:
-  """The run goes on from the last checkpoint, with the images that follow the bad batch.
+def handle_halt(run: Run, window: list[Metrics]) -> None:
+  """Finds out why a step was bad; the run then goes on from the last checkpoint, with the images that follow the bad batch.
+
+  Args:
+    run: whose state says `halted`.
+    window: the metrics of its last steps, the bad one among them, on the host.
 
   Raises:
-    NonFiniteError: that is not asked for, or was done too often, or there is no checkpoint.
+    NonFiniteError: going back is not asked for, or was done too often, or there is no checkpoint.
   """
+  run.note_corrupt(window)
   bad_step, rollbacks = int(run.state.step), int(run.state.bad_steps)  # the bad step counted from 0, as the schedule does
   batch_number = bad_step + int(run.state.passed_over)
-  bad_metrics = next(metrics for metrics in jax.device_get(window) if metrics["bad"])
+  bad_metrics = next(metrics for metrics in window if metrics["bad"])
+  run.watchdog.expect(f"the search for the cause of bad step {bad_step + 1}", FIRST_STEP_S)  # it compiles
   problem = _what_was_bad(run, bad_metrics, lambda: run.batches[batch_number])
   run.writer.settle()
-  last = run.reader.choose()
-  hint = f"last good checkpoint: {run.reader.path(last) if last is not None else 'none yet'}"
+  last, hint = run.reader.choose(), _last_checkpoint(run)
   wanted, limit = run.config.on_bad_step == "rollback", run.config.max_bad_steps
   if wanted and rollbacks > limit:
     hint = f"rolled back {rollbacks - 1} times before, as often as config.max_bad_steps={limit} allows; {hint}"
@@ -60,8 +69,15 @@ def roll_back(run: Run, window: list[Metrics]) -> None:
     numbers = {"bad_steps": np.int32(rollbacks), "passed_over": np.int32(batch_number + 1 - last)}
     placed = {name: sharding.put(number, getattr(run.like, name)) for name, number in numbers.items()}
     run.restore(last, **placed)
+    run.log.rewind(run.step)
+    run.watchdog.expect(f"step {run.step + 1}")
     return
   raise NonFiniteError(f"{problem}; {hint}")
+
+
+def _last_checkpoint(run: Run) -> str:
+  last = run.reader.choose()
+  return f"last good checkpoint: {run.reader.path(last) if last is not None else 'none yet'}"
 
 
 def _what_was_bad(run: Run, metrics: Metrics, make_batch: Callable[[], dict[str, np.ndarray]]) -> str:
@@ -76,24 +92,26 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, make
   """Says where a number first was not finite, in one line, for this state and batch.
 
   That is the first layer, in the order of the forward pass, whose output is not finite; if all are, the first, in the order of
-  the backward pass, whose parameters' gradient is not. To be called by all processes: where one of them cannot look (it lacks
-  memory for every layer's output, its batch cannot be made), none does.
+  the backward pass, whose parameters' gradient is not. With SAM, this is looked for at the weights that the whole batch would
+  ascend to. To be called by all processes: where one of them cannot look (it lacks memory for every layer's output, its batch
+  cannot be made), none does.
   """
   names: list[str] = []
 
   def look(params: nnx.State, stats: nnx.State, batch: Batch, step: jax.Array) -> tuple[Any, ...]:
-    finite = []
+    finite: list[jax.Array] = []
+    batch = {**batch, "key": row_keys(step_key(config, step), len(batch["image"]))}
 
     def loss(params: nnx.State) -> tuple[jax.Array, list[jax.Array]]:
       def tap(name: str, x: jax.Array) -> None:
         names.append(name)
         finite.append(jnp.isfinite(x).all())
 
-      keys = row_keys(step_key(config, step), len(batch["image"]))
-      value, _ = batch_loss(config, graph, params, stats, {**batch, "key": keys}, tap)
+      value, _ = batch_loss(config, graph, params, stats, batch, tap)
       return value, finite
 
-    (value, outputs), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    weights = ascended(config, graph, params, stats, batch) if config.optim.sam_rho else params
+    (value, outputs), grads = jax.value_and_grad(loss, has_aux=True)(weights)
     all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
     return value, outputs, all_finite(grads), all_finite(params)
 
@@ -122,8 +140,19 @@ def _describe(names: list[str], loss: float, outputs: list[bool], grads: nnx.Sta
   for name, finite in zip(names, outputs, strict=True):
     if not finite:
       return f"first layer whose activations are not finite: {name}"
-  place = {name: number for number, name in enumerate(names)}
-  layer_of = lambda path: path.rpartition("/")[0]
-  if paths := sorted(not_finite(grads), key=lambda path: place.get(layer_of(path), len(place)), reverse=True):
+  if paths := sorted(not_finite(grads), key=lambda path: _place_in_forward_pass(path, names), reverse=True):
     return f"all activations are finite (loss {loss:g}); first layer whose gradient is not: {paths[0]}, of {len(paths)}"
   return f"loss {loss:g}, activations and gradients are finite, the updated parameters are not: the learning rate is too high"
+
+
+def _place_in_forward_pass(path: str, names: list[str]) -> int:
+  """The number of the layer that a parameter belongs to, among the `names` of the layers whose outputs are known.
+
+  A layer without an output of its own (squeeze and excite) takes the place of its block, the classifier that of the logits.
+  """
+  layer = path
+  while layer:
+    if layer in names:
+      return names.index(layer)
+    layer = layer.rpartition("/")[0]
+  return len(names)

@@ -49,8 +49,9 @@ STEPS_UNDER_WAY = 3  # the devices keep two steps of work; more would only hold 
 class Run:
   """Everything that the training loop works with; `open_run` makes it.
 
-  What moves: `state`, `step` (updates done, those left out included), `passed_over` (batches that rollbacks left out) and
-  `corrupt` (the numbers of the records that any process has found corrupt).
+  What moves: `state`, `step` (updates done, those left out included), `passed_over` (batches that rollbacks left out), `corrupt`
+  (the numbers of the records that any process has found corrupt) and `told` (those and the ones that this process has sent with
+  a batch, though its step may still be under way, or never be taken because of a rollback).
   """
 
   config: Config
@@ -77,6 +78,7 @@ class Run:
   step: int
   passed_over: int
   corrupt: set[int]
+  told: set[int] = dataclasses.field(default_factory=set)
   stop: StopRequest = dataclasses.field(default_factory=StopRequest)
   under_way: collections.deque[Metrics] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=STEPS_UNDER_WAY))
   has_compiled: bool = False  # the training step
@@ -86,24 +88,23 @@ class Run:
 
   def batches_from_here(self) -> Generator[dict[str, jax.Array], None, None]:
     """The batches of the steps to come, on the devices, prepared ahead by a thread; to be closed."""
-    shift = self.passed_over
+    shift, self.told = self.passed_over, set(self.corrupt)
     return prefetch(lambda step: self.batches.start(step + shift), self.step, self.total_steps, then=self._send)
 
   def _send(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Sends a batch to the devices, with what this process tells the others: see `make_train_step`."""
     corrupt = np.zeros(len(self.mesh.local_devices), np.int32)
-    record = self.batches.next_corrupt()
-    corrupt[0] = 0 if record is None else record + 1
+    for record in set(self.batches.corrupt) - self.told:  # one for each batch
+      self.told.add(record)
+      corrupt[0] = record + 1
+      break
     return sharding.put_batch(self.mesh, {**batch, "stop": np.full_like(corrupt, bool(self.stop)), "corrupt": corrupt})
 
-  def make_room(self) -> None:
+  def wait_for_room(self) -> None:
     """Waits until no more than two steps are under way."""
     if len(self.under_way) == self.under_way.maxlen:
       jax.block_until_ready(self.under_way[0])
-      self.watchdog.finished(f"step {self.step - 1}")
-
-  def devices_are_idle(self) -> bool:
-    return not self.under_way or self.under_way[-1]["count"].is_ready()
+      self.watchdog.expect(f"step {self.step - 1}")
 
   def is_stopping(self) -> bool:
     """Whether all processes are to stop after the next step.
@@ -130,9 +131,12 @@ class Run:
     return self.step == self.total_steps or period(epoch(self.step), every) > period(epoch(self.step - 1), every)
 
   def note_corrupt(self, window: list[Metrics]) -> None:
-    """Adds the records that any process found corrupt. Raises DataError, in all processes, where there are too many."""
+    """Adds the records that any process found corrupt."""
     numbers = np.concatenate([metrics["corrupt"] for metrics in window])
     self.corrupt |= {int(number) - 1 for number in numbers[numbers > 0]}
+
+  def check_corrupt(self) -> None:
+    """Raises DataError, in all processes, where too many records are corrupt."""
     limit = self.config.data.max_corrupt
     if len(self.corrupt) > limit * len(self.data):
       raise DataError(
@@ -145,7 +149,7 @@ class Run:
   def evaluate(self) -> Results | None:
     """Evaluates the parameters and their average, and writes the result down; None where a signal ended it before."""
     weights = {"params": (self.state.params, self.state.stats), **({"ema": self.state.ema} if self.state.ema is not None else {})}
-    self.watchdog.finished(
+    self.watchdog.expect(
       f"the evaluation at step {self.step}", 0.0 if self.evaluated_before else FIRST_STEP_S
     )  # the first one compiles
     results = evaluate(
@@ -153,7 +157,7 @@ class Run:
       self.mesh,
       weights,
       self.test_batches,
-      progress=lambda images: self.watchdog.finished(f"the evaluation at step {self.step}, after {images} images,"),
+      progress=lambda images: self.watchdog.expect(f"the evaluation at step {self.step}, after {images} images,"),
       stopping=lambda: bool(self.stop),
     )
     self.evaluated_before = True
@@ -166,7 +170,7 @@ class Run:
     self.log.sync()
     digest = self.batches.order_digest(self.step + self.passed_over)
     self.writer.save(self.state, results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
-    self.watchdog.finished(f"the step after {self.step}")
+    self.watchdog.expect(f"the step after {self.step}")
 
   def restore(self, step: int, **changes: Any) -> None:
     """Goes on from a checkpoint; changes: fields of the state to take instead of the saved ones."""
@@ -234,6 +238,11 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   opened.callback(test_batches.close)
   watchdog = Watchdog(config.watchdog, workdir, process)
   opened.callback(watchdog.close)
+  if last is None:
+    state = _first_state(config, data.num_classes, optimizer, like)
+  else:
+    state = reader.restore(last, like)
+    writer.go_on_from(last)
 
   run = Run(
     config=config,
@@ -255,13 +264,11 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
     steps_per_epoch=steps_per_epoch,
     total_steps=total_steps,
     resumed_from=last,
-    state=_first_state(config, data.num_classes, optimizer, like) if last is None else like,
-    step=0,
-    passed_over=0,
+    state=state,
+    step=int(state.step),
+    passed_over=int(state.passed_over),
     corrupt=set(meta.get("data", {}).get("corrupt", ())),
   )
-  if last is not None:
-    run.restore(last)
   _announce(run, params)
   return run
 
@@ -290,13 +297,20 @@ def _first_state(config: Config, num_classes: int, optimizer: optax.GradientTran
   return sharding.put(init_state(*split_network(network)[1:], optimizer, config), like)
 
 
+def _write_config(run: Run) -> None:
+  try:
+    write_file(os.path.join(run.workdir, "config.json"), (json.dumps(to_json(run.config), indent=2) + "\n").encode())
+  except OSError as error:  # as with all that only people read: the checkpoints hold the configuration too
+    run.log.say(f"{run.workdir}/config.json cannot be written: {error.strerror}; training goes on")
+
+
 def _announce(run: Run, params: nnx.State) -> None:
   """Begins the log, and says what is going to happen."""
   config, log, count = run.config, run.log, jax.process_count()
   smoothing = f", labels smoothed {config.label_smoothing:g}" if config.label_smoothing else ""
   log.begin(run.step, run.total_steps, f"train{smoothing}")
   if jax.process_index() == 0:
-    write_file(os.path.join(run.workdir, "config.json"), (json.dumps(to_json(config), indent=2) + "\n").encode())
+    _write_config(run)
   log.say(pprint.pformat(config, width=120, sort_dicts=False))
   log.say(optim.describe_groups(params, config.optim))
   log.say(

@@ -89,14 +89,14 @@ def run_watched(directory: pathlib.Path, work: str) -> subprocess.CompletedProce
 
 
 def test_the_watchdog_ends_what_hangs_with_its_stacks(tmp_path):
-  ended = run_watched(tmp_path, "watchdog.finished('step 7')\ntime.sleep(30)")
+  ended = run_watched(tmp_path, "watchdog.expect('step 7')\ntime.sleep(30)")
   assert ended.returncode == LOST
   assert ended.stderr.startswith("error: step 7 was not finished within config.watchdog=1 s; stacks in ")
   assert 'File "<string>", line 5 in <module>' in (tmp_path / "stacks-3.txt").read_text()
 
 
 def test_the_watchdog_leaves_alone_what_goes_on(tmp_path):
-  ended = run_watched(tmp_path, "for step in range(5):\n  time.sleep(0.4)\n  watchdog.finished(f'step {step}')")
+  ended = run_watched(tmp_path, "for step in range(5):\n  time.sleep(0.4)\n  watchdog.expect(f'step {step}')")
   assert ended.returncode == 0 and ended.stderr == "" and not list(tmp_path.iterdir())
 
 

@@ -29,7 +29,9 @@ def hold(workdir: str, ready) -> None:
 
 
 def holder(**changes) -> Holder:
-  return dataclasses.replace(Holder(host="another", pid=7, born="x", since="2026-01-01 00:00:00"), **changes)
+  return dataclasses.replace(
+    Holder(host="another", machine="another boot", pid=7, born="x", since="2026-01-01 00:00:00"), **changes
+  )
 
 
 def write(workdir, held: Holder) -> None:
@@ -64,7 +66,7 @@ def test_the_lock_of_a_killed_process_is_broken_with_a_line(tmp_path, said):
 
 
 def test_a_process_that_has_the_number_of_the_holder_is_not_the_holder(tmp_path, said):
-  write(tmp_path, holder(host=platform.node(), pid=os.getppid(), born="before the reboot"))
+  write(tmp_path, holder(host=platform.node(), machine=lock._machine(), pid=os.getppid(), born="before it"))
   with workdir_lock(str(tmp_path), say=said.append):
     pass
   assert len(said) == 1 and "is gone: broken" in said[0]
@@ -111,11 +113,49 @@ def test_a_holder_that_was_stalled_does_not_write_over_its_successor(tmp_path, s
   assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "the successor's"
 
 
-def test_a_lock_that_is_no_lock_is_broken_and_a_file_is_no_workdir(tmp_path, said):
-  (tmp_path / lock.NAME).write_text("what is this")
+def test_another_container_with_this_hosts_name_is_another_machine(tmp_path, said, monkeypatch):
+  """Its process numbers are not ours: that none of ours has the holder's number says nothing."""
+  monkeypatch.setattr(lock, "SILENCE_S", 5.0)
+  write(tmp_path, holder(host=platform.node(), pid=2**22 + 1))
+  beat = threading.Timer(0.2, lambda: write(tmp_path, holder(host=platform.node(), pid=2**22 + 1, beat=1)))
+  beat.start()
+  with pytest.raises(WorkdirInUse), workdir_lock(str(tmp_path), say=said.append):
+    pass
+  beat.join()
+
+
+def test_a_lock_that_is_released_while_it_is_waited_for(tmp_path, said, monkeypatch):
+  monkeypatch.setattr(lock, "SILENCE_S", 30.0)
+  write(tmp_path, holder())
+  release = threading.Timer(0.2, (tmp_path / lock.NAME).unlink)
+  release.start()
   with workdir_lock(str(tmp_path), say=said.append):
     pass
-  assert said == [f"{tmp_path / lock.NAME} cannot be read: broken"]
+  release.join()
+  assert len(said) == 1 and "waiting up to 30 s" in said[0]
+
+
+def test_without_hard_links_the_lock_is_made_all_the_same(tmp_path, said, monkeypatch):
+  def no_links(source, target):
+    raise PermissionError(1, "Operation not permitted")
+
+  monkeypatch.setattr(os, "link", no_links)
+  with workdir_lock(str(tmp_path), say=said.append):
+    assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+    assert not lock._create(tmp_path / lock.NAME, holder())
+  assert not list(tmp_path.iterdir()) and said == []
+
+
+@pytest.mark.parametrize("content", ["what is this", "", "[1]", '{"pid": "7"}', '{"host": 1, "machine": 2}', "[" * 5000])
+def test_a_lock_that_cannot_be_read_is_broken_after_its_silence(tmp_path, said, monkeypatch, content):
+  monkeypatch.setattr(lock, "SILENCE_S", 0.4)
+  (tmp_path / lock.NAME).write_text(content)
+  with workdir_lock(str(tmp_path), say=said.append):
+    pass
+  assert len(said) == 2 and said[1].endswith("was left by an unknown process, which gave no sign of life for 0.4 s: broken")
+
+
+def test_a_file_is_no_workdir(tmp_path, said):
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match="cannot be written"), workdir_lock(str(tmp_path / "file"), say=said.append):
     pass

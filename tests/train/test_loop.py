@@ -173,25 +173,6 @@ def test_an_update_that_overflows_is_never_saved(tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
-def test_waiting_counts_only_while_the_devices_are_idle(monkeypatch):
-  clock = [0.0]
-  monkeypatch.setattr(window.time, "perf_counter", lambda: clock[0])
-
-  def slow(seconds):
-    for batch in seconds:
-      clock[0] += batch
-      yield batch
-
-  idle = iter([True, False, True])
-  steps = window.Window(lambda: next(idle))
-  for _ in steps.batches(slow([1.0, 2.0, 3.0])):
-    clock[0] += 1.0  # the step
-    steps.add({})
-  assert steps.waiting_share() == pytest.approx((1.0 + 3.0) / 9.0) and steps.seconds_per_step() == 3.0
-  steps.start_anew()
-  assert steps.waiting_share() == 0.0 and steps.seconds_per_step() is None
-
-
 def test_the_logged_learning_rate_is_that_of_the_updates_made(tmp_path):
   """A step that was skipped makes no update, one that was rolled back is made again: the optimizer's own count says which."""
   config = tiny_config()

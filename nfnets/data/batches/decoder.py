@@ -1,6 +1,5 @@
 """Decodes a source's images with a pool of threads and counts corrupt records."""
 
-import collections
 import concurrent.futures
 import threading
 import time
@@ -51,7 +50,6 @@ class ImageDecoder:
   ):
     self.source, self._config, self._say = source, config, say
     self.corrupt: dict[int, str] = {}
-    self.unreported: collections.deque[int] = collections.deque()
     # CPU seconds of all threads by what they were spent on
     self.times = {"read": 0.0, "check": 0.0, "decode": 0.0, "mix": 0.0, "augment": 0.0}
     self._lock = threading.Lock()
@@ -120,7 +118,6 @@ class ImageDecoder:
       if index in self.corrupt:
         return
       self.corrupt[index] = str(error)
-      self.unreported.append(index)
       count = len(self.corrupt)
     if count > self._config.max_corrupt * len(self.source):
       raise DataError(

@@ -112,13 +112,6 @@ class TrainBatches(DecodedBatches):
     epoch = step * self._distinct // len(self.source) + 1
     return hashlib.sha256(b"".join(order.shuffled(epoch).astype("<i4").tobytes() for order in self._orders)).hexdigest()[:16]
 
-  def next_corrupt(self) -> int | None:
-    """Returns the number of a corrupt record that this method has not returned before; None if there is none."""
-    try:
-      return self._decoder.unreported.popleft()
-    except IndexError:
-      return None
-
   # ---- which images
 
   def _keys(self, order: Order, purpose: Purpose, step: int, rows: np.ndarray) -> list[StreamKey]:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from nfnets import distributed
 from nfnets.train.checkpoints import arrays, compatibility, manifest, retention
 from nfnets.train.checkpoints.compatibility import RunFacts
-from nfnets.train.checkpoints.errors import SaveError
+from nfnets.train.checkpoints.errors import CheckpointError, SaveError
 from nfnets.train.step.state import TrainState
 
 _WRITE_SECONDS = 600  # until a process gives up waiting for the others' part of a write
@@ -69,11 +69,18 @@ class CheckpointWriter:
     return self.directory / str(step)
 
   def go_on_from(self, step: int) -> None:
-    """The run continues from `step`, which was restored: newer steps are set aside as STEP.aside."""
+    """The run continues from `step`, which was restored: newer steps are set aside as STEP.aside.
+
+    Raises CheckpointError where they cannot be: a later start would go on from one of them.
+    """
     self._newest = step
-    if jax.process_index() == 0:
+    if jax.process_index() != 0:
+      return
+    try:
       for newer in (self.path(saved) for saved in retention.steps(self.directory) if saved > step):
         self._say(f"going on from step {step}: {newer} is set aside as {retention.set_aside(newer).name}")
+    except OSError as error:
+      raise CheckpointError(f"{self.directory}: steps after {step} cannot be set aside: {error.strerror}") from error
 
   def save(
     self, state: TrainState, *, results: Results | None = None, order_digest: str = "", corrupt: tuple[int, ...] = ()
@@ -89,7 +96,10 @@ class CheckpointWriter:
       corrupt: the numbers of the records that all processes have found corrupt so far.
     """
     step = int(state.step)
-    if distributed.broadcast_from_first(self._is_saved(step)):
+    already_saved = self._has_saved(step)
+    if jax.process_index() == 0 and not already_saved:
+      self._delete(self.path(step))  # there only if a run left it that this one did not go on from
+    if distributed.broadcast_from_first(already_saved):
       return
     config = self._facts.config
     trees = arrays.split(state)
@@ -102,7 +112,7 @@ class CheckpointWriter:
     meta = {
       "schema": manifest.SCHEMA,
       **summary,
-      "previous_step": max(retention.finished_steps(self.directory), default=None),
+      "previous_step": self._previous_step(),
       "num_classes": self._facts.num_classes,
       "config": compatibility.to_json(config),
       "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
@@ -178,17 +188,31 @@ class CheckpointWriter:
       return
     self._failed = None
     if first:
-      manifests = [body for step in retention.steps(self.directory) if (body := manifest.readable(self.path(step)))]
-      kept = retention.kept(manifests, **self._keep)
-      self._delete(*(self.path(body["step"]) for body in manifests if body["step"] not in kept))
+      self._delete_old_steps()
 
-  def _is_saved(self, step: int) -> bool:
-    if step == self._newest:
-      self.settle()
-      return self._failed is None and manifest.readable(self.path(step)) is not None
-    if jax.process_index() == 0 and self.path(step).is_dir():
-      self._delete(self.path(step))  # of a run that this one did not go on from
-    return False
+  def _has_saved(self, step: int) -> bool:
+    """Whether this run has saved the step, or went on from it."""
+    if step != self._newest:
+      return False
+    self.settle()
+    return self._failed is None and manifest.readable(self.path(step)) is not None
+
+  def _previous_step(self) -> int | None:
+    """The newest finished step; None if there is none yet."""
+    try:
+      return max(retention.finished_steps(self.directory), default=None)
+    except OSError:  # the save that follows tells whether the disk is still there
+      return self._newest
+
+  def _delete_old_steps(self) -> None:
+    """Deletes the checkpoints that are kept no longer."""
+    try:
+      manifests = [body for step in retention.steps(self.directory) if (body := manifest.readable(self.path(step)))]
+    except OSError as error:
+      self._say(f"{self.directory} cannot be listed: {error.strerror}; no checkpoint is deleted")
+      return
+    kept = retention.kept(manifests, **self._keep)
+    self._delete(*(self.path(body["step"]) for body in manifests if body["step"] not in kept))
 
   def _remove_failed(self, step: int) -> None:
     """Deletes what a failed write left; those parts of it that did not fail may still be writing for a moment."""

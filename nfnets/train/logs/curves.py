@@ -12,7 +12,7 @@ def draw_curves(records: list[dict[str, Any]], train_label: str = "train") -> by
 
   train = [record for record in records if record["kind"] == "train"]
   test = [record for record in records if record["kind"] == "test"]
-  column = lambda rows, key: [row[key] for row in rows if key in row]
+  column = lambda rows, key: [np.nan if row[key] is None else row[key] for row in rows if key in row]
   figure = Figure(figsize=(11, 7.5), layout="constrained")
   (loss, accuracy), (rate, clip) = figure.subplots(2, 2)
   for axis, key, title in ((loss, "loss", "cross-entropy"), (accuracy, "top1", "top-1 accuracy")):

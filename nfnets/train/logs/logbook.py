@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -185,7 +186,7 @@ class Logbook:
       if LINES not in self._open_files:
         self._open_lines()  # writes this record too
       else:
-        self._open_files[LINES].write(json.dumps(record) + "\n")
+        self._open_files[LINES].write(_line(record))
         self._open_files[LINES].flush()
     with self._going_on_after_disk_errors(EVENTS):
       if EVENTS not in self._open_files:
@@ -198,7 +199,7 @@ class Logbook:
   def _open_lines(self) -> None:
     """Writes all records anew: whenever the power fails, metrics.jsonl is the old or the whole new one."""
     path = self._dir / LINES
-    write_file(path, "".join(json.dumps(record) + "\n" for record in self._records).encode())
+    write_file(path, "".join(_line(record) for record in self._records).encode())
     self._open_files[LINES] = open(path, "a", encoding="utf-8")
 
   def _open_events(self, step: int) -> None:
@@ -223,9 +224,17 @@ class Logbook:
         file.close()
 
 
+def _line(record: dict[str, Any]) -> str:
+  """A record as metrics.jsonl has it. JSON knows neither NaN nor infinity: null stands for them."""
+  finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+  return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def _event(record: dict[str, Any]) -> Event:
   """A record as TensorBoard has it."""
-  scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step", "clip")}
+  scalars = {
+    f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step", "clip") and value is not None
+  }
   scalars |= {f"clip/{layer}": value for layer, value in record.get("clip", {}).items()}
   values = [value for name, number in scalars.items() for value in summary.scalar(name, number).value]
   return Event(step=record["step"], wall_time=time.time(), summary=summary.Summary(value=values))

@@ -1,5 +1,6 @@
 """The steps between two lines of the log: their metrics, their time, how long the devices waited, and what is said of them."""
 
+import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,45 +17,58 @@ Metrics = dict[str, Any]
 
 
 class Window:
-  """Collects the metrics of steps and measures how long the devices had nothing to do but wait for the next batch.
+  """Collects the metrics of steps and measures how long the devices had nothing to do but wait for the next batch; to be closed.
 
-  metrics: of the steps since the last line, oldest first; on the devices until `fetch`.
+  metrics: of the steps since the last line, oldest first, on the devices.
   """
 
-  def __init__(self, devices_are_idle: Callable[[], bool]):
-    self._devices_are_idle = devices_are_idle
+  def __init__(self):
     self.metrics: list[Metrics] = []
     self._untimed = 0
+    self._watcher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="end of steps")
+    self._end: concurrent.futures.Future[float] | None = None  # when the devices ended the last step
     self.restart_clock()
 
   def batches(self, source: Iterator[Any]) -> Iterator[Any]:
-    """Yields from `source`; waiting counts only while the devices have no step to compute."""
+    """Yields from `source`; waiting counts only from when the devices have ended the last step that they were given."""
     while True:
       asked = time.perf_counter()
       try:
         batch = next(source)
       except StopIteration:
         return
-      if self._devices_are_idle():
-        self._waited += time.perf_counter() - asked
+      self._batch_came = time.perf_counter()
+      if self._end is None:
+        self._waited += self._batch_came - asked
+      elif self._end.done():
+        self._waited += max(0.0, self._batch_came - max(asked, self._end.result()))
       yield batch
 
   def add(self, metrics: Metrics) -> None:
+    """Adds the metrics of a step that the devices were just given."""
     self.metrics.append(metrics)
+    self._end = self._watcher.submit(_end_of_step, metrics)
 
-  def leave_out(self) -> float:
-    """The steps so far do not count for the time that a step takes (the first one compiles); returns their seconds."""
-    seconds = time.perf_counter() - self._since
+  def close(self) -> None:
+    self._watcher.shutdown(wait=False)
+
+  def exclude_steps_so_far(self) -> float:
+    """The steps so far do not count for the time that a step takes (the first one compiles).
+
+    Returns the seconds since the last batch came, which are those of one step.
+    """
+    seconds = time.perf_counter() - self._batch_came
     self._untimed = len(self.metrics)
     self.restart_clock()
     return seconds
 
   def restart_clock(self) -> None:
-    """What has happened since the last step (an evaluation, a checkpoint) counts for no step."""
-    self._since, self._waited = time.perf_counter(), 0.0
+    """Begins to measure again: what has happened since the last step (an evaluation, a checkpoint) counts for no step."""
+    self._since = self._batch_came = time.perf_counter()
+    self._waited = 0.0
 
-  def start_anew(self) -> None:
-    """After a line of the log."""
+  def clear(self) -> None:
+    """Begins the window of the next line of the log."""
     self.metrics, self._untimed = [], 0
     self.restart_clock()
 
@@ -66,6 +80,11 @@ class Window:
   def waiting_share(self) -> float:
     """Waiting's share of the time since the clock was restarted, in [0, 1]."""
     return min(1.0, self._waited / max(time.perf_counter() - self._since, 1e-9))
+
+
+def _end_of_step(metrics: Metrics) -> float:
+  jax.block_until_ready(metrics)
+  return time.perf_counter()
 
 
 def summarize(

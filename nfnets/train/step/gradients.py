@@ -85,7 +85,7 @@ def local_gradients(
     axis: of a `jax.pmap` or `jax.shard_map`, over whose devices gradients, loss and statistics are averaged and sums added up.
   """
   if config.optim.sam_rho:
-    params = _ascended(config, graph, params, stats, batch)
+    params = ascended(config, graph, params, stats, batch)
   weights, pull_back, graph = jax.vjp(functools.partial(_standardized, graph, stats), params, has_aux=True)
   grads, loss, stats, sums = _in_parts(config, graph, weights, stats, batch)
   (grads,) = pull_back(grads)
@@ -199,7 +199,7 @@ def _divided(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
   return jax.tree.map(divide, batch)
 
 
-def _ascended(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch) -> nnx.State:
+def ascended(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, batch: Batch) -> nnx.State:
   """Moves the weights uphill by sam_rho along the gradient of a part of this device's images (SAM, 2010.01412, eq. 2)."""
   rows = max(1, round(config.optim.sam_share * len(batch["image"])))
   part = {**jax.tree.map(lambda x: x[:rows], batch), "key": layers.fold_in(batch["key"][:rows], 1 << 31)}
