@@ -30,7 +30,7 @@ from tests.optim_cases import (
   run,
 )
 
-# ---- One training step
+# ---- one training step
 
 
 def reference_clip(grad, param, config):
@@ -202,7 +202,7 @@ def test_optimizer_needs_shapes_only():
   assert_close(run(make(config_with(), abstract), params)[0], run(make(config_with(), params), params)[0])
 
 
-# ---- The published optimizer
+# ---- the published optimizer
 
 
 @pytest.fixture(scope="module")

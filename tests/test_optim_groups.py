@@ -12,7 +12,7 @@ from nfnets.agc import named_leaves
 from nfnets.config import OptimConfig
 from tests.optim_cases import CLASSIFIER, SHAPES, flatten, make, make_grads, make_params, make_state, nest, run
 
-# ---- Parameter groups
+# ---- parameter groups
 
 
 @pytest.mark.parametrize("kind", ["dict", "state"])

@@ -11,7 +11,7 @@ from nfnets import optim
 from nfnets.config import OptimConfig
 from tests.optim_cases import LENGTH, make, make_params, reference_lr
 
-# ---- Average
+# ---- average
 
 
 def test_ema_decay_warms_up():
@@ -32,7 +32,7 @@ def test_ema_of_low_precision_parameters_is_float32():
   np.testing.assert_allclose(got, 0.9, rtol=1e-6)
 
 
-# ---- Schedule
+# ---- schedule
 
 
 def test_schedule_of_the_nfnet_recipe():
@@ -80,7 +80,7 @@ def test_schedules_that_do_not_fit(fields, length, message):
     optim.make_schedule(OptimConfig(**fields), **{**LENGTH, **length})
 
 
-# ---- Config
+# ---- config
 
 
 @pytest.mark.parametrize(

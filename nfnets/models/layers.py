@@ -21,7 +21,7 @@ Array = jax.Array
 Padding = Literal["SAME", "SYMMETRIC"]
 
 
-# ---------------------------------------------------------------- activations
+# ---- activations
 @dataclasses.dataclass(frozen=True, slots=True)
 class Activation:
   """`gamma · fn(x)`: gamma = 1/std(fn(z)), z ~ N(0, 1), so that unit variance goes in and comes out (P1, section 4.1)."""
@@ -62,7 +62,7 @@ ACTIVATIONS = {
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
 
-# ---------------------------------------------------------------- initial values
+# ---- initial values
 _BLOCK = 1 << 18
 
 
@@ -124,7 +124,7 @@ def linear(in_features: int, out_features: int, *, stddev: float | None = None, 
   return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=drawn)
 
 
-# ---------------------------------------------------------------- convolutions
+# ---- convolutions
 def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME") -> Array:
   """2-D convolution, x [B, H, W, I], kernel [kh, kw, I/groups, O] → [B, H', W', O], in x's dtype.
 
@@ -253,7 +253,7 @@ def standardize(network: nnx.Module) -> None:
       module.standardized = True
 
 
-# ---------------------------------------------------------------- pooling and gates
+# ---- pooling and gates
 def average_pool(x: Array) -> Array:
   """2×2 mean with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; at an odd edge only real pixels count."""
   mean = nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
@@ -298,7 +298,7 @@ class EfficientChannelAttention(nnx.Module):
     return jax.nn.sigmoid(mixed)[:, None, None, :, 0]
 
 
-# ---------------------------------------------------------------- randomness
+# ---- randomness
 def _is_per_sample(key: Array) -> bool:
   return key.ndim > (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
 

@@ -115,7 +115,7 @@ class NFRegNet(Network):
     return self.activation(x)
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 _R = NFRegNetConfig
 VARIANTS = {
   f"nf_regnet_{name}": row

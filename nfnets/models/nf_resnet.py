@@ -117,7 +117,7 @@ class NFResNet(Network):
     return self.activation(x)
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 DEPTHS = {
   26: (2, 2, 2, 2),
   50: (3, 4, 6, 3),

@@ -161,7 +161,7 @@ def se_width(config: NFNetConfig, features: int) -> int:
   return max(8, (hidden + 4) // 8 * 8) if config.dialect == "timm" else hidden
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 _F = NFNetConfig
 _F_SERIES = {
   "f0": _F(depth=(1, 2, 6, 3), train_resolution=192, test_resolution=256, drop_rate=0.2, randaugment=(4, 5)),

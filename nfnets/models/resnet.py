@@ -221,7 +221,7 @@ class FixupResNet(ResNet):
     return self.fc(pool + self.bias2[...])
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 _skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
 _tiny: dict[str, Any] = {
   "depth": (2, 2, 2),

@@ -145,7 +145,7 @@ def test_every_baseline_normalizes_as_its_name_says(norm):
   np.testing.assert_allclose(y.std(axes), 1, atol=1e-3)
 
 
-# ---------------------------------------------------------------- theory
+# ---- theory
 @pytest.mark.parametrize("name", ["nfnet_f0", "nf_resnet50", "nf_regnet_b0"])
 def test_signal_at_initialisation_follows_theory(name):
   """With skip gains of one, a block adds alpha² times its branch's variance, and a transition starts again (P1, section 4.2)."""
@@ -200,7 +200,7 @@ def test_gamma_is_derived(name):
   assert float(activation(jnp.float32(0.7))) == pytest.approx(float(activation.fn(jnp.float32(0.7))) * activation.gamma)
 
 
-# ---------------------------------------------------------------- layers
+# ---- layers
 def test_scaled_weight_standardization_against_float64():
   conv = layers.WSConv(6, 8, 3, groups=2, rngs=layers.ParamKeys(jax.random.key(0)))
   kernel = 0.3 + np.random.default_rng(0).normal(size=(3, 3, 3, 8))
@@ -311,7 +311,7 @@ def test_eager_and_traced_creation_agree():
   assert not np.array_equal(eager["stem"]["conv0"]["kernel"][...], other["stem"]["conv0"]["kernel"][...])
 
 
-# ---------------------------------------------------------------- mistakes
+# ---- mistakes
 def test_names_are_forgiving_and_mistakes_are_answered():
   assert models.variant("NFNet-F0+") == models.variant("nfnet_f0+")
   with pytest.raises(models.UnknownModelError, match="nf_resnet50"):
