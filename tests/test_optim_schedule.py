@@ -1,4 +1,4 @@
-"""The average, the learning-rate schedule, and the fields that both follow from."""
+"""The parameters' average, the learning-rate schedule, and how the fields of `OptimConfig` are checked."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_ema_of_low_precision_parameters_is_float32():
 
 
 def test_schedule_of_the_nfnet_recipe():
-  # 360 epochs of ImageNet at batch 4096: peak 1.6, after a warm-up of a fractional number of steps.
+  # 360 epochs of ImageNet at batch 4096. The peak is 1.6, and the warm-up ends between two steps.
   length = {"batch": 4096, "steps_per_epoch": 1281167 / 4096, "total_steps": 1281167 * 360 // 4096}
   config = OptimConfig()
   schedule = jax.jit(optim.make_schedule(config, **length))
