@@ -125,7 +125,7 @@ def agc(
 
 
 def agc_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
-  """{path: {"clip_fraction", "max_ratio", "nonfinite_units"}}, scalars, of the latest step of every `agc` with track=True.
+  """Reads {path: {"clip_fraction", "max_ratio", "nonfinite_units"}}, scalars of the latest step, from `agc` with track=True.
 
   Outside jit, hand over `jax.device_get(opt_state)`: it is faster. Raises ValueError if nothing, or one path twice, is tracked.
   """
