@@ -1,6 +1,6 @@
 """NF-ResNet with AGC on CIFAR-10, and the BatchNorm ResNet of the same shape under the same recipe.
 
-    tfds build cifar10 --file_format=array_record --data_dir=DATA      # once, with tensorflow and a network
+    tfds build cifar10 --file_format=array_record --data_dir=DATA      # once; needs tensorflow and the internet
     python -m launch.train --config=configs/cifar10.py --config.data.dir=DATA --workdir=runs/cifar10
     python -m launch.train --config=configs/cifar10.py:norm=batch --config.data.dir=DATA --workdir=runs/cifar10-batch
 
@@ -15,6 +15,7 @@ NETWORKS = {"none": "nf_resnet_tiny", "batch": "resnet_tiny"}
 
 
 def get_config(arg: str = "norm=none") -> Config:
+  """Makes the configuration of `arg`, "norm=none" or "norm=batch"; raises UserError for another one."""
   key, _, norm = arg.partition("=")
   if key != "norm" or norm not in NETWORKS:
     raise UserError(f"configs/cifar10.py takes norm=none or norm=batch, got {arg!r}")

@@ -1,8 +1,9 @@
-"""NFNet with AGC on scikit-learn's handwritten digits: 1,797 real scans of 8×8 pixels that ship in the wheel.
+"""NFNet with AGC on scikit-learn's handwritten digits: 1,797 real scans of 8×8 pixels that are part of the package.
 
     python -m launch.train --config=configs/digits.py --workdir=runs/digits
 
-The published recipe (AGC, Nesterov, warm-up and cosine, label smoothing, EMA) on a small NFNet that keeps its resolution longer.
+This is the published recipe (AGC, Nesterov, warm-up and cosine, label smoothing, EMA) on a small NFNet that halves its images
+less often.
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -10,6 +11,7 @@ from nfnets.errors import UserError
 
 
 def get_config(arg: str = "") -> Config:
+  """Makes the configuration; raises UserError for any argument."""
   if arg:
     raise UserError(f"configs/digits.py takes no argument, got {arg!r}")
   return Config(

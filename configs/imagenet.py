@@ -1,4 +1,4 @@
-"""What the ImageNet recipes of this directory share; not a recipe itself."""
+"""What the ImageNet recipes of this directory share; it is no recipe itself."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ def parse(arg: str, variants: tuple[str, ...], expected: str, *, sizes: bool = F
 
   Args:
     arg: the recipe's argument.
-    variants: what may stand first.
-    expected: the beginning of the error's line, such as "configs/resnet.py takes a depth of 50".
+    variants: the values that VARIANT may have.
+    expected: the beginning of the error's message, such as "configs/resnet.py takes a depth of 50".
     sizes: whether `bs=N` may be given.
 
   Returns:
     (the variant, whether `minival` was given, N or None).
 
   Raises:
-    UserError: `arg` is something else.
+    UserError: `arg` has another form.
   """
   variant, *options = arg.split(",")
   batches = [option.removeprefix("bs=") for option in options if sizes and option.startswith("bs=")]
@@ -30,7 +30,12 @@ def parse(arg: str, variants: tuple[str, ...], expected: str, *, sizes: bool = F
 
 
 def data_config(*, minival: bool, **fields: Any) -> DataConfig:
-  """ImageNet by TFDS, cropped and mirrored; `minival` trains without train[:10000] and evaluates on it."""
+  """Makes the configuration of TFDS's ImageNet, cropped and mirrored.
+
+  Args:
+    minival: whether to train without train[:10000] and to evaluate on it, instead of on the validation split.
+    fields: of `DataConfig`, set beside or instead of these.
+  """
   train, test = ("train[10000:]", "train[:10000]") if minival else ("train", "validation")
   settings: dict[str, Any] = {"train_crop": "inception", "test_crop": "crop", "flip": True, **fields}
   return DataConfig(name="imagenet2012", train_split=train, test_split=test, **settings)

@@ -1,9 +1,9 @@
-"""NF-RegNet-B0 … B5 on ImageNet, as in the official release: no AGC, mixup and cutmix (2101.08692, section 5).
+"""NF-RegNet-B0 … B5 on ImageNet, as in the official release, without AGC and with mixup and cutmix (2101.08692, section 5).
 
     python -m launch.train --config=configs/nf_regnet.py:B0 --config.data.dir=DATA --workdir=runs/nf-regnet-b0
 
-Arguments: the variant (B0 to B5), then `minival` (train without train[:10000], evaluate on it). 1,024 images a step, e.g. 8 GPUs.
-Not yet run to its end here.
+The argument is the variant (B0 to B5), and after it may stand `minival`, which trains without train[:10000] and evaluates on it.
+A step has 1,024 images, for which 8 GPUs do. This recipe has not been run to its end yet.
 """
 
 from configs import imagenet
@@ -13,6 +13,7 @@ VARIANTS = tuple(f"B{level}" for level in range(6))
 
 
 def get_config(arg: str = "B0") -> Config:
+  """Makes the configuration of `arg`, "VARIANT[,minival]"; raises UserError for another one."""
   variant, minival, _ = imagenet.parse(arg, VARIANTS, "configs/nf_regnet.py takes B0 to B5, and minival, e.g. B0,minival")
   return Config(
     model=ModelConfig(name=f"nf_regnet_{variant.lower()}"),

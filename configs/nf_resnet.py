@@ -2,10 +2,10 @@
 
     python -m launch.train --config=configs/nf_resnet.py:50,bs=1024 --config.data.dir=DATA --workdir=runs/nf-resnet-50
 
-Arguments: the depth (50, 101, 152, 200, 288, 600), then `bs=` images a step (1024) and `minival` (train without
-train[:10000], evaluate on it). Give the batch as `bs=`: AGC's threshold follows it, 0.01 at 4,096 as published and twice that for
-each halving (ours: larger thresholds do at smaller batches, figure 2 of 2102.06171). 8 GPUs of 80 GB hold 1,024 images.
-Not yet run to its end here.
+The argument is the depth (50, 101, 152, 200, 288 or 600). After it may stand `bs=N`, N images a step (by default 1,024, which 8
+GPUs of 80 GB hold), and `minival`, which trains without train[:10000] and evaluates on it. Set the batch by `bs=N` and not by
+`--config.batch`: AGC's threshold follows it, 0.01 at 4,096 as published and twice that for each halving. The rule is ours; figure
+2 of 2102.06171 shows that smaller batches bear larger thresholds. This recipe has not been run to its end yet.
 """
 
 from configs import imagenet
@@ -15,6 +15,7 @@ DEPTHS = ("50", "101", "152", "200", "288", "600")
 
 
 def get_config(arg: str = "50") -> Config:
+  """Makes the configuration of `arg`, "DEPTH[,bs=N][,minival]"; raises UserError for another one."""
   depth, minival, batch = imagenet.parse(
     arg, DEPTHS, f"configs/nf_resnet.py takes a depth of {', '.join(DEPTHS)}, bs=N and minival, e.g. 50,bs=1024", sizes=True
   )

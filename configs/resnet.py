@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/resnet.py:50 --config.data.dir=DATA --workdir=runs/resnet-50
 
-Arguments: the depth, then `minival` (train without train[:10000], evaluate on it). 1,024 images a step, e.g. 8 GPUs.
-Not yet run to its end here.
+The argument is the depth, and after it may stand `minival`, which trains without train[:10000] and evaluates on it. A step has
+1,024 images, for which 8 GPUs do. This recipe has not been run to its end yet.
 """
 
 from configs import imagenet
@@ -12,6 +12,7 @@ from nfnets.config import Config, ModelConfig, OptimConfig
 
 
 def get_config(arg: str = "50") -> Config:
+  """Makes the configuration of `arg`, "DEPTH[,minival]"; raises UserError for another one."""
   depths = tuple(name.removeprefix("resnet") for name in models.names() if name.removeprefix("resnet").isdigit())
   depth, minival, _ = imagenet.parse(
     arg, depths, f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival"

@@ -2,13 +2,15 @@
 
     python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --without-agc
 
-32 images a step, as in the published times of one device (2102.06171); `--batch` counts the images of all devices.
+The argument is the model's name. A step has 32 images, as in the published times of one device (2102.06171); launch.bench's
+`--batch` sets another number, that of all devices together.
 """
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
 
 def get_config(arg: str = "nfnet_f0") -> Config:
+  """Makes the configuration of the model named `arg`."""
   return Config(
     model=ModelConfig(name=arg or "nfnet_f0", dtype="bfloat16"),
     data=DataConfig(name="synthetic"),

@@ -1,5 +1,11 @@
 """Parameter groups, learning-rate schedule, optimizer and parameter averaging, all from one `OptimConfig`.
 
+  ParameterGroup, default_groups   which parameters decay, and which AGC clips
+  parameter_groups                 assigns every parameter to one group; describe_groups prints them as a table
+  peak_lr, make_schedule           compute the learning rate
+  make_optimizer                   chains AGC, weight decay, momentum (or Adam, or LARS) and the learning rate
+  ema_update                       updates the parameters' exponential moving average (EMA)
+
 A training step is
 
   updates, opt_state = optimizer.update(grads, opt_state, params)    # optimizer = make_optimizer(config, params, ...)
@@ -7,14 +13,15 @@ A training step is
   ema = ema_update(ema, params, step, config.ema_decay)              # step = 0 at the first update
 
 and equals the published one (Brock, De, Smith, Simonyan 2021, "High-Performance Large-Scale Image Recognition Without
-Normalization", arXiv:2102.06171): AGC, then weight decay into the gradient, then Nesterov momentum, then the learning
-rate, then the average.
+Normalization", 2102.06171): AGC, then weight decay into the gradient, then Nesterov momentum, then the learning rate, then the
+average.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +32,9 @@ from nfnets.agc import agc, named_leaves
 from nfnets.config import OptimConfig
 from nfnets.errors import UserError
 
-# Leaf names of our models, of Flax layers and of Haiku's; the published rule spares gains, biases, scales and offsets.
+# ---- parameter groups
+
+# The leaf names of our models, of Flax and of Haiku. As published, gains, biases, scales and offsets do not decay.
 KERNELS = r"(^|/)(kernel|embedding|w)$"
 GAINS_AND_BIASES = r"(^|/)(\w*gain|bias\w*|scale|offset|b)$"
 
@@ -47,8 +56,9 @@ class ParameterGroup:
   clip: bool
 
   def matches(self, path: str) -> bool:
-    found = any(re.search(pattern, path) for pattern in self.patterns)
-    return found and not any(re.search(pattern, path) for pattern in self.but_not)
+    """Whether the parameter at this path belongs to the group."""
+    matches_any = lambda patterns: any(re.search(pattern, path) for pattern in patterns)
+    return matches_any(self.patterns) and not matches_any(self.but_not)
 
 
 def default_groups(params: Any, config: OptimConfig) -> tuple[ParameterGroup, ...]:
@@ -75,9 +85,9 @@ def default_groups(params: Any, config: OptimConfig) -> tuple[ParameterGroup, ..
   unclipped = [path for path, marked, _ in leaves if marked or any(re.search(pattern, path) for pattern in config.agc_exclude)]
   groups = []
   for name, pattern, decay in (("kernels", KERNELS, True), ("gains and biases", GAINS_AND_BIASES, False)):
-    exact = tuple(f"^{re.escape(path)}$" for path in unclipped if re.search(pattern, path))
-    groups.append(ParameterGroup(name=name, patterns=(pattern,), but_not=exact, decay=decay, clip=True))
-    groups.append(ParameterGroup(name=f"{name}, unclipped", patterns=exact, decay=decay, clip=False))
+    exceptions = tuple(f"^{re.escape(path)}$" for path in unclipped if re.search(pattern, path))
+    groups.append(ParameterGroup(name=name, patterns=(pattern,), but_not=exceptions, decay=decay, clip=True))
+    groups.append(ParameterGroup(name=f"{name}, unclipped", patterns=exceptions, decay=decay, clip=False))
   return tuple(group for group in groups if any(group.matches(path) for path, _, _ in leaves))
 
 
@@ -98,30 +108,33 @@ def parameter_groups(params: Any, groups: Sequence[ParameterGroup]) -> dict[str,
   leaves = _leaves(params)
   names = [group.name for group in groups]
   if len(set(names)) < len(names):
-    raise UserError(f"Parameter groups need names of their own: got {names}.")
-  shown = "; ".join(f"{group.name!r} has patterns {_listing(map(repr, group.patterns))}" for group in groups)
+    raise UserError(f"Parameter groups: expected a name of its own for each, got {names}.")
+  listed = "; ".join(f"{group.name!r} has patterns {_listing(map(repr, group.patterns))}" for group in groups)
   for group in groups:
     for pattern in group.patterns + group.but_not:
       if not any(re.search(pattern, path) for path, _, _ in leaves):
         raise UserError(f"Pattern {pattern!r} of parameter group {group.name!r} is found in no parameter's path.")
 
-  found = {path: [group for group in groups if group.matches(path)] for path, _, _ in leaves}
-  orphans = [path for path, owners in found.items() if not owners]
+  matching = {path: [group for group in groups if group.matches(path)] for path, _, _ in leaves}
+  orphans = [path for path, owners in matching.items() if not owners]
   if orphans:
-    raise UserError(f"In no parameter group: {_listing(orphans)}. Groups: {shown}. Widen a pattern or pass `groups`.")
-  shared = [f"{path} ({', '.join(o.name for o in owners)})" for path, owners in found.items() if len(owners) > 1]
+    raise UserError(f"In no parameter group: {_listing(orphans)}. Groups: {listed}. Widen a pattern or pass `groups`.")
+  shared = [f"{path} ({', '.join(group.name for group in owners)})" for path, owners in matching.items() if len(owners) > 1]
   if shared:
-    raise UserError(f"In several parameter groups: {_listing(shared)}. Groups: {shown}. Use `but_not` to part them.")
-  clipped = [path for path, marked, _ in leaves if marked and found[path][0].clip]
+    raise UserError(f"In several parameter groups: {_listing(shared)}. Groups: {listed}. Use `but_not` to part them.")
+  clipped = [path for path, marked, _ in leaves if marked and matching[path][0].clip]
   if clipped:
-    raise UserError(f"Marked agc=False by the model, but in a group that clips: {_listing(clipped)}. Groups: {shown}.")
-  return {path: owners[0] for path, owners in found.items()}
+    raise UserError(
+      f"Marked agc=False by the model, but in a group that clips: {_listing(clipped)}. Groups: {listed}. Give them a group with "
+      "clip=False."
+    )
+  return {path: owners[0] for path, owners in matching.items()}
 
 
 def describe_groups(params: Any, config: OptimConfig, groups: Sequence[ParameterGroup] | None = None) -> str:
   """A table of the parameter groups for the start of a run: patterns, tensors, parameters, weight decay, AGC clipping.
 
-  Args and errors: as `make_optimizer`.
+  Arguments and errors are those of `make_optimizer`.
   """
   groups = default_groups(params, config) if groups is None else groups
   owners = parameter_groups(params, groups)
@@ -147,12 +160,18 @@ def describe_groups(params: Any, config: OptimConfig, groups: Sequence[Parameter
   )
 
 
+# ---- learning rate
+
+
 def peak_lr(config: OptimConfig, batch: int) -> float:
   """The learning rate at the end of the warm-up: base_lr · batch / 256 (Goyal et al. 2017), or base_lr if not scaled.
 
   Args:
     config: `base_lr` and `scale_lr` are read.
     batch: images a step, over all devices.
+
+  Raises:
+    UserError: batch < 1.
   """
   if batch < 1:
     raise UserError(f"batch = {batch!r}: expected the number of images a step, at least 1.")
@@ -196,14 +215,17 @@ def make_schedule(config: OptimConfig, *, batch: int, steps_per_epoch: float, to
     step = jnp.asarray(step, jnp.float32)
     value = jnp.float32(peak)
     if config.schedule == "cosine":
-      # sin² of the steps to go, not (1 + cos)/2 of the steps gone: the same curve, but exact down to the last step.
-      to_go = jnp.clip((total_steps - step) / (total_steps - warmup), 0.0, 1.0)
-      value = end + (peak - end) * jnp.sin(0.5 * jnp.pi * to_go) ** 2
+      # sin² of the share that remains, not (1 + cos)/2 of the share that is done: the same curve, but exact to the last step.
+      remaining = jnp.clip((total_steps - step) / (total_steps - warmup), 0.0, 1.0)
+      value = end + (peak - end) * jnp.sin(0.5 * jnp.pi * remaining) ** 2
     if warmup > 0:
       value = jnp.where(step <= warmup, peak * (step / warmup), value)
     return value
 
   return schedule
+
+
+# ---- optimizer
 
 
 def make_optimizer(
@@ -219,16 +241,16 @@ def make_optimizer(
 
   Order of the links, for gradient g, parameter w, weight decay d and learning rate r:
     sgd:   agc → decay (g + d·w) → momentum (m = μ·m + g; Nesterov g + μ·m) → learning_rate (−r·g)
-    lars:  agc → decay → trust (g · η‖w‖/‖g‖) → learning_rate → momentum. You et al. 2017 (1708.03888): the rate
-           goes into the buffer; as in optax, the ratio divides by ‖g + d·w‖, where the paper has ‖g‖ + d·‖w‖
+    lars:  agc → decay → trust (g · η‖w‖/‖g‖) → learning_rate → momentum. You et al. 2017 (1708.03888): the rate goes into the
+           buffer; as in optax, the ratio divides by ‖g + d·w‖, where the paper has ‖g‖ + d·‖w‖
     adamw: agc → adam → decay → learning_rate. Loshchilov and Hutter 2019: decay r·d·w, outside the moments
-  Decay and trust ratio act on groups with `decay`, AGC on groups with `clip`. The state is a dict by link name, so
-  `state["agc"]` holds what AGC tracks.
+  Decay and trust ratio act on groups with `decay`, AGC on groups with `clip`. The state is a dict by link name: `state["agc"]`
+  holds what AGC tracks.
 
   Args:
     config: see `OptimConfig`.
-    params: tree of arrays or of `jax.ShapeDtypeStruct`, as `optimizer.init` will get: an `nnx.State` of `nnx.Param`, or
-      nested dicts. Only names, shapes and marks are read. Moments are float32 for float32 parameters.
+    params: tree of arrays or of `jax.ShapeDtypeStruct`, as `optimizer.init` will get: an `nnx.State` of `nnx.Param`, or nested
+      dicts. Only names, shapes and marks are read. Moments are float32 for float32 parameters.
     batch, steps_per_epoch, total_steps: see `make_schedule`.
     groups: parameter groups; None = `default_groups(params, config)`.
 
@@ -238,34 +260,47 @@ def make_optimizer(
   """
   schedule = make_schedule(config, batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
   owners = parameter_groups(params, default_groups(params, config) if groups is None else groups)
-
-  def mask(tree: Any) -> Any:
-    # By path, not as a fixed tree: so it also fits a tree that another wrapper has masked or annotated.
-    paths = [path for path, _, _ in _leaves(tree)]
-    if strangers := [path for path in paths if path not in owners]:
-      raise UserError(f"This optimizer was made for other parameters; it does not know {_listing(strangers)}.")
-    return jax.tree.unflatten(jax.tree.structure(tree), [owners[path].decay for path in paths])
-
-  links = {}
-  if config.clipping is not None and _clips(config):
-    unclipped = {path for path, group in owners.items() if not group.clip}
-    links["agc"] = agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)
+  mask = functools.partial(_decay_mask, owners)
   decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
   learning_rate = optax.scale_by_learning_rate(schedule)
-  # False is heavy-ball momentum here; the published SGD takes it for Nesterov, and only None for heavy-ball.
-  nesterov = config.name == "sgd" if config.nesterov is None else config.nesterov
-  momentum = optax.trace(config.momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
+  links = _agc(config, owners)
   if config.name == "sgd":
-    links |= {"decay": decay, "momentum": momentum, "learning_rate": learning_rate}
+    links |= {"decay": decay, **_momentum(config), "learning_rate": learning_rate}
   elif config.name == "lars":
     trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust_coefficient), mask)
-    links |= {"decay": decay, "trust": trust, "learning_rate": learning_rate, "momentum": momentum}
+    links |= {"decay": decay, "trust": trust, "learning_rate": learning_rate, **_momentum(config)}
   else:
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
     links |= {"adam": adam, "decay": decay, "learning_rate": learning_rate}
-  if config.momentum == 0:
-    links.pop("momentum", None)
   return optax.named_chain(*links.items())
+
+
+def _agc(config: OptimConfig, owners: Mapping[str, ParameterGroup]) -> dict[str, optax.GradientTransformation]:
+  """AGC's link of the chain, by name; {} where nothing is clipped."""
+  if config.clipping is None or not _clips(config):
+    return {}
+  unclipped = {path for path, group in owners.items() if not group.clip}
+  return {"agc": agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)}
+
+
+def _momentum(config: OptimConfig) -> dict[str, optax.GradientTransformation]:
+  """The momentum's link of the chain, by name; {} without momentum."""
+  if config.momentum == 0:
+    return {}
+  # Here nesterov=False means heavy-ball momentum. The published SGD takes False for Nesterov, and only None for heavy-ball.
+  nesterov = config.name == "sgd" if config.nesterov is None else config.nesterov
+  return {"momentum": optax.trace(config.momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)}
+
+
+def _decay_mask(owners: Mapping[str, ParameterGroup], tree: Any) -> Any:
+  """Whether each parameter decays; told by path, so that trees fit that another transformation has masked or annotated."""
+  paths = [path for path, _, _ in _leaves(tree)]
+  if unknown := [path for path in paths if path not in owners]:
+    raise UserError(f"This optimizer was made for other parameters; it does not know {_listing(unknown)}. Make it for these.")
+  return jax.tree.unflatten(jax.tree.structure(tree), [owners[path].decay for path in paths])
+
+
+# ---- average
 
 
 def ema_update(ema: Any, params: Any, step: jax.Array | int, decay: float) -> Any:
@@ -292,17 +327,22 @@ def ema_update(ema: Any, params: Any, step: jax.Array | int, decay: float) -> An
 
 
 def _clips(config: OptimConfig) -> bool:
+  """Whether AGC acts at all."""
   return config.clipping is not None and config.clipping < math.inf
 
 
 def _listing(names: Iterable[str], limit: int = 8) -> str:
+  """The names, separated by commas; of those beyond `limit`, only how many they are."""
   names = list(names)
-  more = f" and {len(names) - limit} more" if len(names) > limit else ""
-  return ", ".join(names[:limit]) + more
+  remainder = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + remainder
 
 
 def _leaves(tree: Any) -> list[tuple[str, bool, int]]:
-  """(path, whether marked agc=False, number of parameters) of every array in the tree's order, without frozen holes."""
+  """Every array of the tree, in its order: (path, whether the model marks it agc=False, number of elements).
+
+  None and what `optax.masked` hides are left out.
+  """
   return [
     (path, metadata.get("agc") is False, math.prod(jnp.shape(leaf)))
     for path, leaf, metadata in named_leaves(tree)

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from flax import nnx
 from nfnets import optim
 from nfnets.config import OptimConfig
 
+# The size of a batch and the length of the training, as make_schedule and make_optimizer take them.
 LENGTH = {"batch": 512, "steps_per_epoch": 2.5, "total_steps": 20}
 SHAPES = {
   "stem/kernel": (3, 3, 3, 8),
@@ -31,6 +33,7 @@ CLASSIFIER = ("^fc/kernel$",)
 
 
 def nest(flat):
+  """{"a/b": leaf} → {"a": {"b": leaf}}."""
   tree = {}
   for path, value in flat.items():
     *parents, leaf = path.split("/")
@@ -42,6 +45,7 @@ def nest(flat):
 
 
 def flatten(tree, convert=np.asarray):
+  """{path: leaf} of any tree, each leaf converted."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): convert(leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -55,12 +59,12 @@ def random_flat(seed, scale=1.0):
 
 def make_params(seed=0, scale=0.3):
   flat = random_flat(seed, scale)
-  flat["blocks/0/skip_gain"] = np.float32(0)  # As initialised: AGC's eps must let it move.
+  flat["blocks/0/skip_gain"] = np.float32(0)  # as networks initialise it: AGC's eps must let it move
   return jax.tree.map(jnp.asarray, nest(flat))
 
 
 def make_grads(step):
-  # Scales around the clipping threshold, so that some units are clipped and some are not.
+  # Their scale is near the clipping threshold, so that some units are clipped and others are not.
   return jax.tree.map(jnp.asarray, nest(random_flat(100 + step, scale=0.006 * (step + 1))))
 
 
@@ -78,6 +82,7 @@ def config_with(**fields):
 
 
 def run(optimizer, params, steps=4, wrap=lambda tree: tree, update=None):
+  """Takes some steps, by default in a compiled update; `wrap` makes each step's gradients into a tree like `params`."""
   update = update or jax.jit(optimizer.update)
   state = optimizer.init(params)
   for step in range(steps):
@@ -87,10 +92,8 @@ def run(optimizer, params, steps=4, wrap=lambda tree: tree, update=None):
 
 
 def assert_close(got, want, rtol=2e-6, atol=1e-7):
-  got, want = flatten(got), flatten(want)
-  assert got.keys() == want.keys()
-  for path in want:
-    np.testing.assert_allclose(got[path], want[path], rtol=rtol, atol=atol, err_msg=path)
+  """Trees of different kinds, such as nnx.State and dict, are compared path by path."""
+  chex.assert_trees_all_close(flatten(got), flatten(want), rtol=rtol, atol=atol)
 
 
 def make(config, params, **kwargs):
@@ -98,6 +101,7 @@ def make(config, params, **kwargs):
 
 
 def reference_lr(config, step, batch, steps_per_epoch, total_steps):
+  """The published learning rate: a linear warm-up from 0, then half a cosine."""
   peak = config.base_lr * batch / 256 if config.scale_lr else config.base_lr
   warmup = config.warmup_epochs * steps_per_epoch
   if step <= warmup and warmup > 0:

@@ -1,7 +1,8 @@
-"""AGC's arithmetic, arguments and state, against a float64 reference of its own. Trees, devices: test_agc_trees."""
+"""AGC's arithmetic, arguments and state, against a float64 reference of its own; test_agc_trees.py has trees and devices."""
 
 import math
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -10,15 +11,16 @@ import numpy as np
 import optax
 import pytest
 
+import nfnets
 from nfnets.agc import AGCState, agc, agc_metrics, explain, explain_entries
 
 SETTINGS = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def reference(grad, weight, unit_axes, clipping=0.01, eps=1e-3):
-  """The clipped gradient in float64, unit by unit, in plain loops; and each unit's norms before and its bound."""
+  """Clips in float64, unit by unit, in plain loops; returns the gradient, and [(norm before clipping, its bound)] by unit."""
   grad, weight = np.asarray(grad, np.float64), np.asarray(weight, np.float64)
-  out, rows = grad.copy(), []
+  out, norms = grad.copy(), []
   for unit in np.ndindex(*(grad.shape[axis] for axis in unit_axes)):
     index = [slice(None)] * grad.ndim
     for axis, i in zip(unit_axes, unit, strict=True):
@@ -28,8 +30,8 @@ def reference(grad, weight, unit_axes, clipping=0.01, eps=1e-3):
     bound = clipping * max(math.sqrt(float((weight[index] ** 2).sum())), eps)
     if norm > bound:
       out[index] = grad[index] * (bound / max(norm, 1e-6))
-    rows.append((norm, bound))
-  return out, rows
+    norms.append((norm, bound))
+  return out, norms
 
 
 def clip(grads, params, *args, **kwargs):
@@ -37,27 +39,29 @@ def clip(grads, params, *args, **kwargs):
   return tx.update(grads, tx.init(params), params)[0]
 
 
-# A closed list, so that JAX compiles each shape once: Dense, Conv1D, 2D, grouped, depthwise, 3D, one input, one output.
+# Dense, Conv1D, Conv2D, grouped, depthwise, Conv3D, one input, one output. JAX compiles once for each shape, so they are few.
 KERNELS = [(3, 5), (3, 2, 5), (3, 3, 4, 5), (3, 3, 2, 6), (3, 3, 1, 5), (2, 3, 2, 2, 5), (1, 5), (1, 1, 1, 5), (5, 1)]
 
 
 @st.composite
 def trees(draw):
-  """A tree of modules with kernels of rank 2 to 5 and vectors, and gradients from far under to far over the bound."""
+  """Modules with kernels of rank 2 to 5 and vectors, and gradients from far below to far above the bound."""
   rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
   params, grads = {}, {}
   for i in range(draw(st.integers(1, 4))):
     kernel = draw(st.sampled_from(KERNELS))
     shapes = {"kernel": kernel, "bias": kernel[-1:], "skip_gain": ()}
     scale = 10.0 ** draw(st.integers(-4, 1))
-    params[f"m{i}"] = {k: np.float32(rng.normal(size=s) * scale) for k, s in shapes.items()}
+    params[f"m{i}"] = {name: np.float32(rng.normal(size=shape) * scale) for name, shape in shapes.items()}
     # Units differ by orders of magnitude, so that some are clipped and others not.
-    grads[f"m{i}"] = {k: np.float32(rng.normal(size=s) * 10.0 ** rng.integers(-7, 3, s[-1:])) for k, s in shapes.items()}
+    magnitude = lambda shape: 10.0 ** rng.integers(-7, 3, shape[-1:])
+    grads[f"m{i}"] = {name: np.float32(rng.normal(size=shape) * magnitude(shape)) for name, shape in shapes.items()}
   return params, grads
 
 
-def units_of(name):
-  return (lambda x: (x.ndim - 1,)) if name == "kernel" else (lambda x: ())
+def by_unit(x, unit_axes):
+  """[..., ...] → [units, elements of a unit]."""
+  return np.moveaxis(x, unit_axes, range(len(unit_axes))).reshape(math.prod(x.shape[axis] for axis in unit_axes), -1)
 
 
 @SETTINGS
@@ -67,17 +71,15 @@ def test_random_trees_agree_with_the_reference(tree, clipping, eps):
   out = clip(grads, params, clipping, eps)
   for module, leaves in params.items():
     for name, weight in leaves.items():
-      axes = units_of(name)(weight)
-      want, rows = reference(grads[module][name], weight, axes, clipping, eps)
+      axes = (weight.ndim - 1,) if name == "kernel" else ()
+      want, norms_before = reference(grads[module][name], weight, axes, clipping, eps)
       got = np.asarray(out[module][name])
       np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-30)
-      norms = np.sqrt((got.astype(np.float64) ** 2).sum(axis=tuple(i for i in range(got.ndim) if i not in axes)))
-      for norm, (before, bound), unit in zip(norms.ravel(), rows, range(len(rows)), strict=True):
-        assert norm <= bound * (1 + 2e-6)
-        if before <= bound * (1 - 1e-6):  # identity under the threshold: the same bits
-          before_bits = np.moveaxis(grads[module][name], axes, range(len(axes))).reshape(len(rows), -1)[unit]
-          after_bits = np.moveaxis(got, axes, range(len(axes))).reshape(len(rows), -1)[unit]
-          assert before_bits.tobytes() == after_bits.tobytes()
+      units = zip(by_unit(grads[module][name], axes), by_unit(got, axes), norms_before, strict=True)
+      for unit_before, unit_after, (norm, bound) in units:
+        assert np.linalg.norm(unit_after.astype(np.float64)) <= bound * (1 + 2e-6)
+        if norm <= bound * (1 - 1e-6):  # below the threshold nothing changes, to the bit
+          assert unit_before.tobytes() == unit_after.tobytes()
 
 
 @SETTINGS
@@ -86,7 +88,7 @@ def test_idempotent(tree):
   params, grads = tree
   once = clip(grads, params)
   twice = clip(once, params)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), once, twice)
+  chex.assert_trees_all_close(once, twice, rtol=1e-6)
 
 
 @SETTINGS
@@ -97,14 +99,15 @@ def test_scale_covariance(tree, factor):
   params = jax.tree.map(lambda w: np.sign(w) + w, params)  # every |entry| >= 1: all norms above eps, at any factor
   left = clip(jax.tree.map(lambda g: factor * g, grads), jax.tree.map(lambda w: factor * w, params), eps=1e-3)
   right = jax.tree.map(lambda g: factor * g, clip(grads, params, eps=1e-3))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12), left, right)
+  chex.assert_trees_all_close(left, right, rtol=1e-6, atol=1e-12)
 
 
 def test_published_formula_by_hand():
   params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "bias": jnp.zeros(2)}
   grads = {"kernel": jnp.array([[1.0, 1.0], [0.0, 0.0]]), "bias": jnp.array([3e-6, 4e-6])}
   out = clip(grads, params, 0.01)
-  # Unit 0: ‖w‖ = 5, bound 0.05. Unit 1: ‖w‖ = 0, so eps: bound 1e-5. The bias, one unit: ‖g‖ = 5e-6 under 1e-5.
+  # Unit 0 has ‖w‖ = 5 and the bound 0.05. Unit 1 has ‖w‖ = 0, so that eps gives the bound, 1e-5, which the bias, one unit with
+  # ‖g‖ = 5e-6, stays below.
   np.testing.assert_allclose(out["kernel"], [[0.05, 1e-5], [0, 0]], rtol=1e-6)
   np.testing.assert_array_equal(out["bias"], grads["bias"])
 
@@ -118,13 +121,13 @@ def test_exactly_at_the_threshold_nothing_changes():
 @pytest.mark.parametrize("both", [False, True])
 def test_low_precision_has_float32_norms(dtype, both):
   rng = np.random.default_rng(0)
-  # 4096 inputs a unit: a bfloat16 sum of squares would stall at 256 ones.
+  # Each unit has 4096 inputs: a bfloat16 sum of ones would stay at 256 for ever.
   weight = jnp.asarray(rng.normal(size=(4096, 8)), dtype if both else jnp.float32)
   grad = jnp.asarray(rng.normal(size=(4096, 8)) * np.logspace(-3, 0, 8), dtype)
   out = clip({"kernel": grad}, {"kernel": weight}, 0.02)["kernel"]
   want, _ = reference(grad.astype(jnp.float32), weight.astype(jnp.float32), (1,), 0.02)
   assert out.dtype == dtype
-  # One rounding to the gradient's dtype is all that may separate them.
+  # The reference is rounded once, to the gradient's dtype, and then must be equal.
   np.testing.assert_array_equal(out, jnp.asarray(want, jnp.float32).astype(dtype))
 
 
@@ -183,17 +186,26 @@ def test_state_keeps_its_structure_and_is_empty_when_off():
     state = tx.init(params)
     assert len(jax.tree.leaves(state)) == leaves
     after = tx.update(params, state, params)[1]
-    jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), state, after)
-  assert agc_metrics(agc().init(params)) == {}
-  assert agc_metrics(optax.sgd(0.1).init(params)) == {}
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
-def test_off_compiles_to_the_same_program_as_the_bare_formula():
-  """track=False adds nothing: no reduction but the norms."""
+@pytest.mark.parametrize("tx", [agc(), optax.chain(agc(lambda step: 0.1), optax.sgd(0.1)), optax.sgd(0.1)])
+def test_metrics_of_what_is_not_tracked_are_an_error(tx):
+  with pytest.raises(ValueError, match=r"nothing is tracked .* make it with agc\(\.\.\., track=True\)"):
+    agc_metrics(tx.init({"kernel": jnp.ones((2, 3))}))
+
+
+def test_metrics_of_one_parameter_tracked_twice_are_an_error():
+  tx = optax.chain(agc(0.1, track=True), agc(0.01, track=True))
+  with pytest.raises(ValueError, match="two agc's with track=True clip 'kernel'"):
+    agc_metrics(tx.init({"kernel": jnp.ones((2, 3))}))
+
+
+def test_without_tracking_nothing_but_norms_is_reduced():
   params = {"kernel": jnp.ones((2, 3))}
   tx = agc()
   jaxpr = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
-  assert jaxpr.count("reduce_sum") == 4  # two sums (see unit_norm) for each of g and w
+  assert jaxpr.count("reduce_sum") == 4  # two sums (see agc.unit_norm) of g and two of w
   assert "reduce_max" not in jaxpr
 
 
@@ -294,8 +306,7 @@ def test_leaves_that_pass():
   grads = {"w": None, "n": np.zeros(2, jax.dtypes.float0), "none": None, "frozen": jnp.ones((2, 2)), "z": jnp.ones(1) * 5j}
   tx = agc(0.01, exclude=lambda path, leaf: path == "frozen" or leaf.dtype == jnp.complex64, track=True)
   out, state = tx.update(grads, tx.init(params), params)
-  assert out["w"] is None
-  assert out["none"] is None
+  assert out["w"] is None and out["none"] is None
   assert all(out[name] is grads[name] for name in ("n", "frozen", "z"))
   assert agc_metrics(state).keys() == {"w"}
   assert [entry.why for entry in explain_entries(params, exclude="frozen|z")][1:4] == ["not a float", "masked", "rank"]
@@ -304,8 +315,13 @@ def test_leaves_that_pass():
 def test_scalars_and_lone_arrays():
   assert float(clip(1.0, 2.0, 0.01)) == pytest.approx(0.02)
   np.testing.assert_allclose(clip(jnp.ones((4, 3)), jnp.ones((4, 3)), 0.01), 0.01, rtol=1e-6)
-  assert clip({"kernel": jnp.ones((0, 3))}, {"kernel": jnp.ones((0, 3))}, track=True)["kernel"].shape == (0, 3)
-  assert clip({"kernel": jnp.ones((3, 0))}, {"kernel": jnp.ones((3, 0))}, track=True)["kernel"].shape == (3, 0)
+  for shape in (0, 3), (3, 0):
+    chex.assert_shape(clip({"kernel": jnp.ones(shape)}, {"kernel": jnp.ones(shape)}, track=True)["kernel"], shape)
+
+
+def test_help_has_the_rules_by_which_units_are_found():
+  """`from nfnets import agc` hides the module behind the function, whose docstring must therefore have them."""
+  assert all(f"\n    {rule} " in nfnets.agc.__doc__ for rule in "override stacked vector rows bias name rank".split())
 
 
 def test_explain_is_a_table_for_a_person():

@@ -1,8 +1,9 @@
-"""AGC on other people's trees (NNX, Linen, Haiku's shape), inside other transformations, and on eight devices."""
+"""AGC on the trees of NNX, Linen and Haiku, inside other transformations, and on eight devices."""
 
 import functools
 import operator
 
+import chex
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -22,7 +23,7 @@ def axes(tree, **kwargs):
   return {entry.path: entry.unit_axes for entry in explain_entries(params, **kwargs)}
 
 
-# (module name, {leaf: shape}, unit axes of the first leaf, of the second...)
+# {case: (path of the module, {leaf: shape}, unit axes of its first leaf, of its second...)}
 MODULES = {
   "conv1d": ("conv", {"kernel": (3, 4, 5), "bias": (5,)}, (2,), ()),
   "conv2d": ("conv", {"kernel": (3, 3, 4, 5), "bias": (5,), "gain": (5,)}, (3,), (), ()),
@@ -74,7 +75,8 @@ MODULES = {
 @pytest.mark.parametrize("case", MODULES)
 def test_unit_axes_of_one_module(case):
   module, shapes, *want = MODULES[case]
-  assert axes({"net": {module: shapes}}) == {f"net/{module}/{leaf}": w for leaf, w in zip(shapes, want, strict=True)}
+  wanted = {f"net/{module}/{leaf}": unit_axes for leaf, unit_axes in zip(shapes, want, strict=True)}
+  assert axes({"net": {module: shapes}}) == wanted
 
 
 def test_stack_is_known_from_the_neighbours():
@@ -107,17 +109,17 @@ def test_overrides():
 
 @pytest.mark.parametrize("name", ["query", "dense"])
 def test_stacked_linen_layers_equal_a_loop_over_them(name):
-  """Clipping L stacked layers is clipping each of them."""
+  """To clip six stacked layers is to clip each of them alone."""
   layer = {"conv": {"kernel": (3, 3, 4, 5), "bias": (5,)}, name: {"kernel": (4, 2, 3), "bias": (2, 3)}, "gate": ()}
   rng = np.random.default_rng(0)
   draw = lambda s: jnp.asarray(rng.normal(size=(6, *s)), jnp.float32)
   params, grads = (jax.tree.map(draw, layer, is_leaf=lambda s: isinstance(s, tuple)) for _ in range(2))
   tx = agc(0.5)
-  whole = tx.update(grads, tx.init(params), params)[0]
+  stacked = tx.update(grads, tx.init(params), params)[0]
   for i in range(6):
-    one_params, one_grads, one_whole = (jax.tree.map(operator.itemgetter(i), tree) for tree in (params, grads, whole))
-    one = tx.update(one_grads, tx.init(one_params), one_params)[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, one_whole)
+    layer_params, layer_grads, wanted = (jax.tree.map(operator.itemgetter(i), tree) for tree in (params, grads, stacked))
+    clipped = tx.update(layer_grads, tx.init(layer_params), layer_params)[0]
+    chex.assert_trees_all_close(clipped, wanted, rtol=1e-6)
 
 
 class Net(nnx.Module):
@@ -133,9 +135,7 @@ class Net(nnx.Module):
 
 def test_nnx_mark_is_honoured_through_split_jit_and_grad():
   graphdef, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
-  assert [leaf.path for leaf in named_leaves(params)] == [
-    "blocks/0/bias", "blocks/0/kernel", "fc/bias", "fc/kernel",
-  ]  # fmt: skip
+  assert [leaf.path for leaf in named_leaves(params)] == ["blocks/0/bias", "blocks/0/kernel", "fc/bias", "fc/kernel"]
   loss = lambda p: 1e3 * (nnx.merge(graphdef, p, rest)(jnp.ones((1, 5, 5, 3))) ** 2).sum()
   tx = agc(0.01, track=True)
 
@@ -148,16 +148,30 @@ def test_nnx_mark_is_honoured_through_split_jit_and_grad():
   grads, updates, state = step(params, tx.init(params))
   assert jax.tree.structure(updates) == jax.tree.structure(params)
   np.testing.assert_array_equal(grads["fc"]["kernel"][...], updates["fc"]["kernel"][...])
-  norm = jnp.linalg.norm(params["blocks"][0]["kernel"][...], axis=(0, 1)).shape  # (I, O): the kernel is HWIO
-  assert norm == (3, 4)
-  ratios = [np.sqrt((np.asarray(tree["blocks"][0]["kernel"][...]) ** 2).sum((0, 1, 2))) for tree in (updates, params)]
-  np.testing.assert_allclose(ratios[0] / ratios[1], 0.01, rtol=1e-5)
+  kernels = [np.asarray(tree["blocks"][0]["kernel"][...]) for tree in (updates, params)]
+  chex.assert_shape(kernels, (3, 3, 3, 4))  # (H, W, I, O)
+  update_norm, norm = (np.sqrt((kernel**2).sum((0, 1, 2))) for kernel in kernels)
+  np.testing.assert_allclose(update_norm / norm, 0.01, rtol=1e-5)
   assert agc_metrics(state).keys() == {"blocks/0/bias", "blocks/0/kernel", "fc/bias"}
   assert "excluded: marked agc=False" in explain(params)
   assert "excluded: marked agc=False" in explain(nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param, ...)[1])
   masked = optax.masked(tx, jax.tree.map(lambda w: w.ndim > 1, params))
   updates, _ = masked.update(grads, masked.init(params), params)
   np.testing.assert_array_equal(grads["fc"]["bias"][...], updates["fc"]["bias"][...])
+
+
+def test_explain_of_a_module_looks_at_its_parameters_alone():
+  class Normalized(nnx.Module):
+    def __init__(self, rngs):
+      self.norm, self.dropout = nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+      self.adapted = nnx.LoRA(3, 2, 4, rngs=rngs)  # its kind of Variable is derived from nnx.Param
+
+  network = Normalized(nnx.Rngs(0))
+  params = nnx.state(network, nnx.Param)
+  assert [entry.path for entry in explain_entries(network)] == ["adapted/lora_a", "adapted/lora_b", "norm/bias", "norm/scale"]
+  assert explain(network) == explain(nnx.state(network)) == explain(params)
+  with pytest.raises(ValueError, match="exclude: pattern 'norm/mean' matches no parameter"):
+    explain(network, exclude="norm/mean")
 
 
 def test_linen_trees_with_attention_scan_and_boxes():
@@ -218,17 +232,13 @@ def labels(params):
   return jax.tree_util.tree_map_with_path(lambda path, _: "w" if path[-1].key == "w" else "rest", params)
 
 
-def everything(params):
-  return jax.tree.map(lambda _: True, params)
-
-
 WRAPPED = {
   "chain": lambda: optax.chain(agc(0.01, exclude=HEAD, track=True), optax.sgd(1.0)),
   "masked": lambda: optax.chain(
     optax.masked(agc(0.01, exclude=HEAD, track=True), jax.tree.map(lambda x: True, HAIKU)), optax.sgd(1.0)
   ),
   "multi_transform": lambda: optax.chain(
-    # The pattern names a parameter that the second transformation does not see: masked, not a mistake.
+    # HEAD matches nothing that the transformation of "rest" sees but masked leaves, and that is no mistake.
     optax.multi_transform({key: agc(0.01, exclude=HEAD, track=True) for key in ("w", "rest")}, labels),
     optax.sgd(1.0),
   ),
@@ -256,7 +266,7 @@ def test_inside_other_transformations(name):
   assert metrics.keys() == {"net/~/conv/w", "net/~/conv/b", "net/~/conv/gain", "net/~/fc/b"}
   np.testing.assert_allclose([row["max_ratio"] for row in metrics.values()], 1.0, rtol=1e-6)
   restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
-  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  chex.assert_trees_all_equal(restored, state)
 
 
 def test_injected_clipping_can_be_changed():
@@ -269,7 +279,7 @@ def test_injected_clipping_can_be_changed():
 
 @functools.cache
 def reference_case():
-  """Eight replicas' gradients on one set of parameters; and what agc makes of their mean, op by op on one device."""
+  """Gradients of eight replicas on one set of parameters, and what agc makes of their mean on one device without jit."""
   rng = np.random.default_rng(0)
   shapes = {"conv": {"kernel": (3, 3, 8, 16), "gain": (16,), "bias": (16,)}, "fc": {"kernel": (16, 8), "bias": (8,)}}
   is_shape = lambda s: isinstance(s, tuple)
@@ -284,8 +294,8 @@ def reference_case():
 
 def assert_same(out, metrics, i=None):
   *_, want, want_metrics = reference_case()
-  pick = (lambda x: x) if i is None else (lambda x: x[i])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(pick(a), b, rtol=2e-6), (out, metrics), (want, want_metrics))
+  got = (out, metrics) if i is None else jax.tree.map(lambda x: x[i], (out, metrics))
+  chex.assert_trees_all_close(got, (want, want_metrics), rtol=2e-6)
 
 
 def test_jit_and_vmap():
@@ -328,11 +338,11 @@ def test_pmap_and_shard_map():
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_parameters(axis, kind):
-  """Parameters and gradients cut along inputs (reduced axes) and along outputs (unit axes)."""
+  """Parameters and gradients are split along their inputs (reduced axes) and along their outputs (unit axes)."""
   tx, params, _, mean, *_ = reference_case()
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType[kind],))
-  cut = lambda x: PartitionSpec(*(None,) * (x.ndim + axis), "data") if x.ndim >= -axis else PartitionSpec()
-  shardings = jax.tree.map(lambda x: NamedSharding(mesh, cut(x)), params)
+  spec = lambda x: PartitionSpec(*(None,) * (x.ndim + axis), "data") if x.ndim >= -axis else PartitionSpec()
+  shardings = jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), params)
   placed = jax.device_put(mean, shardings), jax.device_put(params, shardings)
   with jax.set_mesh(mesh):
     out, state = jax.jit(lambda g, w: tx.update(g, tx.init(w), w), out_shardings=(shardings, None))(*placed)

@@ -1,4 +1,4 @@
-"""Every shipped recipe: each of its arguments builds, and two real steps run on a small set of JPEGs in TFDS's TFRecords."""
+"""Every recipe of configs/: each of its arguments builds, and two real steps run on a few JPEGs in TFDS's TFRecords."""
 
 import dataclasses
 import importlib
@@ -38,9 +38,9 @@ def test_every_recipe_is_listed_here():
   assert sorted(ARGUMENTS) == sorted(recipes) and set(files) - set(recipes) == {"imagenet"}
 
 
-@pytest.mark.parametrize("file, argument", [(file, argument) for file, given in ARGUMENTS.items() for argument in given])
+@pytest.mark.parametrize("file, argument", [(file, argument) for file, arguments in ARGUMENTS.items() for argument in arguments])
 def test_every_argument_builds(file, argument):
-  """The model is known, and what follows from the variant is filled in."""
+  """The model exists, and what follows from its variant is filled in."""
   config = get(file, argument)
   config.validate()
   data, variant = resolve.data_config(config), models.variant(config.model.name, **config.model.all_overrides())
@@ -98,7 +98,7 @@ def datasets(tmp_path_factory):
   "file, argument", [("nfnet", "F0"), ("nf_resnet", "50"), ("nf_regnet", "B0"), ("resnet", "50"), ("cifar10", "norm=none")]
 )
 def test_two_real_steps(datasets, tmp_path, file, argument):
-  """The recipe as it is, but for two stages of one block, small images, and batches of 8 (one for each of 8 devices)."""
+  """The recipe is as it ships but for its size: two stages of one block, small images, batches of 8 (1 for each of 8 devices)."""
   config = get(file, argument)
   small = {} if file == "cifar10" else {"image_size": 48, "test_image_size": 48}
   overrides = {"depth": (1, 1), "width": (64, 128), "stage_strides": (1, 2)}

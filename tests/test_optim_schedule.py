@@ -1,4 +1,4 @@
-"""The average, the learning-rate schedule, and the fields that both follow from."""
+"""The parameters' average, the learning-rate schedule, and how the fields of `OptimConfig` are checked."""
 
 import math
 
@@ -11,7 +11,7 @@ from nfnets import optim
 from nfnets.config import OptimConfig
 from tests.optim_cases import LENGTH, make, make_params, reference_lr
 
-# ---- Average
+# ---- average
 
 
 def test_ema_decay_warms_up():
@@ -32,11 +32,11 @@ def test_ema_of_low_precision_parameters_is_float32():
   np.testing.assert_allclose(got, 0.9, rtol=1e-6)
 
 
-# ---- Schedule
+# ---- schedule
 
 
 def test_schedule_of_the_nfnet_recipe():
-  # 360 epochs of ImageNet at batch 4096: peak 1.6, after a warm-up of a fractional number of steps.
+  # 360 epochs of ImageNet at batch 4096. The peak is 1.6, and the warm-up ends between two steps.
   length = {"batch": 4096, "steps_per_epoch": 1281167 / 4096, "total_steps": 1281167 * 360 // 4096}
   config = OptimConfig()
   schedule = jax.jit(optim.make_schedule(config, **length))
@@ -80,7 +80,7 @@ def test_schedules_that_do_not_fit(fields, length, message):
     optim.make_schedule(OptimConfig(**fields), **{**LENGTH, **length})
 
 
-# ---- Config
+# ---- config
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""The zoo: `create(name)`, `names()`, `variant(name)`, `describe(name)`.
+"""The networks: `create(name)` makes one, `names()` lists them, `variant(name)` and `describe(name)` say what one is made of.
 
-from flax import nnx
-from nfnets import models
-net = models.create("nfnet_f0", num_classes=1000, rngs=nnx.Rngs(0), dtype="bfloat16")
-logits = net(images)                                   # images [batch, height, width, 3], normalised
-logits = net(images, train=True, rngs=nnx.Rngs(1))     # dropout and stochastic depth
-net.outputs(images)["pool"]                            # also "features", "logits"
+  from flax import nnx
+  from nfnets import models
+  net = models.create("nfnet_f0", num_classes=1000, rngs=nnx.Rngs(0), dtype="bfloat16")
+  logits = net(images)                                   # images [batch, height, width, 3], normalised
+  logits = net(images, train=True, rngs=nnx.Rngs(1))     # with dropout and stochastic depth
+  net.outputs(images)["pool"]                            # or "features", or "logits"
+
+This room knows nothing of data, training or files.
 """
 
 from nfnets.models.description import Description, describe

@@ -1,4 +1,4 @@
-"""What a network is made of: stages with shapes, parameters and exact arithmetic, counted on the traced program."""
+"""Describes a network: its stages with shapes, parameters and multiply-adds, all counted exactly on the traced program."""
 
 import collections
 import dataclasses
@@ -14,51 +14,59 @@ from nfnets.models.registry import create, variant
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-  """One row. shapes: output [height, width, channels] by resolution; macs: multiply-adds an image by resolution."""
+  """One row of the table: the stem, a stage, the tail or the classifier."""
 
   name: str
+  # 0 but for stages
   blocks: int
   parameters: int
+  # output [height, width, channels], or [features], by resolution in pixels
   shapes: dict[int, tuple[int, ...]]
+  # multiply-adds an image, by resolution in pixels
   macs: dict[int, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-  """`str()` gives the table; `parameters` and `macs[resolution]` are totals, FLOPs are twice the multiply-adds."""
+  """A network's stages; `str()` makes a table of them. FLOPs are twice the multiply-adds."""
 
   name: str
   num_classes: int
+  # pixels a side by use, such as {"train": 192, "test": 256}
   resolutions: dict[str, int]
   stages: list[Stage]
 
   @property
   def parameters(self) -> int:
+    """The number of parameters of all stages."""
     return sum(stage.parameters for stage in self.stages)
 
   @property
   def macs(self) -> dict[int, int]:
+    """Multiply-adds an image of all stages, by resolution in pixels."""
     return {size: sum(stage.macs[size] for stage in self.stages) for size in self.resolutions.values()}
 
   def __str__(self) -> str:
-    shape = lambda s: " × ".join(map(str, s))
-    head = ["stage", "blocks", "parameters"] + [
+    shape_text = lambda shape: " × ".join(map(str, shape))
+    header = ["stage", "blocks", "parameters"] + [
       column for use, size in self.resolutions.items() for column in (f"{use}: {size} px", "multiply-adds")
     ]
     rows = [
       [stage.name, str(stage.blocks or ""), f"{stage.parameters:,}"]
-      + [cell for size in self.resolutions.values() for cell in (shape(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")]
+      + [
+        cell for size in self.resolutions.values() for cell in (shape_text(stage.shapes[size]), f"{stage.macs[size] / 1e9:.3f} G")
+      ]
       for stage in self.stages
     ]
     rows.append(
       ["total", str(sum(stage.blocks for stage in self.stages)), f"{self.parameters:,}"]
       + [cell for size in self.resolutions.values() for cell in ("", f"{self.macs[size] / 1e9:.3f} G")]
     )
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     line = lambda cells: "  ".join(
       cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     )
-    rule = "-" * len(line(head))
+    rule = "-" * len(line(header))
     totals = "; ".join(
       f"{size} px: {2 * self.macs[size] / 1e9:.2f} GFLOP = 2 × {self.macs[size] / 1e9:.2f} G multiply-adds"
       for size in self.resolutions.values()
@@ -66,7 +74,7 @@ class Description:
     return "\n".join(
       [
         f"{self.name}, {self.num_classes} classes",
-        line(head),
+        line(header),
         rule,
         *map(line, rows[:-1]),
         rule,
@@ -78,9 +86,11 @@ class Description:
 
 
 def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] | None = None, **overrides) -> Description:
-  """Describes `name` at its variant's train and test resolution, or at `resolutions` {use: pixels}; costs no memory.
+  """Describes a network without making its parameters, so that it costs no memory.
 
-  Raises what `models.create` raises.
+  Args:
+    name, num_classes, overrides: as for `models.create`, with the same errors.
+    resolutions: {use: pixels a side}, the resolutions to describe; None = the variant's for training and testing.
   """
   config = variant(name, **overrides)
   if resolutions is None:
@@ -109,7 +119,7 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
 
 
 def _stage_names(depth: tuple[int, ...]):
-  """A function from a parameter's path, or a scope's name, to its row of the table."""
+  """Makes the function from a parameter's path, or from a scope's name, to the name of its row in the table."""
   stage_of_block = [f"stage {i + 1}" for i, blocks in enumerate(depth) for _ in range(blocks)]
 
   def stage_of(path: str) -> str:
@@ -122,7 +132,7 @@ def _stage_names(depth: tuple[int, ...]):
 
 
 def _trace(network: Network, size: int, stage_of) -> tuple[dict[str, tuple[int, ...]], collections.Counter]:
-  """(output shape by stage, multiply-adds by stage) of one image of size × size."""
+  """Traces the network on one image of size × size; returns (output shape by stage, multiply-adds by stage)."""
   shapes: dict[str, tuple[int, ...]] = {}
 
   def tap(name: str, x: jax.Array) -> None:
@@ -140,25 +150,25 @@ def _trace(network: Network, size: int, stage_of) -> tuple[dict[str, tuple[int, 
 
 
 def multiply_adds(jaxpr, scope: str = ""):
-  """Yields (named scope, multiply-adds) of every convolution and matrix product in a jaxpr, inner ones included.
+  """Yields (named scope, multiply-adds) of every convolution and matrix product in a jaxpr and the jaxprs within it.
 
-  Of what depends on the platform, the default is counted: a grouped convolution as such, not the CPU's form of it.
+  Where the program differs between platforms, its default is counted: a grouped convolution as such, not the CPU's form of it.
   """
   for eqn in jaxpr.eqns:
-    here = str(eqn.source_info.name_stack) or scope
+    eqn_scope = str(eqn.source_info.name_stack) or scope
     if eqn.primitive.name == "conv_general_dilated":
       kernel = eqn.invars[1].aval.shape
       spec = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *space)
-      yield here, math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[spec[0]]
+      yield eqn_scope, math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[spec[0]]
     elif eqn.primitive.name == "dot_general":
       contracted, _ = eqn.params["dimension_numbers"][0]
       left = eqn.invars[0].aval.shape
-      yield here, math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+      yield eqn_scope, math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     params = eqn.params
-    if params.get("branches_platforms"):  # jax.lax.platform_dependent; its default comes last
+    if params.get("branches_platforms"):  # of jax.lax.platform_dependent, whose default comes last
       params = {"default": params["branches"][-1]}
     for value in params.values():
       for inner in value if isinstance(value, tuple | list) else (value,):
         inner = getattr(inner, "jaxpr", inner)
         if hasattr(inner, "eqns"):
-          yield from multiply_adds(inner, here)
+          yield from multiply_adds(inner, eqn_scope)

@@ -1,9 +1,9 @@
 """The layers that normalizer-free networks are made of.
 
 P1 is "Characterizing signal propagation to close the performance gap in unnormalized ResNets" (2101.08692), P2 is
-"High-Performance Large-Scale Image Recognition Without Normalization" (2102.06171). Parameters are float32; a layer
-computes in its input's dtype, standardizes weights and pools in float32. Images and features are [batch, height, width,
-channels].
+"High-Performance Large-Scale Image Recognition Without Normalization" (2102.06171); the release is the code published with them.
+Parameters are float32. A layer computes in its input's dtype, but standardizes weights and pools in float32. Images and features
+are [batch, height, width, channels].
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ Array = jax.Array
 Padding = Literal["SAME", "SYMMETRIC"]
 
 
-# ---------------------------------------------------------------- activations
+# ---- activations
 @dataclasses.dataclass(frozen=True, slots=True)
 class Activation:
-  """`gamma · fn(x)`: gamma = 1/std(fn(z)), z ~ N(0, 1), so that unit variance goes in and comes out (P1, section 4.1)."""
+  """Computes gamma · fn(x), where gamma = 1/std(fn(z)) for z ~ N(0, 1) keeps the variance at 1 (P1, section 4.1)."""
 
   name: str
   fn: Callable[[Array], Array]
@@ -34,14 +34,15 @@ class Activation:
     return self.fn(x) * self.gamma
 
   def without_gamma(self) -> "Activation":
+    """The same activation with gamma = 1."""
     return dataclasses.replace(self, gamma=1.0)
 
 
-# The constants are the release's own, sampled by its authors: exact parity needs their digits, and tests derive each
-# of them again. Its glu and log_softmax mix channels and have no place inside these blocks.
+# The constants are the release's own, which its authors sampled: to be equal to it we need their digits, and tests derive each of
+# them again. The release's glu and log_softmax are left out: they mix channels, which these blocks cannot use.
 ACTIVATIONS = {
-  a.name: a
-  for a in (
+  activation.name: activation
+  for activation in (
     Activation("identity", lambda x: x, 1.0),
     Activation("celu", jax.nn.celu, 1.270926833152771),
     Activation("elu", jax.nn.elu, 1.2716004848480225),
@@ -62,40 +63,43 @@ ACTIVATIONS = {
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
 
-# ---------------------------------------------------------------- initial values
-_BLOCK = 1 << 18
+# ---- initial values
+_BLOCK = 1 << 18  # numbers that one draw makes
 
 
 class ParamKeys:
-  """Keys for parameters, one a call, from a single key; where flax asks for `rngs` at construction, this is enough.
+  """Gives keys for parameters, a new one at each call, all made from one key; it is enough where flax takes `rngs`.
 
-  nnx.Rngs keeps a count in a traced Variable, which makes abstract creation quadratic in the number of parameters.
+  nnx.Rngs would keep a count in a traced Variable, with which abstract creation takes quadratic time in the number of parameters.
   """
 
   def __init__(self, key: Array):
     self._key, self._count = key, 0
 
   def params(self) -> Array:
+    """The next key; named as flax's stream of keys for parameters."""
     self._count += 1
     return jax.random.fold_in(self._key, self._count)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _draw_block(key: Array, index: Array, truncated: bool) -> Array:
+  """Draws block number `index` of N(0, 1), float32 [_BLOCK]."""
   key = jax.random.fold_in(key, index)
   return jax.random.truncated_normal(key, -2.0, 2.0, (_BLOCK,)) if truncated else jax.random.normal(key, (_BLOCK,))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw_traced(key: Array, shape: tuple[int, ...], truncated: bool) -> Array:
+  """Draws the same numbers as `normal` does eagerly, in one program."""
   blocks = jax.vmap(_draw_block, (None, 0, None))(key, jnp.arange(-(-math.prod(shape) // _BLOCK)), truncated)
   return blocks.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def normal(stddev: float, *, truncated: bool = False) -> Callable[..., Array]:
-  """Initializer N(0, stddev²); truncated draws are cut at two deviations and not rescaled, as Haiku's.
+  """Makes the initializer that draws from N(0, stddev²); truncated draws are cut at two deviations and not rescaled, as Haiku's.
 
-  Draws in blocks of one size, so that a network compiles one draw, not one for each of its shapes (F5: 1,253 parameters).
+  It draws in blocks of one size, so that creating a network compiles one program and not one for each shape of its parameters.
   """
 
   def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
@@ -109,7 +113,7 @@ def normal(stddev: float, *, truncated: bool = False) -> Callable[..., Array]:
 
 
 def full(value: float) -> Callable[..., Array]:
-  """Initializer that fills; made by NumPy, since an eager jnp.zeros compiles for every shape."""
+  """Makes the initializer that fills with `value`; by NumPy, since jnp.full would compile a program for every shape."""
 
   def init(key: Array | None, shape: Sequence[int], dtype=jnp.float32) -> Array:
     return jnp.asarray(np.full(shape, value, dtype))
@@ -118,18 +122,31 @@ def full(value: float) -> Callable[..., Array]:
 
 
 def linear(in_features: int, out_features: int, *, stddev: float | None = None, dtype=None, rngs: ParamKeys) -> nnx.Linear:
-  """Dense layer, kernel [in, out]; by default the release's truncated normal with deviation 1/sqrt(in)."""
+  """Makes a dense layer, kernel [in, out] ~ N(0, stddev²), zero for stddev 0; bias zero.
+
+  With stddev None, the kernel is drawn as in the release, from a truncated normal with deviation 1/sqrt(in).
+  """
   init = normal(in_features**-0.5, truncated=True) if stddev is None else normal(stddev) if stddev else full(0)
-  drawn: Any = rngs  # flax says Rngs, and takes what gives keys
-  return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=drawn)
+  keys: Any = rngs  # flax declares Rngs, but takes anything that gives keys
+  return nnx.Linear(in_features, out_features, kernel_init=init, bias_init=full(0), dtype=dtype, rngs=keys)
 
 
-# ---------------------------------------------------------------- convolutions
+# ---- convolutions
 def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME") -> Array:
-  """2-D convolution, x [B, H, W, I], kernel [kh, kw, I/groups, O] → [B, H', W', O], in x's dtype.
+  """Computes a 2-D convolution.
 
-  "SAME" is XLA's (and TensorFlow's) padding, "SYMMETRIC" PyTorch's (k-1)/2 on every side. A program for CPUs gets a grouped
-  convolution as plain ones concatenated, since XLA's CPU backend has no fast path for groups (18 times slower on NFNet-F0).
+  Programs for CPUs get a grouped convolution as several plain ones, since XLA's CPU backend has no fast form of groups (18 times
+  slower on NFNet-F0).
+
+  Args:
+    x: [B, H, W, I].
+    kernel: [kh, kw, I/groups, O], cast to x's dtype.
+    strides: of height and width.
+    groups: into how many groups the channels are divided.
+    padding: "SAME" is XLA's (and TensorFlow's), "SYMMETRIC" is PyTorch's, (k-1)/2 on every side.
+
+  Returns:
+    [B, H', W', O], in x's dtype.
   """
   if groups == 1:
     return _convolve_at_once(x, kernel, strides=strides, groups=1, padding=padding)
@@ -139,6 +156,7 @@ def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padd
 
 
 def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
+  """One convolution with all groups."""
   kh, kw = kernel.shape[:2]
   pad = "SAME" if padding == "SAME" else [((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2]
   return jax.lax.conv_general_dilated(
@@ -147,22 +165,25 @@ def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, pad
 
 
 def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
-  """Groups narrower than 32 channels go several at a time, as one block-diagonal kernel: fewer calls, faster to compile."""
-  i, o = kernel.shape[2], kernel.shape[3] // groups
-  together = max(1, 32 // max(i, 1))
+  """Plain convolutions of some groups each, concatenated.
+
+  Groups narrower than 32 channels are put together into one block-diagonal kernel: fewer convolutions compile faster.
+  """
+  ins, outs = kernel.shape[2], kernel.shape[3] // groups  # channels of a group
+  together = max(1, 32 // max(ins, 1))
   parts = []
   for start in range(0, groups, together):
-    n = min(together, groups - start)
-    part = kernel[..., start * o : (start + n) * o]
-    if n > 1:
-      part = jnp.einsum("hwigo,ng->hwnigo", part.reshape(*part.shape[:3], n, o), jnp.eye(n, dtype=part.dtype))
-      part = part.reshape(*part.shape[:2], n * i, n * o)
-    parts.append(convolve(x[..., start * i : (start + n) * i], part, strides=strides, padding=padding))
+    count = min(together, groups - start)
+    part = kernel[..., start * outs : (start + count) * outs]
+    if count > 1:
+      part = jnp.einsum("hwigo,ng->hwnigo", part.reshape(*part.shape[:3], count, outs), jnp.eye(count, dtype=part.dtype))
+      part = part.reshape(*part.shape[:2], count * ins, count * outs)
+    parts.append(convolve(x[..., start * ins : (start + count) * ins], part, strides=strides, padding=padding))
   return jnp.concatenate(parts, axis=-1)
 
 
 class Conv(nnx.Module):
-  """Plain convolution. kernel [k, k, in/groups, out], truncated normal 1/sqrt(fan_in) unless `kernel_init`; bias [out]."""
+  """A plain convolution: kernel [k, k, in/groups, out], by default truncated normal with deviation 1/sqrt(fan_in); bias [out]."""
 
   def __init__(
     self,
@@ -178,7 +199,7 @@ class Conv(nnx.Module):
     rngs: ParamKeys,
   ):
     if min(in_features, out_features, groups) < 1 or in_features % groups or out_features % groups:
-      raise ValueError(f"groups={groups} must be at least 1 and divide in_features={in_features} and out_features={out_features}")
+      raise ValueError(f"groups={groups}: expected a divisor of in_features={in_features} and of out_features={out_features}")
     self.strides, self.groups, self.padding = strides, groups, padding
     shape = (kernel_size, kernel_size, in_features // groups, out_features)
     init = kernel_init or self.default_init(math.prod(shape[:-1]))
@@ -186,6 +207,7 @@ class Conv(nnx.Module):
     self.bias = nnx.Param(full(0)(None, (out_features,))) if use_bias else None
 
   def default_init(self, fan_in: int) -> Callable[..., Array]:
+    """The kernel's initializer where none is given."""
     return normal(fan_in**-0.5, truncated=True)
 
   def weight(self) -> Array:
@@ -198,11 +220,11 @@ class Conv(nnx.Module):
 
 
 class WSConv(Conv):
-  """Convolution with Scaled Weight Standardization (P1, section 4.3): per output channel, with statistics in float32,
+  """A convolution with Scaled Weight Standardization (P1, section 4.3), for each output channel and with statistics in float32:
 
       W' = gain · (W - mean(W)) / sqrt(max(var(W) · fan_in, 1e-4)),  fan_in = k · k · in/groups, biased variance.
 
-  kernel [k, k, in/groups, out] ~ N(0, 1/fan_in), gain [out] ones, bias [out] zeros, always present. `standardized` says that the
+  Parameters: kernel [k, k, in/groups, out] ~ N(0, 1/fan_in), gain [out] ones, bias [out] zeros. `standardized` says that the
   kernel is W' already (see `standardize`); NNX keeps this mark in the graph definition.
   """
 
@@ -227,7 +249,7 @@ class WSConv(Conv):
 
 
 class TimmWSConv(WSConv):
-  """timm's ScaledStdConv2d: gamma folded into the weight, eps added to the variance, PyTorch's padding.
+  """timm's ScaledStdConv2d, which folds gamma into the weight, adds eps to the variance, and pads as PyTorch does:
 
   W' = gamma · gain · (W - mean(W)) / sqrt((var(W) + 1e-5) · fan_in)
   """
@@ -253,25 +275,25 @@ def standardize(network: nnx.Module) -> None:
       module.standardized = True
 
 
-# ---------------------------------------------------------------- pooling and gates
+# ---- pooling and gates
 def average_pool(x: Array) -> Array:
-  """2×2 mean with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; at an odd edge only real pixels count."""
+  """Averages 2×2 pixels with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; at an odd edge only real pixels count."""
   mean = nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
-  return mean.astype(x.dtype)  # flax counts the pixels in float32
+  return mean.astype(x.dtype)  # flax counts the pixels in float32, and so returns float32
 
 
 def max_pool(x: Array) -> Array:
-  """3×3 maximum with stride 2."""
+  """Takes the maximum of 3×3 pixels with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]."""
   return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
 
 
 def global_pool(x: Array) -> Array:
-  """Spatial mean in float32, [B, H, W, C] → [B, C]."""
+  """Averages over height and width, in float32, [B, H, W, C] → [B, C]."""
   return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
 
 
 class SqueezeExcite(nnx.Module):
-  """Gate [B, 1, 1, C] in (0, 1): mean → fc0 → ReLU → fc1 → sigmoid. P2's text says GELU inside; the release and timm use ReLU."""
+  """A gate [B, 1, 1, C] in (0, 1): mean → fc0 → ReLU → fc1 → sigmoid. P2's text has a GELU; the release and timm use ReLU."""
 
   def __init__(self, features: int, hidden: int, *, dtype, rngs: ParamKeys):
     self.fc0 = linear(features, hidden, dtype=dtype, rngs=rngs)
@@ -283,7 +305,7 @@ class SqueezeExcite(nnx.Module):
 
 
 class EfficientChannelAttention(nnx.Module):
-  """Gate [B, 1, 1, C]: mean → 1-D convolution across channels → sigmoid (ECA-Net, 1910.03151). kernel [k, 1, 1]."""
+  """A gate [B, 1, 1, C]: mean → 1-D convolution across channels, kernel [k, 1, 1] → sigmoid (ECA-Net, 1910.03151)."""
 
   def __init__(self, features: int, *, rngs: ParamKeys):
     size = int(abs(math.log2(features) + 1) / 2)
@@ -298,20 +320,21 @@ class EfficientChannelAttention(nnx.Module):
     return jax.nn.sigmoid(mixed)[:, None, None, :, 0]
 
 
-# ---------------------------------------------------------------- randomness
+# ---- randomness
 def _is_per_sample(key: Array) -> bool:
+  """Whether `key` is an array of keys, one for each sample, and not a single one."""
   return key.ndim > (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
 
 
 def fold_in(key: Array, data: int) -> Array:
-  """`jax.random.fold_in` of one key, or of one a sample."""
+  """Calls `jax.random.fold_in` for a key, or for each of the samples' keys [batch]."""
   return jax.vmap(jax.random.fold_in, (0, None))(key, data) if _is_per_sample(key) else jax.random.fold_in(key, data)
 
 
 def bernoulli(key: Array, p: float, shape: Sequence[int]) -> Array:
-  """bool [batch, …], True with probability p.
+  """Draws bool [batch, …], True with probability p.
 
-  With a key a sample, [batch] of them, the draws are the same however a batch is divided among devices or in parts.
+  With keys [batch], one for each sample, the draws are the same however a batch is divided among devices or into parts.
   """
   if _is_per_sample(key):
     return jax.vmap(lambda key: jax.random.bernoulli(key, p, tuple(shape[1:])))(key)
@@ -320,6 +343,6 @@ def bernoulli(key: Array, p: float, shape: Sequence[int]) -> Array:
 
 def stochastic_depth(x: Array, rate: float, key: Array | None) -> Array:
   """Zeroes each sample's residual branch with probability `rate`; what stays is not rescaled (the release, unlike timm)."""
-  assert key is not None  # the network has asked for one
+  assert key is not None  # the network has raised an error without it
   keep = bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1, 1))
   return jnp.where(keep, x, jnp.zeros_like(x))

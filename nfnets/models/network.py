@@ -1,4 +1,7 @@
-"""What every network of the house shares: the walk stem → blocks → tail → pool → classifier, and the taps into it."""
+"""What all networks share: the way from stem over blocks and tail to pool and classifier, and the taps into it.
+
+P1 and P2 are the papers that layers.py names.
+"""
 
 import abc
 import dataclasses
@@ -12,32 +15,42 @@ from flax import nnx
 from nfnets.models import layers
 
 Array = jax.Array
-Tap = Callable[[str, Array], None]  # called with a name ("stem", "blocks/3/conv1", "blocks/3", …) and that layer's output
+Tap = Callable[[str, Array], None]  # is called with a layer's name ("stem", "blocks/3/conv1", "blocks/3", …) and its output
 
 
 def no_tap(name: str, x: Array) -> None:
-  """The default tap: nothing is kept, nothing is computed."""
+  """The default tap, which keeps nothing and computes nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSpec:
-  """Where a residual block stands. expected_std: of its input at initialisation; drop_rate: of stochastic depth."""
+  """What a residual block must know of its place in the network."""
 
+  # number of blocks before it
   index: int
+  # input and output channels
   in_features: int
   features: int
   strides: int
+  # standard deviation of its input at initialisation, as theory has it
   expected_std: float
+  # of stochastic depth
   drop_rate: float
 
 
 def block_specs(
   *, depth: Sequence[int], width: Sequence[int], strides: Sequence[int], in_features: int, alpha: float, stochastic_depth: float
 ) -> Iterator[BlockSpec]:
-  """The blocks of all stages in order, with the signal's deviation as theory has it (P1, section 4.2; P2, section 2).
+  """Yields the blocks of all stages in order, with the signal's deviation as theory has it (P1, section 4.2; P2, section 2).
 
-  A block adds alpha² to the variance. A stage's first block has a convolution in its shortcut, which starts it again from 1.
-  Stochastic depth grows linearly from 0 at the first block.
+  A block adds alpha² to the variance. A stage's first block has a convolution in its shortcut, with which it starts again from 1.
+  The rate of stochastic depth grows linearly from 0 at the first block.
+
+  Args:
+    depth, width, strides: blocks, output channels and strides of each stage.
+    in_features: channels that the first block reads.
+    alpha: scale of the residual branches.
+    stochastic_depth: the rate that a block after the last would have.
   """
   index, expected_std = 0, 1.0
   for stage_depth, stage_width, stage_strides in zip(depth, width, strides, strict=True):
@@ -58,14 +71,15 @@ def block_specs(
 
 @functools.partial(nnx.remat, static_argnums=3)
 def _run_again(block: nnx.Module, x: Array, key: Array | None, train: bool) -> Array:
-  """The block, its activations computed anew in the backward pass instead of kept."""
+  """Runs the block; its activations are not kept for the backward pass but computed again there."""
   return block(x, key, train)
 
 
 class Network(nnx.Module):
   """A stem, residual blocks, a tail and a classifier `fc`; subclasses build them and say what stem and tail do.
 
-  Holds no random state: with `train=True` pass `rngs`, an nnx.Rngs (its "dropout" stream), a jax.random key, or a key a sample.
+  A network holds no random state. For `train=True` it is given `rngs`: an nnx.Rngs (its "dropout" stream), a jax.random key, or
+  keys [batch], one for each image.
   """
 
   def __init__(
@@ -87,31 +101,42 @@ class Network(nnx.Module):
 
   @abc.abstractmethod
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
-    """[B, H, W, 3] → what the first block reads."""
+    """Turns images [B, H, W, 3] into what the first block reads."""
 
   @abc.abstractmethod
   def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
-    """What the last block gives → the features that are pooled."""
+    """Turns what the last block gives into the features that are pooled."""
 
   def classify(self, pool: Array) -> Array:
+    """Turns pooled features, float32 [B, C], into logits."""
     return self.fc(pool)
 
   def __call__(self, images: Array, *, train: bool = False, rngs: nnx.Rngs | Array | None = None) -> Array:
-    """Logits, float32 [batch, num_classes], of images [batch, height, width, 3] (normalised, any float dtype).
+    """Computes the logits, float32 [batch, num_classes].
 
-    Raises ValueError for images of another rank, and for `train=True` without `rngs` where the network draws random numbers.
+    Args:
+      images: [batch, height, width, 3], normalised, of any float dtype.
+      train: whether dropout and stochastic depth act, and BatchNorm uses the batch's statistics.
+      rngs: for dropout and stochastic depth, see the class.
+
+    Raises:
+      ValueError: images have another shape, or `train=True` lacks `rngs` where the network draws random numbers.
     """
     return self.outputs(images, train=train, rngs=rngs)["logits"]
 
   def outputs(
     self, images: Array, *, train: bool = False, rngs: nnx.Rngs | Array | None = None, tap: Tap = no_tap
   ) -> dict[str, Array]:
-    """{"features": [B, h, w, C], "pool": float32 [B, C], "logits": float32 [B, classes]}; unused ones cost nothing under jit.
+    """Computes {"features": [B, h, w, C], "pool": float32 [B, C], "logits": float32 [B, classes]}.
 
-    `tap(name, x)` is called at every layer's output, in order; it may store, reduce or check what it is shown.
+    Under jit, those that are not used cost nothing.
+
+    Args:
+      images, train, rngs: as for a call, with the same errors.
+      tap: tap(name, x) is called with every layer's output, in order; it may store, reduce or check it.
     """
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-      raise ValueError(f"images must be [batch, height, width, 3], got shape {images.shape}")
+      raise ValueError(f"images: expected the shape [batch, height, width, 3], got {images.shape}")
     key = self._key(rngs) if train else None
     with jax.named_scope("stem"):
       x = self.run_stem(images.astype(self.dtype), train, tap)
@@ -129,7 +154,7 @@ class Network(nnx.Module):
       pool = dropped = layers.global_pool(features)
     tap("pool", pool)
     if train and self.drop_rate > 0:
-      assert key is not None  # `_key` has asked for one
+      assert key is not None  # `_key` has raised an error without it
       keep = layers.bernoulli(layers.fold_in(key, len(self.blocks)), 1 - self.drop_rate, pool.shape)
       dropped = jnp.where(keep, pool / (1 - self.drop_rate), 0)
     with jax.named_scope("fc"):
@@ -138,12 +163,13 @@ class Network(nnx.Module):
     return {"features": features, "pool": pool, "logits": logits}
 
   def _key(self, rngs: nnx.Rngs | Array | None) -> Array | None:
+    """The key, or the keys of the images, of a training pass; raises ValueError where one is needed and missing."""
     if isinstance(rngs, nnx.Rngs):
       return rngs.dropout()
     if rngs is None and (self.drop_rate > 0 or any(getattr(block, "drop_rate", 0) > 0 for block in self.blocks)):
       raise ValueError(
-        "train=True draws dropout and stochastic depth: pass rngs=nnx.Rngs(seed) or a jax.random key "
-        "(or set drop_rate=0 and stochastic_depth=0)"
+        "train=True draws dropout and stochastic depth, but rngs is None: pass rngs=nnx.Rngs(seed) or a jax.random key, "
+        "or create the network with drop_rate=0 and stochastic_depth=0"
       )
     return rngs
 
@@ -151,10 +177,16 @@ class Network(nnx.Module):
 def signal_statistics(
   network: Network, images: Array, *, train: bool = False, rngs: nnx.Rngs | Array | None = None
 ) -> dict[str, dict[str, Array]]:
-  """Per-block signal statistics (P1, section 3: signal propagation plots), float32 scalars, for "stem" and each "blocks/i".
+  """Computes each block's signal statistics, of which signal propagation plots are made (P1, section 3).
 
-  mean_sq: mean over channels of the squared channel mean; var: mean over channels of the channel variance (over batch and
-  space); residual_var: the same variance at the end of the residual branch, before stochastic depth, skip_gain and alpha.
+  Args:
+    network: any; with skip gains of 0, as they are at initialisation, blocks add nothing to the signal.
+    images, train, rngs: as for a call of the network.
+
+  Returns:
+    Float32 scalars for "stem" and each "blocks/i". "mean_sq" is the mean over channels of the squared channel mean, "var" that of
+    the channel variance (over batch and space), and of blocks alone, "residual_var" is the same variance at the end of the
+    residual branch, before stochastic depth, skip_gain and alpha.
   """
   statistics: dict[str, dict[str, Array]] = {}
 

@@ -13,6 +13,8 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NFRegNetConfig:
+  """A row of the variants' table."""
+
   # blocks of each stage
   depth: tuple[int, ...]
   # output channels of each stage before `width_multiplier`
@@ -20,28 +22,28 @@ class NFRegNetConfig:
   # pixels a side
   train_resolution: int
   test_resolution: int
-  # dropout before the classifier
+  # rate of the dropout before the classifier
   drop_rate: float
-  # the released models are this much narrower than the widths above
+  # the factor by which the released models are narrower than `width`
   width_multiplier: float = 0.75
-  # bottleneck channels / input channels; the network's first block has 1, as in EfficientNets
+  # bottleneck channels / input channels, but 1 in the network's first block, as in EfficientNets
   expansion: float = 2.25
   # channels of a group in the 3×3 convolution
   group_width: int = 8
-  # squeeze-and-excite hidden / bottleneck channels
+  # hidden features of squeeze-and-excite / bottleneck channels
   se_ratio: float = 0.5
   activation: str = "silu"
   # residual branches are scaled by alpha: variance grows by alpha² a block
   alpha: float = 0.2
   stage_strides: tuple[int, ...] = (2, 2, 2, 2)
-  # probability to drop the last block's branch; grows linearly from 0 at the first
+  # probability to drop a residual branch, which grows linearly from 0 at the first block to about this at the last
   stochastic_depth: float = 0.1
-  # recompute each block's activations in the backward pass
+  # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
 
 class NFRegBlock(nnx.Module):
-  """Inverted bottleneck 1×1 → grouped 3×3 → gate (×2) → 1×1; shortcuts pool 2×2 and mix by 1×1 at transitions."""
+  """An inverted bottleneck 1×1 → grouped 3×3 → gate (×2) → 1×1; a transition's shortcut averages 2×2 pixels, then 1×1."""
 
   def __init__(self, config: NFRegNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
@@ -78,7 +80,7 @@ class NFRegBlock(nnx.Module):
 
 
 class NFRegNet(Network):
-  """Normalizer-free RegNet; its classifier starts from zero."""
+  """A normalizer-free RegNet; its classifier starts from zero."""
 
   def __init__(self, config: NFRegNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     self.activation = layers.ACTIVATIONS[config.activation]
@@ -115,7 +117,7 @@ class NFRegNet(Network):
     return self.activation(x)
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 _R = NFRegNetConfig
 VARIANTS = {
   f"nf_regnet_{name}": row

@@ -15,36 +15,39 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NFResNetConfig:
+  """A row of the variants' table."""
+
   # blocks of each stage
   depth: tuple[int, ...]
   # output channels of each stage; the stem has a quarter of the first
   width: tuple[int, ...] = (256, 512, 1024, 2048)
   # bottleneck channels / output channels
   bottleneck: float = 0.25
-  # the stem: k×k convolution, and a 3×3 max pool after it
+  # the stem: a convolution of this size, and whether a 3×3 max pool follows it
   stem_kernel: int = 7
   stem_strides: int = 2
   stem_pool: bool = True
   stage_strides: tuple[int, ...] = (1, 2, 2, 2)
-  # gate at the end of a residual branch, if any; se_ratio = hidden / channels
+  # gate at the end of a residual branch: squeeze-and-excite, efficient channel attention or none;
+  # se_ratio = its hidden / its channels
   gate: Literal["se", "eca"] | None = None
   se_ratio: float = 0.25
   activation: str = "relu"
   # residual branches are scaled by alpha: variance grows by alpha² a block
   alpha: float = 0.2
-  # probability to drop the last block's branch; grows linearly from 0 at the first
+  # probability to drop a residual branch, which grows linearly from 0 at the first block to about this at the last
   stochastic_depth: float = 0.1
-  # dropout before the classifier
+  # rate of the dropout before the classifier
   drop_rate: float = 0.0
   # pixels a side
   train_resolution: int = 224
   test_resolution: int = 224
-  # recompute each block's activations in the backward pass
+  # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
 
 class NFResBlock(nnx.Module):
-  """Bottleneck 1×1 → 3×3 → 1×1; a transition's shortcut is a strided 1×1 of the activated, scaled input (P1, appendix)."""
+  """A bottleneck 1×1 → 3×3 → 1×1; a transition's shortcut is a strided 1×1 of the activated and scaled input (P1, appendix)."""
 
   def __init__(self, config: NFResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
@@ -82,7 +85,7 @@ class NFResBlock(nnx.Module):
 
 
 class NFResNet(Network):
-  """Normalizer-free pre-activation ResNet."""
+  """A normalizer-free pre-activation ResNet."""
 
   def __init__(self, config: NFResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     self.activation = layers.ACTIVATIONS[config.activation]
@@ -117,7 +120,7 @@ class NFResNet(Network):
     return self.activation(x)
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 DEPTHS = {
   26: (2, 2, 2, 2),
   50: (3, 4, 6, 3),
@@ -127,14 +130,14 @@ DEPTHS = {
   288: (24, 24, 24, 24),
   600: (50, 50, 50, 50),
 }
-_se = functools.partial(NFResNetConfig, gate="se", se_ratio=1 / 16)  # timm's ratio; the release's is gate="se", se_ratio=0.25
+_se = functools.partial(NFResNetConfig, gate="se", se_ratio=1 / 16)  # as timm has it; the release has se_ratio=0.25
 _eca = functools.partial(NFResNetConfig, gate="eca")
 
 VARIANTS = {
-  **{f"nf_resnet{layers_}": NFResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
-  **{f"nf_seresnet{layers_}": _se(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
-  **{f"nf_ecaresnet{layers_}": _eca(depth=DEPTHS[layers_]) for layers_ in (26, 50, 101)},
-  # for 32-pixel images and CPUs: the same blocks, narrow, and a 3×3 stem that halves once
+  **{f"nf_resnet{num_layers}": NFResNetConfig(depth=depth) for num_layers, depth in DEPTHS.items()},
+  **{f"nf_seresnet{num_layers}": _se(depth=DEPTHS[num_layers]) for num_layers in (26, 50, 101)},
+  **{f"nf_ecaresnet{num_layers}": _eca(depth=DEPTHS[num_layers]) for num_layers in (26, 50, 101)},
+  # the same blocks, narrow, for images of 32 pixels and CPUs; a 3×3 stem halves once
   "nf_resnet_tiny": NFResNetConfig(
     depth=(2, 2, 2),
     width=(64, 128, 256),

@@ -1,4 +1,4 @@
-"""NFNet-F0…F7, F0+…F7+ (P2, 2102.06171, section 4 and appendix C), and timm's nfnet_l0 and ECA-NFNet-L0…L3."""
+"""NFNet-F0…F7 and F0+…F7+ (P2, 2102.06171, section 4 and appendix C), and timm's nfnet_l0 and ECA-NFNet-L0…L3."""
 
 import dataclasses
 import functools
@@ -15,6 +15,8 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NFNetConfig:
+  """A row of the variants' table."""
+
   # blocks of each stage
   depth: tuple[int, ...]
   # pixels a side
@@ -26,15 +28,15 @@ class NFNetConfig:
   expansion: float = 0.5
   # channels of a group in the 3×3 convolutions
   group_width: int = 128
-  # number of groups = bottleneck / group_width: "floor" as the release does (F0+ stage 1: one group of 128), "nearest" as
-  # the paper's parameter counts of the F+ models want (two groups of 128)
+  # how the number of groups, bottleneck / group_width, is rounded: "floor" as in the release (one group of 128 in stage 1 of
+  # F0+), "nearest" as the paper's parameter counts of the F+ models want (two groups of 128)
   group_rounding: Literal["floor", "nearest"] = "floor"
   # channels of the stem's first three convolutions; its fourth has `stem_features`, or half of stage 1's width
   stem_width: tuple[int, int, int] = (16, 32, 64)
   stem_features: int | None = None
   stem_strides: tuple[int, int, int, int] = (2, 1, 1, 2)
   stage_strides: tuple[int, ...] = (1, 2, 2, 2)
-  # gate at the end of a residual branch; se_ratio = hidden / channels
+  # gate at the end of a residual branch: squeeze-and-excite or efficient channel attention; se_ratio = its hidden / its channels
   gate: Literal["se", "eca"] = "se"
   se_ratio: float = 0.5
   activation: str = "gelu"
@@ -42,23 +44,23 @@ class NFNetConfig:
   alpha: float = 0.2
   # channels of the last 1×1 convolution / last width
   final_conv_mult: float = 2.0
-  # probability to drop the last block's branch; grows linearly from 0 at the first
+  # probability to drop a residual branch, which grows linearly from 0 at the first block to about this at the last
   stochastic_depth: float = 0.25
-  # dropout before the classifier
+  # rate of the dropout before the classifier
   drop_rate: float = 0.2
-  # RandAugment layers × magnitude of the published recipe
+  # RandAugment (layers, magnitude) of the published recipe
   randaugment: tuple[int, int] = (4, 5)
-  # "timm": gamma folded into every convolution (the stem's first included, the last activation not), PyTorch's padding,
-  # and, in the skip gain's place, conv2 with gain 0 at the start
+  # "timm" folds gamma into every convolution (so that the stem's first has it and the last activation has not), pads as PyTorch
+  # does, and in place of a skip gain starts conv2 with gain 0
   dialect: Literal["official", "timm"] = "official"
-  # recompute each block's activations in the backward pass
+  # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
 
 class NFBlock(nnx.Module):
-  """Bottleneck 1×1 → grouped 3×3 → grouped 3×3 → 1×1 with a gate (×2), skip gain and alpha (P2, figure 5).
+  """A bottleneck 1×1 → grouped 3×3 → grouped 3×3 → 1×1 with a gate (×2), skip gain and alpha (P2, figure 5).
 
-  Reads and writes [B, H, W, C]; `beta` = 1/expected_std brings what it reads to unit variance.
+  It reads and writes [B, H, W, C]; `beta` = 1/expected_std brings what it reads to unit variance.
   """
 
   def __init__(self, config: NFNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
@@ -102,7 +104,7 @@ class NFBlock(nnx.Module):
 
 
 class NFNet(Network):
-  """Normalizer-free network of the F series."""
+  """A normalizer-free network of the F series or of timm's L series."""
 
   def __init__(self, config: NFNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     self.activation, conv = dialect(config)
@@ -138,7 +140,7 @@ class NFNet(Network):
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     for i, name in enumerate(self.stem):
-      x = self.stem[name](self.activation(x) if i else x)  # no activation after the last: the first block begins with one
+      x = self.stem[name](self.activation(x) if i else x)  # none after the last, since the first block begins with an activation
       tap(f"stem/{name}", x)
     return x
 
@@ -149,7 +151,7 @@ class NFNet(Network):
 
 
 def dialect(config: NFNetConfig):
-  """(activation, convolution class) of `config.dialect`."""
+  """Returns the activation and the class of convolutions of `config.dialect`."""
   activation = layers.ACTIVATIONS[config.activation]
   if config.dialect == "timm":
     return activation.without_gamma(), functools.partial(layers.TimmWSConv, gamma=activation.gamma)
@@ -157,11 +159,12 @@ def dialect(config: NFNetConfig):
 
 
 def se_width(config: NFNetConfig, features: int) -> int:
+  """Returns the hidden features of squeeze-and-excite; timm rounds them to a multiple of 8."""
   hidden = max(1, int(features * config.se_ratio))
   return max(8, (hidden + 4) // 8 * 8) if config.dialect == "timm" else hidden
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 _F = NFNetConfig
 _F_SERIES = {
   "f0": _F(depth=(1, 2, 6, 3), train_resolution=192, test_resolution=256, drop_rate=0.2, randaugment=(4, 5)),
@@ -195,7 +198,7 @@ VARIANTS = {
   "eca_nfnet_l1": _light(depth=(2, 4, 12, 6), train_resolution=256, test_resolution=320),
   "eca_nfnet_l2": _light(depth=(3, 6, 18, 9), train_resolution=320, test_resolution=384),
   "eca_nfnet_l3": _light(depth=(4, 8, 24, 12), train_resolution=352, test_resolution=448),
-  # for 32-pixel images and CPUs: the same blocks, narrow, and a stem that halves once; for 8-pixel ones, halving twice in all
+  # the same blocks, narrow, for images of 8 pixels, which are halved twice in all
   "nfnet_digits": _F(
     depth=(1, 1, 1, 1),
     width=(32, 64, 128, 128),
@@ -209,6 +212,7 @@ VARIANTS = {
     stochastic_depth=0.0,
     randaugment=(2, 5),
   ),
+  # the same blocks, narrow, for images of 32 pixels and CPUs; the stem halves once
   "nfnet_tiny": _F(
     depth=(1, 1, 2, 1),
     width=(32, 64, 128, 128),

@@ -32,11 +32,11 @@ _VARIANTS: dict[str, tuple[Callable[..., Network], Config]] = {
 
 
 class UnknownModelError(UserError):
-  """No model has this name; the message lists near ones."""
+  """No model has the given name; the message lists similar names."""
 
 
 class UnknownOverrideError(UserError):
-  """This model has no field of that name; the message lists near ones, or all."""
+  """The model has no field of the given name; the message lists similar fields, or all."""
 
 
 class InvalidOverrideError(UserError):
@@ -44,14 +44,19 @@ class InvalidOverrideError(UserError):
 
 
 def names() -> list[str]:
-  """All model names, family by family."""
+  """Returns the names of all models, family by family."""
   return list(_VARIANTS)
 
 
 def variant(name: str, **overrides) -> Config:
-  """The named row of the variant table, with overrides: a frozen dataclass (depth, width, resolutions, drop_rate, …).
+  """Returns the named row of the variants' table, a frozen dataclass (depth, width, resolutions, drop_rate, …), with overrides.
 
-  Case, "-" and "_" in `name` do not matter. Raises UnknownModelError, UnknownOverrideError or InvalidOverrideError.
+  Args:
+    name: the model's name; upper or lower case, "-" and "_" do not matter.
+    overrides: fields of the row, with other values.
+
+  Raises:
+    UnknownModelError, UnknownOverrideError, InvalidOverrideError: no such name, no such field, or a value that it cannot have.
   """
   return _lookup(name, overrides)[1]
 
@@ -59,12 +64,19 @@ def variant(name: str, **overrides) -> Config:
 def create(
   name: str, num_classes: int = 1000, *, rngs: nnx.Rngs | jax.Array | int = 0, dtype=jnp.float32, **overrides
 ) -> Network:
-  """The named network with initialised float32 parameters.
+  """Creates the named network with initialised float32 parameters.
 
-  rngs: an nnx.Rngs (its "params" stream is used), a jax.random key or a seed. dtype: what convolutions compute in; statistics,
-  pooling and logits stay float32. overrides: fields of the variant's row, e.g. drop_rate=0.0, remat=True, activation="silu".
-  Abstractly, for shapes without memory: `nnx.eval_shape(lambda: create(name))`.
-  Raises UnknownModelError, UnknownOverrideError or InvalidOverrideError, each naming near matches.
+  `nnx.eval_shape(lambda: create(name))` gives the shapes alone and takes no memory.
+
+  Args:
+    name: the model's name, as for `variant`.
+    num_classes: the number of logits.
+    rngs: where initial values come from: an nnx.Rngs (its "params" stream), a jax.random key or a seed.
+    dtype: what convolutions compute in; statistics, pooling and logits stay float32.
+    overrides: fields of the variant's row with other values, such as drop_rate=0.0, remat=True, activation="silu".
+
+  Raises:
+    UnknownModelError, UnknownOverrideError, InvalidOverrideError: as `variant`, and for `num_classes` and `dtype`.
   """
   network, config = _lookup(name, overrides)
   if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
@@ -80,26 +92,27 @@ def create(
 
 
 def _lookup(name: str, overrides: dict[str, Any]) -> tuple[Callable[..., Network], Config]:
-  squeeze = lambda text: re.sub(r"[-_\s]", "", text.lower())
-  by_key = {squeeze(known): known for known in _VARIANTS}
-  known = by_key.get(squeeze(str(name)))
-  if known is None:
-    near = [by_key[key] for key in difflib.get_close_matches(squeeze(str(name)), by_key, n=5, cutoff=0.5)]
+  """The network's class and its row with overrides; raises as `variant`."""
+  simplify = lambda text: re.sub(r"[-_\s]", "", text.lower())
+  by_key = {simplify(variant_name): variant_name for variant_name in _VARIANTS}
+  variant_name = by_key.get(simplify(str(name)))
+  if variant_name is None:
+    near = [by_key[key] for key in difflib.get_close_matches(simplify(str(name)), by_key, n=5, cutoff=0.5)]
     raise UnknownModelError(
       f"unknown model {name!r}; near: {', '.join(near) or 'none'} (nfnets.models.names() lists all {len(_VARIANTS)})"
     )
-  network, config = _VARIANTS[known]
+  network, config = _VARIANTS[variant_name]
   fields = typing.get_type_hints(type(config))
   for field, value in overrides.items():
     if field not in fields:
       near = difflib.get_close_matches(field, fields, n=3, cutoff=0.5) or sorted(fields)
-      raise UnknownOverrideError(f"{known} has no field {field!r}; near: {', '.join(near)}")
-    _check(known, field, value, fields[field])
+      raise UnknownOverrideError(f"{variant_name} has no field {field!r}; near: {', '.join(near)}")
+    _check(variant_name, field, value, fields[field])
   changes: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
   config = dataclasses.replace(config, **changes)
   if not len(config.depth) == len(config.width) == len(config.stage_strides):
     raise InvalidOverrideError(
-      f"{known}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
+      f"{variant_name}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
       "must have one entry a stage each"
     )
   return network, config
@@ -108,13 +121,13 @@ def _lookup(name: str, overrides: dict[str, Any]) -> tuple[Callable[..., Network
 def _check(name: str, field: str, value, hint) -> None:
   """Raises InvalidOverrideError where `value` does not fit the field's annotation or range."""
   choices = [
-    c
+    choice
     for option in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
-    for c in (typing.get_args(option) if typing.get_origin(option) is typing.Literal else ())
+    for choice in (typing.get_args(option) if typing.get_origin(option) is typing.Literal else ())
   ]
-  whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1
-  number = isinstance(value, int | float) and not isinstance(value, bool)
-  sizes = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
+  is_positive_int = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  element_types = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
   expected = None
   if field == "activation":
     expected = None if value in layers.ACTIVATIONS else "one of " + ", ".join(layers.ACTIVATIONS)
@@ -122,16 +135,17 @@ def _check(name: str, field: str, value, hint) -> None:
     allowed = value in choices or value is None and type(None) in typing.get_args(hint)
     expected = None if allowed else "one of " + ", ".join(map(repr, choices))
   elif field in ("drop_rate", "stochastic_depth"):
-    expected = None if number and 0 <= value < 1 else "a probability, 0 ≤ rate < 1"
-  elif sizes:
-    several = isinstance(value, tuple | list) and value and all(map(whole, value))
-    fits = several and (Ellipsis in sizes or len(value) == len(sizes))
-    expected = None if fits else "a tuple of positive ints" + ("" if Ellipsis in sizes else f", {len(sizes)} of them")
+    expected = None if is_number and 0 <= value < 1 else "a probability, 0 ≤ rate < 1"
+  elif element_types:
+    any_length = Ellipsis in element_types
+    fits = isinstance(value, tuple | list) and value and all(map(is_positive_int, value))
+    fits = fits and (any_length or len(value) == len(element_types))
+    expected = None if fits else "a tuple of positive ints" + ("" if any_length else f", {len(element_types)} of them")
   elif hint is bool:
     expected = None if isinstance(value, bool) else "True or False"
   elif hint in (int, int | None):
-    expected = None if whole(value) or value is None and hint is not int else "a positive int"
+    expected = None if is_positive_int(value) or value is None and hint is not int else "a positive int"
   elif hint is float:
-    expected = None if number and 0 < value < math.inf else "a finite number > 0"
+    expected = None if is_number and 0 < value < math.inf else "a finite number > 0"
   if expected:
     raise InvalidOverrideError(f"{name}: {field}={value!r}, expected {expected}")

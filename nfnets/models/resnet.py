@@ -1,7 +1,7 @@
-"""The baselines of the papers, in one ResNet family: batch, group, layer, instance and no normalization, SkipInit and Fixup.
+"""The papers' baselines, all of them ResNets: batch, group, layer, instance and no normalization, SkipInit and Fixup.
 
-Pre-activation bottleneck ResNets (He et al., 1603.05027) as P1 and P2 compare against; SkipInit is De & Smith, 2002.10444;
-Fixup, which is post-activation, is Zhang et al., 1901.09321. Depths 50–600 as in the release.
+P1 and P2 (see layers.py) compare with pre-activation bottleneck ResNets (He et al., 1603.05027). SkipInit is from De and Smith,
+2002.10444; Fixup, which is post-activation, is from Zhang et al., 1901.09321. Depths are those of the release.
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ResNetConfig:
+  """A row of the variants' table."""
+
   # blocks of each stage
   depth: tuple[int, ...]
-  # "batch", "group" (32 groups), "layer" (one group: over height, width and channels), "instance" (a group a channel), "none"
+  # "batch", "group" (32 groups of channels), "layer" (height, width and all channels), "instance" (each channel alone) or "none"
   norm: Literal["batch", "group", "layer", "instance", "none"] = "batch"
   # SkipInit: a scalar on each residual branch, zero at the start
   skip_init: bool = False
@@ -31,32 +33,37 @@ class ResNetConfig:
   width: tuple[int, ...] = (256, 512, 1024, 2048)
   # bottleneck channels / output channels
   bottleneck: float = 0.25
-  # the stem: k×k convolution, and a 3×3 max pool after it
+  # the stem: a convolution of this size, and whether a 3×3 max pool follows it
   stem_kernel: int = 7
   stem_strides: int = 2
   stem_pool: bool = True
   stage_strides: tuple[int, ...] = (1, 2, 2, 2)
-  # used without gamma: these networks do not rely on it
+  # without its gamma, on which these networks do not rely
   activation: str = "relu"
-  # probability to drop the last block's branch; grows linearly from 0 at the first
+  # probability to drop a residual branch, which grows linearly from 0 at the first block to about this at the last
   stochastic_depth: float = 0.0
-  # dropout before the classifier
+  # rate of the dropout before the classifier
   drop_rate: float = 0.0
   # pixels a side
   train_resolution: int = 224
   test_resolution: int = 224
-  # recompute each block's activations in the backward pass
+  # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FixupConfig(ResNetConfig):
+  """A row of the table of Fixup's variants."""
+
   norm: Literal["none"] = "none"
   stochastic_depth: float = 0.1
 
 
 def make_norm(kind: str, features: int, *, dtype, rngs: layers.ParamKeys) -> nnx.Module | None:
-  """The normalization that `kind` names, with scale and bias [features], statistics in float32; None for "none"."""
+  """Makes the normalization that `kind` names (see `ResNetConfig.norm`), with scale and bias [features]; None for "none".
+
+  Statistics are float32, whatever the dtype.
+  """
   if kind == "none":
     return None
   init: dict[str, Any] = {
@@ -66,20 +73,21 @@ def make_norm(kind: str, features: int, *, dtype, rngs: layers.ParamKeys) -> nnx
     "dtype": dtype,
     "rngs": rngs,
   }
-  if kind == "batch":  # running statistics move by 0.1 a step; under jit over a mesh they are the global batch's
+  if kind == "batch":  # running statistics move by a tenth a step; under jit over a mesh they are the global batch's
     return nnx.BatchNorm(features, momentum=0.9, **init)
   groups = {"group": min(32, features), "layer": 1, "instance": features}[kind]
   return nnx.GroupNorm(features, groups, **init)
 
 
 def normalize(norm: nnx.Module | None, x: Array, train: bool) -> Array:
+  """Applies a normalization of `make_norm`; when training, BatchNorm uses the batch's statistics and moves its running ones."""
   if norm is None:
     return x
   return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)
 
 
 class ResBlock(nnx.Module):
-  """Pre-activation bottleneck: (norm → activation → conv) three times; the projection reads the first activation."""
+  """A pre-activation bottleneck, three times norm → activation → conv; the shortcut's projection reads the first activation."""
 
   def __init__(self, config: ResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
@@ -117,9 +125,10 @@ class ResBlock(nnx.Module):
 
 
 class FixupBlock(nnx.Module):
-  """Post-activation bottleneck with a scalar bias round every convolution and a scale at the end (1901.09321, section 3).
+  """A post-activation bottleneck with a scalar bias before and after every convolution and a scale at the end.
 
-  The branch's first convolutions are scaled by blocks^(-1/4), the last starts from zero.
+  The kernels of the branch's first two convolutions are scaled by (number of blocks)^(-1/4), the last starts from zero
+  (1901.09321, section 3).
   """
 
   def __init__(self, config: FixupConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
@@ -163,7 +172,7 @@ class FixupBlock(nnx.Module):
 
 
 class ResNet(Network):
-  """Pre-activation ResNet with `config.norm`, or with SkipInit; its classifier starts from zero."""
+  """A pre-activation ResNet with `config.norm`, or with SkipInit; its classifier starts from zero."""
 
   block: ClassVar[Callable[..., nnx.Module]] = ResBlock
 
@@ -202,7 +211,7 @@ class ResNet(Network):
 
 
 class FixupResNet(ResNet):
-  """Post-activation ResNet with Fixup initialisation and its scalar biases `bias1` (stem) and `bias2` (classifier)."""
+  """A post-activation ResNet with Fixup's initialisation and its scalar biases `bias1` (stem) and `bias2` (classifier)."""
 
   block: ClassVar[Callable[..., nnx.Module]] = FixupBlock
 
@@ -221,7 +230,7 @@ class FixupResNet(ResNet):
     return self.fc(pool + self.bias2[...])
 
 
-# ---------------------------------------------------------------- variants
+# ---- variants
 _skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
 _tiny: dict[str, Any] = {
   "depth": (2, 2, 2),
@@ -234,12 +243,12 @@ _tiny: dict[str, Any] = {
 }
 
 VARIANTS = {
-  **{f"resnet{layers_}": ResNetConfig(depth=depth) for layers_, depth in DEPTHS.items()},
-  **{f"skipinit_resnet{layers_}": _skip_init(depth=depth) for layers_, depth in DEPTHS.items()},
-  "resnet_tiny": ResNetConfig(**_tiny),  # the shape of nf_resnet_tiny
+  **{f"resnet{num_layers}": ResNetConfig(depth=depth) for num_layers, depth in DEPTHS.items()},
+  **{f"skipinit_resnet{num_layers}": _skip_init(depth=depth) for num_layers, depth in DEPTHS.items()},
+  "resnet_tiny": ResNetConfig(**_tiny),  # depth, width and stem are those of nf_resnet_tiny
   "skipinit_resnet_tiny": _skip_init(**_tiny, stochastic_depth=0.0),
 }
 FIXUP_VARIANTS = {
-  **{f"fixup_resnet{layers_}": FixupConfig(depth=depth) for layers_, depth in DEPTHS.items()},
+  **{f"fixup_resnet{num_layers}": FixupConfig(depth=depth) for num_layers, depth in DEPTHS.items()},
   "fixup_resnet_tiny": FixupConfig(**_tiny, stochastic_depth=0.0),
 }

@@ -1,7 +1,7 @@
 """Golden values of the published code, and the deterministic weights and inputs they were computed on.
 
-README.md in this folder says which code, versions and settings produced the `.npz` files. Everything here needs numpy
-alone and gives float32 values that depend on the parameter's path and shape only, never on call order.
+README.md in this folder says which code, versions and settings produced the `.npz` files. Everything in this file needs NumPy
+alone and gives values that depend on the parameter's path and shape, and not on the order of calls.
 """
 
 import math
@@ -11,26 +11,32 @@ import zlib
 import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent
-# Gradient entries recorded for each parameter.
+# How many entries of each parameter's gradient are recorded.
 NUM_ENTRIES = 4
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-  """Arrays of `<name>.npz` in this folder."""
+  """Reads `<name>.npz` of this folder: {array's name: array}."""
   with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
     return {key: file[key] for key in file.files}
 
 
 def generator(key: str) -> np.random.Generator:
-  """A random generator that is a function of `key` alone."""
+  """Makes a random generator that is a function of `key` alone."""
   return np.random.Generator(np.random.Philox(zlib.crc32(key.encode())))
 
 
 def fill(path: str, shape: tuple[int, ...], *, standardized: bool = False) -> np.ndarray:
-  """Non-trivial float32 value of the parameter or statistic `path`, e.g. "blocks/3/conv1/kernel".
+  """Makes a parameter's or statistic's value, float32, at which mistakes show: no gain is 1, no bias is 0.
 
-  `standardized` marks a kernel that goes through weight standardization: each of its output channels gets an offset, so
-  that leaving out the removal of the mean changes the result. In a plain convolution it would only blow up the signal.
+  Args:
+    path: its path, such as "blocks/3/conv1/kernel", whose last name decides the distribution.
+    shape: its shape.
+    standardized: whether a kernel goes through weight standardization. Each of its output channels then gets an offset, so that
+      the result is another one if the mean is not removed. In a plain convolution the offset would only make the signal large.
+
+  Raises:
+    ValueError: no distribution is known for the last name of the path.
   """
   draw = generator(path)
   leaf = path.rsplit("/", 1)[-1]
@@ -46,7 +52,7 @@ def fill(path: str, shape: tuple[int, ...], *, standardized: bool = False) -> np
   if path == "fc/kernel":
     return np.asarray(0.05 * normal, np.float32)
   if leaf != "kernel":
-    raise ValueError(f"no rule to fill {path!r}: expected a leaf kernel, gain, bias*, scale, skip_gain, mean or var")
+    raise ValueError(f"path={path!r}: expected one that ends in kernel, gain, bias*, scale, skip_gain, mean or var")
   std = np.float32(1 / math.sqrt(math.prod(shape[:-1])))
   if standardized:
     normal = normal + draw.standard_normal(shape[-1:], dtype=np.float32) / 2
@@ -54,7 +60,7 @@ def fill(path: str, shape: tuple[int, ...], *, standardized: bool = False) -> np
 
 
 def fill_all(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-  """`fill` for every path; a kernel whose layer also has a gain is a standardized one."""
+  """Calls `fill` for every path of {path: shape}; a kernel beside a gain is a standardized one."""
 
   def standardized(path: str) -> bool:
     return path.endswith("/kernel") and path.removesuffix("kernel") + "gain" in shapes
@@ -63,9 +69,9 @@ def fill_all(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def images(image_size: int, batch: int = 2) -> np.ndarray:
-  """N(0, 1) images with structure at two scales, float32 [batch, image_size, image_size, 3].
+  """Makes images, float32 [batch, image_size, image_size, 3], whose values are N(0, 1), with structure at two scales.
 
-  Independent pixels alone would fade at every pooling, and leave the deep layers next to nothing to respond to.
+  Each pooling averages independent pixels away, so that they alone would leave deep layers almost nothing to respond to.
   """
   draw = generator(f"images/{image_size}")
   cell = 24
@@ -77,14 +83,14 @@ def images(image_size: int, batch: int = 2) -> np.ndarray:
 
 
 def labels(num_classes: int, batch: int = 2) -> np.ndarray:
-  """Class indices, int32 [batch]."""
+  """Makes class indices, int32 [batch]."""
   return generator("labels").integers(0, num_classes, batch).astype(np.int32)
 
 
 def probe(path: str, gradient: np.ndarray) -> np.ndarray:
-  """What is recorded of a parameter's gradient: float64 [2 + NUM_ENTRIES].
+  """Computes what is recorded of a parameter's gradient, float64 [2 + NUM_ENTRIES].
 
-  Its norm, its dot product with a N(0, 1) vector made from the path, and entries at positions made from the path.
+  These are its norm, its dot product with a vector, and its entries at some positions; the path decides vector and positions.
   """
   flat = np.asarray(gradient).reshape(-1)
   vector = generator(f"{path}#vector").standard_normal(flat.size, dtype=np.float32)

@@ -1,8 +1,9 @@
-"""The zoo against the papers' tables and theory: counts, arithmetic, signal at initialisation, and what layers must do."""
+"""Networks and layers against the papers' tables and theory: counts, arithmetic, signal at initialisation, randomness."""
 
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from flax import nnx
 
 from nfnets import models
-from nfnets.models import layers
+from nfnets.models import layers, resnet
 
-# 1000 classes: to the unit where the release's or timm's count is known, else in millions to two digits.
+# Parameters with 1000 classes: exact where the release's or timm's count is published, else in millions with two decimals.
 PARAMETERS = {
   "nfnet_f0": 71_489_284,
   "nfnet_f1": 132_634_256,
@@ -74,8 +75,8 @@ def images(batch: int = 2, size: int = 32) -> jax.Array:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
-  found, expected = count(nnx.eval_shape(lambda: models.create(name))), PARAMETERS[name]
-  assert found == expected if isinstance(expected, int) else round(found / 1e6, 2) == expected
+  parameters, published = count(nnx.eval_shape(lambda: models.create(name))), PARAMETERS[name]
+  assert parameters == published if isinstance(published, int) else round(parameters / 1e6, 2) == published
 
 
 def test_the_papers_rounding_of_groups_is_an_option():
@@ -92,7 +93,7 @@ def test_multiply_adds_are_the_papers(name):
 
 
 def test_a_descriptions_rows_add_up_to_what_a_small_network_does():
-  """By hand for one network: stem, one block of each kind, classifier."""
+  """The multiply-adds of a stem, one block with a shortcut and a classifier, computed by hand."""
   description = models.describe("nf_resnet_tiny", 10, depth=(1,), width=(16,), stage_strides=(2,))
   stem = 16 * 16 * 9 * 3 * 4
   block = 16 * 16 * 4 * 4 + 8 * 8 * 9 * 4 * 4 + 8 * 8 * 4 * 16 + 8 * 8 * 4 * 16
@@ -103,7 +104,7 @@ def test_a_descriptions_rows_add_up_to_what_a_small_network_does():
 def test_every_name_creates_and_describes_itself():
   for name in set(models.names()) - set(PARAMETERS):
     if sum(models.variant(name).depth) > 70:
-      continue  # deeper rows differ from these in depth alone
+      continue  # too slow, and deeper rows differ from the others in depth alone
     network = nnx.eval_shape(lambda name=name: models.create(name, 10))
     assert count(network) > 0
     config = models.variant(name)
@@ -115,16 +116,17 @@ def test_every_name_creates_and_describes_itself():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_small_networks_run_and_keep_float32_where_it_matters(name, dtype):
   network = models.create(name, 10, dtype=dtype)
-  seen = {}
+  dtypes = {}
 
   @nnx.jit
   def run(network, x, key):
-    return network.outputs(x, train=True, rngs=key, tap=lambda place, value: seen.setdefault(place, value.dtype))
+    return network.outputs(x, train=True, rngs=key, tap=lambda layer, value: dtypes.setdefault(layer, value.dtype))
 
   outputs = run(network, images(), jax.random.key(0))
   assert outputs["features"].dtype == dtype
-  assert {place for place, found in seen.items() if found != dtype} <= {"pool", "logits"}
-  assert outputs["logits"].shape == (2, 10) and outputs["logits"].dtype == outputs["pool"].dtype == jnp.float32
+  assert {layer for layer, layer_dtype in dtypes.items() if layer_dtype != dtype} <= {"pool", "logits"}
+  chex.assert_shape(outputs["logits"], (2, 10))
+  assert outputs["logits"].dtype == outputs["pool"].dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(network)))
 
 
@@ -132,23 +134,21 @@ def test_small_networks_run_and_keep_float32_where_it_matters(name, dtype):
 def test_every_baseline_normalizes_as_its_name_says(norm):
   network = models.create("resnet_tiny", 10, norm=norm)
   norm0 = network.blocks[1].norm0
-  from nfnets.models.resnet import normalize
-
   if norm == "none":
     assert norm0 is None and network.blocks[1].conv0.bias is not None
     return
   x = 3 * jax.random.normal(jax.random.key(0), (4, 8, 8, 64)) * jnp.arange(1, 65) + 5
-  y = np.asarray(normalize(norm0, x, True), np.float64)
+  y = np.asarray(resnet.normalize(norm0, x, True), np.float64)
   axes = {"batch": (0, 1, 2), "group": (1, 2, 4), "layer": (1, 2, 3), "instance": (1, 2)}[norm]
   y = y.reshape(4, 8, 8, 32, 2) if norm == "group" else y
   np.testing.assert_allclose(y.mean(axes), 0, atol=2e-5)
   np.testing.assert_allclose(y.std(axes), 1, atol=1e-3)
 
 
-# ---------------------------------------------------------------- theory
+# ---- theory
 @pytest.mark.parametrize("name", ["nfnet_f0", "nf_resnet50", "nf_regnet_b0"])
 def test_signal_at_initialisation_follows_theory(name):
-  """With skip gains of one, a block adds alpha² times its branch's variance, and a transition starts again (P1, section 4.2)."""
+  """With skip gains of 1, a block adds alpha² times its branch's variance, and a transition starts again (P1, section 4.2)."""
   network = models.create(name, 10, **WITHOUT_DROPS)
   for block in network.blocks:
     block.skip_gain[...] = jnp.ones(())
@@ -170,7 +170,7 @@ def test_signal_at_initialisation_follows_theory(name):
   var = lambda i: float(statistics[f"blocks/{i}"]["var"])
   branch = lambda i: float(statistics[f"blocks/{i}"]["residual_var"])
   alpha, expected_var = network.blocks[0].alpha, 1.0
-  growth = {True: [], False: []}  # measured and predicted, within stages
+  measured_growth, predicted_growth = [], []  # of the variance, within stages
   for i, block in enumerate(network.blocks):
     assert 1 / block.beta**2 == pytest.approx(expected_var, rel=1e-5)
     if block.conv_shortcut is not None:
@@ -178,18 +178,18 @@ def test_signal_at_initialisation_follows_theory(name):
       assert i == 0 or var(i) < var(i - 1)
       expected_var = 1.0
     else:
-      growth[True].append(var(i) - var(i - 1))
-      growth[False].append(alpha**2 * branch(i))
+      measured_growth.append(var(i) - var(i - 1))
+      predicted_growth.append(alpha**2 * branch(i))
     expected_var += alpha**2
-  assert sum(growth[True]) == pytest.approx(sum(growth[False]), rel=0.2)
-  if name == "nf_resnet50":  # nothing is pooled between blocks here, so that absolute values follow too
+  assert sum(measured_growth) == pytest.approx(sum(predicted_growth), rel=0.2)
+  if name == "nf_resnet50":  # it pools nothing between blocks, so that absolute values follow theory too
     assert all(0.6 < branch(i) < 1.5 for i in range(16))
-    assert np.mean(growth[True]) == pytest.approx(alpha**2, rel=0.2)
+    assert np.mean(measured_growth) == pytest.approx(alpha**2, rel=0.2)
 
 
 @pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
 def test_gamma_is_derived(name):
-  """gamma = 1/std(f(z)), by Gauss–Hermite quadrature in float64; the release sampled its own."""
+  """gamma is 1/std(f(z)) for z ~ N(0, 1), here integrated numerically in float64; the release's values are sampled."""
   activation = layers.ACTIVATIONS[name]
   z = np.linspace(-12, 12, 480_001)
   weight = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
@@ -200,11 +200,11 @@ def test_gamma_is_derived(name):
   assert float(activation(jnp.float32(0.7))) == pytest.approx(float(activation.fn(jnp.float32(0.7))) * activation.gamma)
 
 
-# ---------------------------------------------------------------- layers
+# ---- layers
 def test_scaled_weight_standardization_against_float64():
   conv = layers.WSConv(6, 8, 3, groups=2, rngs=layers.ParamKeys(jax.random.key(0)))
   kernel = 0.3 + np.random.default_rng(0).normal(size=(3, 3, 3, 8))
-  kernel[..., 3] = 0.25  # a constant channel: variance 0 meets the floor and gives a zero kernel, not NaN
+  kernel[..., 3] = 0.25  # the variance of a constant channel is 0; the floor makes its kernel zero, not NaN
   gain = np.linspace(0.5, 2, 8)
   conv.kernel[...], conv.gain[...] = jnp.asarray(kernel, jnp.float32), jnp.asarray(gain, jnp.float32)
   expected = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(np.maximum(kernel.var((0, 1, 2)) * 27, 1e-4)) * gain
@@ -218,7 +218,7 @@ def test_scaled_weight_standardization_against_float64():
   [*itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), *itertools.product((5, 16), (8,), (1, 2), ("SAME",))],
 )
 def test_split_groups_equal_grouped_convolution(groups, width, strides, padding):
-  """What programs for CPUs get against what programs for accelerators get, forward and gradient; each holds its own alone."""
+  """Programs for CPUs have split groups alone, programs for accelerators whole ones alone; outputs and gradients are equal."""
   x = jax.random.normal(jax.random.key(0), (2, 7, 7, groups * width))
   kernel = jax.random.normal(jax.random.key(1), (3, 3, width, groups * width))
 
@@ -234,7 +234,7 @@ def test_split_groups_equal_grouped_convolution(groups, width, strides, padding)
   assert convolutions == {"cpu": 3 * calls, "cuda": 3, "tpu": 3}
   split = step(x, kernel)
   whole = jax.jit(jax.value_and_grad(functools.partial(loss, layers._convolve_at_once), (0, 1)))(x, kernel)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), split, whole)
+  chex.assert_trees_all_close(split, whole, rtol=2e-3, atol=2e-3)
 
 
 def test_stochastic_depth_drops_samples_and_does_not_rescale():
@@ -251,12 +251,12 @@ def test_randomness_needs_rngs_and_is_off_at_evaluation():
     block.skip_gain[...] = jnp.ones(())
   with pytest.raises(ValueError, match="rngs"):
     network(images(), train=True)
-  a, b = (network(images(), train=True, rngs=jax.random.key(seed)) for seed in (0, 1))
-  assert not np.array_equal(a, b)
-  np.testing.assert_array_equal(network(images(), train=True, rngs=jax.random.key(0)), a)
+  seed0, seed1 = (network(images(), train=True, rngs=jax.random.key(seed)) for seed in (0, 1))
+  assert not np.array_equal(seed0, seed1)
+  np.testing.assert_array_equal(network(images(), train=True, rngs=jax.random.key(0)), seed0)
   np.testing.assert_array_equal(network(images()), network(images(), rngs=jax.random.key(5)))
-  still = models.create("nf_resnet_tiny", 10, **WITHOUT_DROPS)
-  np.testing.assert_array_equal(still(images(), train=True), still(images()))
+  deterministic = models.create("nf_resnet_tiny", 10, **WITHOUT_DROPS)
+  np.testing.assert_array_equal(deterministic(images(), train=True), deterministic(images()))
 
 
 @pytest.mark.parametrize("name", ["nfnet_tiny", "nf_resnet_tiny", "resnet_tiny", "fixup_resnet_tiny"])
@@ -272,17 +272,17 @@ def test_remat_changes_no_gradient_and_no_statistic(name):
 
     return jax.jit(jax.grad(loss, has_aux=True))(params), str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params))
 
-  (plain, text), (again, remat_text) = run(False), run(True)
-  assert "remat" in remat_text and "remat" not in text
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+  (kept, program), (recomputed, remat_program) = run(False), run(True)
+  assert "remat" in remat_program and "remat" not in program
+  chex.assert_trees_all_close(kept, recomputed, rtol=1e-4, atol=1e-5)
 
 
 def test_taps_see_every_layer_in_order_and_cost_nothing_when_off():
   network = models.create("nfnet_tiny", 10)
-  seen = []
-  network.outputs(images(), tap=lambda name, x: seen.append(name))
-  assert seen[0] == "stem/conv0" and seen[-2:] == ["pool", "logits"]
-  assert seen.index("blocks/0/conv1b") < seen.index("blocks/0/residual") < seen.index("blocks/0") < seen.index("blocks/1/conv0")
+  taps = []
+  network.outputs(images(), tap=lambda name, x: taps.append(name))
+  assert taps[0] == "stem/conv0" and taps[-2:] == ["pool", "logits"]
+  assert taps.index("blocks/0/conv1b") < taps.index("blocks/0/residual") < taps.index("blocks/0") < taps.index("blocks/1/conv0")
   graph, state = nnx.split(network)
   plain = str(jax.make_jaxpr(lambda s, x: nnx.merge(graph, s)(x))(state, images()))
   tapped = lambda s, x: nnx.merge(graph, s).outputs(x, tap=lambda name, x: None)["logits"]
@@ -297,7 +297,7 @@ def test_initial_values_have_the_published_deviations():
   assert float(jnp.std(network.fc.kernel[...])) == pytest.approx(0.01, rel=0.01)
   conv = network.blocks[3].conv0.kernel[...]
   assert float(jnp.std(conv)) == pytest.approx(conv.shape[2] ** -0.5, rel=0.01)
-  dense = network.blocks[3].se.fc0.kernel[...]  # cut at two deviations: 0.8796 of them are left
+  dense = network.blocks[3].se.fc0.kernel[...]  # cut at two deviations, which leaves 0.8796 of the deviation
   assert float(jnp.std(dense)) == pytest.approx(0.8796 * dense.shape[0] ** -0.5, rel=0.01)
   assert float(jnp.max(jnp.abs(dense))) <= 2 * dense.shape[0] ** -0.5
   assert not jnp.any(models.create("nf_regnet_b0", 10).fc.kernel[...])
@@ -306,12 +306,12 @@ def test_initial_values_have_the_published_deviations():
 def test_eager_and_traced_creation_agree():
   make = functools.partial(models.create, "nfnet_tiny", 10)
   eager, traced = nnx.state(make(rngs=nnx.Rngs(5))), nnx.state(nnx.jit(lambda: make(rngs=nnx.Rngs(5)))())
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), eager, traced)
-  other = nnx.state(make(rngs=nnx.Rngs(6)))
-  assert not np.array_equal(eager["stem"]["conv0"]["kernel"][...], other["stem"]["conv0"]["kernel"][...])
+  chex.assert_trees_all_close(eager, traced, rtol=1e-5, atol=1e-7)
+  seed6 = nnx.state(make(rngs=nnx.Rngs(6)))
+  assert not np.array_equal(eager["stem"]["conv0"]["kernel"][...], seed6["stem"]["conv0"]["kernel"][...])
 
 
-# ---------------------------------------------------------------- mistakes
+# ---- mistakes
 def test_names_are_forgiving_and_mistakes_are_answered():
   assert models.variant("NFNet-F0+") == models.variant("nfnet_f0+")
   with pytest.raises(models.UnknownModelError, match="nf_resnet50"):

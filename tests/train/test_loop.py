@@ -189,6 +189,18 @@ def test_the_logged_learning_rate_is_that_of_the_updates_made(tmp_path):
   assert scalars["lr"] == float(schedule(6)) and scalars["epoch"] == 9 / 11 and scalars["bad_steps"] == 2
 
 
+@pytest.mark.parametrize("fields, logged", [({}, True), ({"agc_track": False}, False), ({"clipping": None}, False)])
+def test_clip_fractions_are_logged_where_agc_is_tracked(fields, logged):
+  config = tiny_config()
+  config.optim = dataclasses.replace(config.optim, **fields)
+  _, params, stats = states.split_network(states.build_network(config.model, 10))
+  optimizer = optim.make_optimizer(config.optim, params, batch=128, steps_per_epoch=11, total_steps=22)
+  metrics = {name: np.float32(1) for name in ("loss_sum", "top1", "top5", "count", "grad_norm")} | {"bad": np.bool_(False)}
+  state = states.init_state(params, stats, optimizer, config)
+  scalars, layers = window.summarize(config, state, [metrics], lambda step: 0.1, 11.0)
+  assert ("clip_fraction" in scalars) == bool(layers) == logged
+
+
 def test_an_evaluation_ends_early_when_a_signal_comes_and_is_made_by_the_next_run(uninterrupted, tmp_path, monkeypatch):
   """A notice of 30 seconds is not lost to an evaluation that takes longer: the step is saved, its evaluation comes later."""
   start = EvalBatches.start

@@ -116,7 +116,8 @@ def summarize(
   }
   if bad_steps := int(state.bad_steps):
     scalars["bad_steps"] = bad_steps
-  clipping = agc_metrics(jax.device_get(state.opt_state.get("agc")))
+  agc_state = state.opt_state.get("agc")  # None without AGC; without config.optim.agc_track, nothing of it is kept
+  clipping = {} if agc_state is None or agc_state.paths is None else agc_metrics(jax.device_get(agc_state))
   kernels = {
     path.removesuffix("/kernel"): float(entry["clip_fraction"]) for path, entry in clipping.items() if path.endswith("/kernel")
   }
