@@ -5,9 +5,11 @@ was lost. 75 and 76 say "run the same command again", and so does death by a sig
 1 and 2. In a run of several processes one that ends with 1 or 2 takes the others along, with its status.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import pathlib
 import sys
 import traceback
@@ -20,6 +22,7 @@ from ml_collections import config_flags
 from nfnets import distributed
 from nfnets.config import Config
 from nfnets.distributed.errors import LostPeer
+from nfnets.distributed.signals import INTERRUPTED, prompt_interrupts
 from nfnets.errors import UserError
 from nfnets.train.checkpoints import retention
 from nfnets.train.checkpoints.errors import SaveError
@@ -101,8 +104,9 @@ def main(
       sys.exit(0)
     if len(rest) > 1 and not arguments:
       raise UsageError(f"unexpected argument {rest[1]!r}; flags look like --name=value")
-    status = program(values, *rest[1:])
-    distributed.shutdown()
+    with prompt_interrupts():
+      status = program(values, *rest[1:])
+      distributed.shutdown()
   except LostPeer as error:
     fail(error, distributed.LOST)
   except UserError as error:
@@ -110,7 +114,7 @@ def main(
   except (FloatingPointError, SaveError) as error:
     fail(error, 1)
   except KeyboardInterrupt:
-    fail("interrupted", 130)
+    _end_interrupted()
   except Exception as error:
     _fail_with_traceback(error)
     raise
@@ -156,6 +160,18 @@ def fail(error: object, status: int) -> None:
   distributed.fail(error, status, text)
   sys.stderr.write(text)
   sys.exit(status)
+
+
+def _end_interrupted() -> None:
+  """Ends at once: the interpreter's own end would wait for threads that still compute, and crash where one of them compiles."""
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
+  text = f"{distributed.label()}error: interrupted\n"
+  distributed.fail("interrupted", INTERRUPTED, text)
+  with contextlib.suppress(OSError):
+    sys.stderr.write(text)
+    sys.stderr.flush()
+  os._exit(INTERRUPTED)
 
 
 def _fail_with_traceback(error: Exception) -> None:

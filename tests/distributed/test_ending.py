@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -54,9 +55,9 @@ def test_after_sigterm_a_person_has_two_ctrl_cs(default_handlers, capfd):
   with stop_on_signals() as stop:
     send(signal.SIGTERM, signal.SIGINT)
     assert stop.name == "SIGTERM"
-    assert "SIGINT: SIGTERM came before, the run is saving already; Ctrl-C once more" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
       send(signal.SIGINT)
+  assert "SIGINT: SIGTERM came before, the run is saving already; Ctrl-C once more" in capfd.readouterr().err
 
 
 def test_another_thread_reads_the_request_and_may_not_make_one(default_handlers):
@@ -75,6 +76,26 @@ def test_another_thread_reads_the_request_and_may_not_make_one(default_handlers)
     listener.start()
     listener.join()
   assert seen == ["SIGTERM", False]
+
+
+@pytest.mark.parametrize(("context", "interrupts"), [("stop_on_signals", 2), ("prompt_interrupts", 1)])
+def test_ctrl_c_ends_at_once_also_while_the_main_thread_computes(context, interrupts):
+  """A key derived in very many rounds stands for a compilation: minutes in one call of C code that lets other threads run."""
+  source = (
+    f"import hashlib\nfrom nfnets.distributed.signals import {context}\nfrom nfnets.distributed import signals\n"
+    "signals.GRACE_S = 0.5\n"
+    f"with {context}():\n  print('computing', flush=True)\n  hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+  )
+  running = subprocess.Popen(
+    [sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=0
+  )
+  assert running.stdout.readline() == "computing\n"
+  for _ in range(interrupts):
+    time.sleep(0.3)
+    running.send_signal(signal.SIGINT)
+  _, said = running.communicate(timeout=30)
+  assert running.returncode == 130
+  assert ("saving after this step" in said) is (interrupts == 2)
 
 
 def run_watched(directory: pathlib.Path, work: str) -> subprocess.CompletedProcess:
