@@ -14,12 +14,12 @@ import dataclasses
 import rich.console
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 from launch.progress import meter, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   whole = lambda name, default, text: flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
   whole("batch", None, "Images a step, over all devices; instead of config.batch (step) or of 64 (data).")
   whole("image_size", None, "Pixels a side; instead of config.data.image_size and of the model's training resolution.")
@@ -39,7 +39,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 
 def step(values: flags.FlagValues) -> int:
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   if values.batch is not None:
     config = dataclasses.replace(config, batch=values.batch)
   if values.image_size is not None:
@@ -56,7 +56,7 @@ def step(values: flags.FlagValues) -> int:
 
 
 def data(values: flags.FlagValues) -> int:
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   file = cli.writable("json", values.json)
   from nfnets.data.batches.prefetch import cores
   from nfnets.measure import data as data_benchmark, tfdata

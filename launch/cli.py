@@ -1,24 +1,21 @@
-"""What every program does with its command line: `--config=FILE[:ARG]` with overrides, and mistakes answered in one line.
+"""What every program does with its command line and its end: flags in, mistakes answered in one line, exit status out.
 
 Exit status: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped by a signal after saving, 76 stuck or another process
 was lost. 75 and 76 say "run the same command again", and so does death by a signal (above 128): launch/pods/ does it, never on
 1 and 2. In a run of several processes one that ends with 1 or 2 takes the others along, with its status.
 """
 
-import dataclasses
 import difflib
 import json
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
+from launch import recipe
 from nfnets import distributed
-from nfnets.config import Config
 from nfnets.distributed.errors import LostPeer
 from nfnets.errors import UserError
 from nfnets.train.checkpoints import retention
@@ -27,13 +24,6 @@ from nfnets.train.checkpoints.errors import SaveError
 
 class UsageError(UserError):
   """The command line asks for something that cannot be."""
-
-
-def define_config(values: flags.FlagValues) -> None:
-  """Adds `--config` and its overrides, `--config.optim.base_lr=0.2`."""
-  config_flags.DEFINE_config_file(
-    "config", None, "Recipe, e.g. configs/digits.py or configs/cifar10.py:norm=batch", flag_values=values
-  )
 
 
 def define_processes(values: flags.FlagValues) -> None:
@@ -53,26 +43,24 @@ def start_processes(values: flags.FlagValues) -> distributed.Processes:
   )
 
 
-def parse_config(values: flags.FlagValues) -> Config:
-  """The configuration, overridden and checked."""
-  if values.config is None:
-    raise UsageError("--config is missing, e.g. --config=configs/digits.py")
-  if not isinstance(values.config, Config):
-    raise UsageError(f"--config: get_config must return a nfnets.config.Config, got {type(values.config).__name__}")
-  values.config.validate()
-  return values.config
-
-
 def parse_workdir(values: flags.FlagValues) -> str:
   """`--workdir`, made if it is not there."""
   if not values.workdir:
     raise UsageError("--workdir is missing: a directory for this run, e.g. --workdir=runs/first")
-  retention.locate(values.workdir)
+  check_directory("workdir", values.workdir, "a directory for this run")
   try:
     pathlib.Path(values.workdir).mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UsageError(f"--workdir={values.workdir}: {error.strerror}") from error
   return values.workdir
+
+
+def check_directory(name: str, path: str, expected: str) -> None:
+  """Raises UserError where `path`, or a directory that it would lie in, is a file, or where it is a bucket's URL."""
+  retention.locate(path)
+  for place in (pathlib.Path(path), *pathlib.Path(path).parents):
+    if place.is_file():
+      raise UsageError(f"--{name}={path}: {place} is a file, expected {expected}")
 
 
 def main(
@@ -88,16 +76,16 @@ def main(
   status: int | None = 1
   try:
     if not {"-h", "--help"} & set(sys.argv):
-      _check_config_arguments(sys.argv[1:])
+      recipe.check_arguments(sys.argv[1:])
     try:
-      rest = values(sys.argv)
+      rest = values(recipe.without_overrides(sys.argv))
     except Exception as error:
-      mistake = _mistake_in_flags(error, _recipe(sys.argv[1:]))
+      mistake = recipe.mistake_in_flags(error, sys.argv[1:])
       if mistake is None:
         raise
       raise mistake from error
     if values.help:
-      print(f"{usage}\n\n{values.get_help()}")
+      print(f"{usage}\n\n{values.get_help()}{recipe.help_text(values)}")
       sys.exit(0)
     if len(rest) > 1 and not arguments:
       raise UsageError(f"unexpected argument {rest[1]!r}; flags look like --name=value")
@@ -162,61 +150,3 @@ def _fail_with_traceback(error: Exception) -> None:
   """In a run of several processes: every line with the process's number, and the end of them all. Otherwise nothing."""
   lines = "".join(traceback.format_exception(error)).splitlines()
   distributed.fail(error, 1, "".join(f"{distributed.label()}{line}\n" for line in lines))
-
-
-def _recipe(arguments: list[str]) -> pathlib.Path | None:
-  """The file that --config names, without its argument."""
-  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-    flag, equals, value = argument.partition("=")
-    if flag in ("-config", "--config"):
-      return pathlib.Path((value if equals else following).partition(":")[0])
-  return None
-
-
-def _mistake_in_flags(error: Exception, recipe: pathlib.Path | None) -> UserError | None:
-  """What to answer where parsing the flags raised `error`; None for a bug that is neither the command line's nor the recipe's.
-
-  absl and ml_collections raise errors of their own out of what `get_config` raised, which is found by its traceback: a
-  UserError or a ValueError of the recipe's own is about its argument; any other error there is a bug of the recipe, named with
-  file and line.
-  """
-  raised: BaseException | None = error
-  while raised is not None and recipe is not None:
-    if isinstance(raised, SyntaxError) and raised.filename and pathlib.Path(raised.filename).resolve() == recipe.resolve():
-      return UsageError(f"{recipe}, line {raised.lineno}: {type(raised).__name__}: {raised.msg}")
-    frames = traceback.extract_tb(raised.__traceback__)
-    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).resolve() == recipe.resolve()]
-    if lines and isinstance(raised, UserError):
-      return raised
-    if lines and pathlib.Path(frames[-1].filename).resolve() != recipe.resolve() and not isinstance(raised, ImportError):
-      return None
-    if lines:
-      kind = "" if type(raised) is ValueError else f"{type(raised).__name__}: "
-      return UsageError(f"{recipe}, line {lines[-1]}: {kind}{raised}")
-    raised = raised.__cause__ or raised.__context__
-  known = (flags.Error, KeyError, AttributeError, TypeError)
-  return UsageError(" ".join(str(error).split())) if isinstance(error, known) else None
-
-
-def _check_config_arguments(arguments: list[str]) -> None:
-  """Raises UsageError for a config file that is not there and for overrides of fields that no config has."""
-  for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-    flag, equals, value = argument.lstrip("-").partition("=")
-    if flag == "config" and argument.startswith("-"):
-      value = value if equals else following
-      file = pathlib.Path(value.partition(":")[0])
-      if not file.is_file():
-        near = difflib.get_close_matches(str(file), map(str, sorted(pathlib.Path("configs").glob("*.py"))), n=3, cutoff=0.4)
-        raise UsageError(f"--config={value}: no file {file}; near: {', '.join(near) or 'none in configs/'}")
-    elif flag.startswith("config.") and argument.startswith("-"):
-      _check_field(Config, flag.removeprefix("config.").split("."), flag)
-
-
-def _check_field(kind: Any, names: list[str], flag: str) -> None:
-  fields = {field.name: field for field in dataclasses.fields(kind)}
-  if names[0] not in fields:
-    near = difflib.get_close_matches(names[0], fields, n=3, cutoff=0.4) or sorted(fields)
-    raise UsageError(f"--{flag}: {kind.__name__} has no field {names[0]!r}; near: {', '.join(near)}")
-  inner = fields[names[0]].type
-  if len(names) > 1 and dataclasses.is_dataclass(inner):
-    _check_field(inner, names[1:], flag)

@@ -14,12 +14,12 @@ import os
 import rich.table
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 from launch.progress import meter, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   flags.DEFINE_string("out", None, "describe: the picture, grid.png; prepare: the directory to write to.", flag_values=values)
   flags.DEFINE_boolean("augmented", False, "describe: also draw what training sees.", flag_values=values)
   flags.DEFINE_string("split", None, "verify: only this split, e.g. train or validation[:100].", flag_values=values)
@@ -41,7 +41,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 
 def describe(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), plain_console()
+  config, console = recipe.parse(values), plain_console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
@@ -74,7 +74,7 @@ def describe(values: flags.FlagValues) -> int:
 
 
 def verify(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), plain_console()
+  config, console = recipe.parse(values), plain_console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
 
@@ -99,7 +99,7 @@ def verify(values: flags.FlagValues) -> int:
 
 
 def prepare(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), plain_console()
+  config, console = recipe.parse(values), plain_console()
   if not values.out:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data.tools.prepare import Preparation

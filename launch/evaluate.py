@@ -9,18 +9,18 @@ import json
 import rich.console
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   cli.define_processes(values)
   flags.DEFINE_string("checkpoint", None, "A workdir, or WORKDIR/checkpoints/STEP.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
   process = cli.start_processes(values)
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   if not values.checkpoint:
     raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
   from nfnets.train.evaluate import evaluate_checkpoint, results_table

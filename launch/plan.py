@@ -13,11 +13,11 @@ import jax
 import rich.console
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   flags.DEFINE_string(
     "topology", None, "A TPU slice, KIND:SHAPE in chips, e.g. v5e:16x16; none = this machine's devices.", flag_values=values
   )
@@ -29,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(values: flags.FlagValues) -> int:
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   json_file, picture_file = (cli.writable(flag, values[flag].value) for flag in ("json", "out"))
   if values.topology is not None:
     with contextlib.suppress(RuntimeError):  # too late, JAX has started

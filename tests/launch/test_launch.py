@@ -116,7 +116,7 @@ def test_the_main_job(tmp_path):
     return done.stdout
 
   trained = run("train", f"--workdir={tmp_path}", "--config.epochs=11")
-  for words in ("OptimConfig(", "kernels, unclipped", "images/s", "  clip ", "123/123", "curves.png"):
+  for words in ("  config.optim.base_lr = 0.8\n", "kernels, unclipped", "images/s", "  clip ", "123/123", "curves.png"):
     assert words in trained
   found = json.loads(run("evaluate", f"--checkpoint={tmp_path}/checkpoints/123", "--config.eval_batch=77").splitlines()[-1])
   assert found["step"] == 123
