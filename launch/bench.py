@@ -23,6 +23,7 @@ def define(values: flags.FlagValues) -> None:
   whole = lambda name, default, text: flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
   whole("batch", None, "Images a step, over all devices; instead of config.batch (step) or of 64 (data).")
   whole("image_size", None, "Pixels a side; instead of config.data.image_size and of the model's training resolution.")
+  whole("classes", None, "step: classes of the network; instead of config.data.num_classes and of what the dataset has.")
   whole("steps", 50, "Timed steps, one by one and then again in a row.")
   whole("warmup", 5, "Steps before these that are not timed.")
   flags.DEFINE_boolean("without_agc", False, "Also time the step without AGC, in turn with the one with it.", flag_values=values)
@@ -44,6 +45,8 @@ def step(values: flags.FlagValues) -> int:
     config = dataclasses.replace(config, batch=values.batch)
   if values.image_size is not None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
+  if values.classes is not None:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=values.classes))
   file = cli.writable("json", values.json)
   from nfnets.measure.step import benchmark_step
 

@@ -8,6 +8,7 @@ compiles all of them. docs/plan.md says how to read it.
 """
 
 import contextlib
+import dataclasses
 
 import jax
 import rich.console
@@ -21,6 +22,13 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "topology", None, "A TPU slice, KIND:SHAPE in chips, e.g. v5e:16x16; none = this machine's devices.", flag_values=values
   )
+  flags.DEFINE_integer(
+    "classes",
+    None,
+    "Classes of the network; instead of config.data.num_classes and of what the dataset has.",
+    lower_bound=1,
+    flag_values=values,
+  )
   flags.DEFINE_boolean(
     "advise", False, "Compile remat, shard and accumulate=2, 4, 8 as well, even if it fits without.", flag_values=values
   )
@@ -30,6 +38,8 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> int:
   config = recipe.parse(values)
+  if values.classes is not None:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=values.classes))
   json_file, picture_file = (cli.writable(flag, values[flag].value) for flag in ("json", "out"))
   if values.topology is not None:
     with contextlib.suppress(RuntimeError):  # too late, JAX has started

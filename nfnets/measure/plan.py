@@ -100,8 +100,7 @@ def make_plan(
   """Compiles the step of `config` and, where it does not fit, variants of it until one does.
 
   Args:
-    config: the run. Images have the size of the data section, or else the variant's; classes are as many as in the data section,
-      or else 1000.
+    config: the run. Images have the size of the data section, or else the variant's; for the classes see `program.class_count`.
     topology: a TPU slice, see `tpu_devices`; None means the devices of `mesh`.
     advise: compile all variants (remat, shard and accumulate = 2, 4, 8, unless set already), whether the step fits or not.
     mesh: the devices, by default all of this machine.
@@ -116,7 +115,8 @@ def make_plan(
   sharding.check_batch(config.batch, mesh, config.accumulate)
   device = mesh.devices.flat[0]
   row = chip(device.device_kind)
-  size, classes = _image_size(config), config.data.num_classes or 1000
+  size, (classes, source) = _image_size(config), program.class_count(config)
+  say(f"{classes} classes, {source}")
   description = models.describe(config.model.name, classes, resolutions={"train": size}, **config.model.all_overrides())
   capacity = _capacity(device, None if row is None else row.memory)
   setup = _Setup(mesh=mesh, chip=row, image_size=size, num_classes=classes, macs=description.macs[size], capacity=capacity)

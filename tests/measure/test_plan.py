@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from launch import cli, plan as launch_plan
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.data.sources.open import open_source
 from nfnets.measure import hlo, plan, plan_report, program
 from nfnets.measure.chips import CHIPS, Chip, chip
 from nfnets.train.step import sharding
@@ -52,8 +53,11 @@ def test_memory_of_a_sharded_state_falls_as_devices_rise():
 def test_program_end_to_end_on_this_machine(tmp_path, monkeypatch, capsys):
   recipe, file = tmp_path / "one_block.py", tmp_path / "plan.json"
   recipe.write_text("from tests.measure import test_plan\n\n\ndef get_config():\n  return test_plan.tiny()\n")
-  status, out, err = run_program(monkeypatch, capsys, f"--config={recipe}", f"--json={file}", f"--out={tmp_path / 'plan.png'}")
+  status, out, err = run_program(
+    monkeypatch, capsys, f"--config={recipe}", f"--json={file}", f"--out={tmp_path / 'plan.png'}", "--classes=6"
+  )
   assert status == 0, err
+  assert "6 classes, as config.data.num_classes or --classes says" in out
   read = json.loads(out.splitlines()[-1])
   assert read == json.loads(file.read_text()) and not (tmp_path / "plan.png").exists()
   (step,) = read["steps"]
@@ -161,7 +165,18 @@ def plan_with(monkeypatch, needs, *, config=None, capacity=16 * plan_report.GIB,
 def test_nothing_else_is_compiled_if_it_fits(monkeypatch):
   planned, lines = plan_with(monkeypatch, lambda config: 15)
   assert [step.name for step in planned.steps] == ["as configured"] and planned.advice == "it fits as configured"
-  assert len(lines) == 1 and "fits" in lines[0]
+  assert len(lines) == 2 and "8 classes, as config.data.num_classes" in lines[0] and "fits" in lines[1]
+
+
+@pytest.mark.parametrize("name, classes", [("digits", 10), ("synthetic", 1000), ("imagenet2012", 1000), ("cifar10", 10)])
+def test_the_classes_are_those_of_the_dataset(name, classes, monkeypatch):
+  planned, lines = plan_with(monkeypatch, lambda config: 15, config=tiny(batch=64, data=DataConfig(name=name, image_size=8)))
+  assert planned.num_classes == classes and lines[0] == f"{classes} classes, as the dataset {name} has"
+
+
+def test_the_table_of_classes_agrees_with_the_data_that_needs_no_download():
+  for name in ("digits", "synthetic"):
+    assert open_source(DataConfig(name=name), "train").num_classes == program.CLASSES[name]
 
 
 def test_variants_are_tried_in_order_until_one_fits(monkeypatch):
@@ -242,6 +257,7 @@ DIGITS = "--config=configs/digits.py"
     ((DIGITS, "--json=no/such/dir/a.json"), "--json=no/such/dir/a.json: No such file"),
     ((DIGITS, "--out=no/such/dir/a.png"), "--out=no/such/dir/a.png: No such file"),
     (("--config=configs/synthetic.py:nfnet_f9",), "nfnet_f"),
+    ((DIGITS, "--config.data.name=pets"), "config.data.name='pets' has is not known without reading it; give --classes=N"),
   ],
 )
 def test_program_answers_a_mistake_in_one_line(arguments, message, monkeypatch, capsys):

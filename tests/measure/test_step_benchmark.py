@@ -239,7 +239,8 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
   last = done.stdout.splitlines()[-1]
   assert json.loads(last) == json.loads(file.read_text())
   read = json.loads(last)
-  assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 1000, 2)
+  assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 10, 2)
+  assert "10 classes, as the dataset digits has" in done.stdout
   assert read["clipping"] == digits.get_config().optim.clipping and read["agc_track"] is True and read["agc"] is None
 
 
@@ -252,6 +253,11 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
     (("step",), "--config is missing"),
     (("step", "--config=configs/synthetic.py:nfnet_f9"), "nfnet_f"),
     (("step", "--config=configs/digits.py", "--steps=0"), "steps"),
+    (("step", "--config=configs/digits.py", "--classes=0"), "classes"),
+    (
+      ("step", "--config=configs/digits.py", "--config.data.name=pets"),
+      "config.data.name='pets' has is not known without reading",
+    ),
     (("step", "--config=configs/digits.py", "--image_size=0"), "image_size"),
     (("step", "--config=configs/digits.py", "--batch=12"), "config.batch=12 is not divisible by the 8 devices"),
     (("step", "--config=configs/digits.py", "--config.optim.clipping=inf", "--without-agc"), "config.optim.clipping=inf"),
