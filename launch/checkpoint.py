@@ -160,6 +160,7 @@ def _steps(where: str) -> tuple[pathlib.Path, list[int]]:
   """(directory of checkpoints, its steps or the one asked for)."""
   from nfnets.train.checkpoints import retention
 
+  cli.check_directory("", where, "a workdir, or WORKDIR/checkpoints/STEP")
   directory, step = retention.locate(where)
   found = retention.steps(directory)
   if not found or step not in (None, *found):

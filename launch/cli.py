@@ -56,11 +56,17 @@ def parse_workdir(values: flags.FlagValues) -> str:
 
 
 def check_directory(name: str, path: str, expected: str) -> None:
-  """Raises UserError where `path`, or a directory that it would lie in, is a file, or where it is a bucket's URL."""
+  """Raises UserError where `path`, or a directory that it would lie in, is a file, or where it is a bucket's URL.
+
+  Args:
+    name: the flag's, empty for an argument without one.
+    path: what was given.
+    expected: words for it.
+  """
   retention.locate(path)
   for place in (pathlib.Path(path), *pathlib.Path(path).parents):
     if place.is_file():
-      raise UsageError(f"--{name}={path}: {place} is a file, expected {expected}")
+      raise UsageError(f"{f'--{name}={path}' if name else path}: {place} is a file, expected {expected}")
 
 
 def main(

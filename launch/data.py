@@ -3,7 +3,8 @@
   python -m launch.data verify --config=configs/nfnet.py:F0 [--split=train]
   python -m launch.data prepare --config=configs/nfnet.py:F0 --out=DIR [--short_side=256] [--quality=90] [--shards=N]
 
-describe: splits, classes, image sizes, images a class, and a picture of 40 images; with --augmented also as training sees them.
+describe: splits, classes, image sizes, images a class; with --out a picture of 40 images, with --augmented also as training sees
+them.
 verify: reads every record of both splits, checks checksums and decodes; exit status 1 if any is corrupt.
 prepare: writes the splits with smaller images as a TFDS dataset under DIR; run again, it goes on where it was interrupted.
 """
@@ -20,7 +21,7 @@ from launch.progress import meter, plain_console
 
 def define(values: flags.FlagValues) -> None:
   recipe.define(values)
-  flags.DEFINE_string("out", None, "describe: the picture, grid.png; prepare: the directory to write to.", flag_values=values)
+  flags.DEFINE_string("out", None, "describe: a picture to draw; prepare: the directory to write to.", flag_values=values)
   flags.DEFINE_boolean("augmented", False, "describe: also draw what training sees.", flag_values=values)
   flags.DEFINE_string("split", None, "verify: only this split, e.g. train or validation[:100].", flag_values=values)
   flags.DEFINE_integer(
@@ -46,8 +47,10 @@ def describe(values: flags.FlagValues) -> int:
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
 
-  data, out = resolve.data_config(config), values.out or "grid.png"
-  if not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
+  data, out = resolve.data_config(config), values.out
+  if values.augmented and not out:
+    raise cli.UsageError("--augmented adds to the picture, but --out is missing: a file for it, e.g. --out=grid.png")
+  if out and not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
   train = open_source(data, data.train_split, progress=console.print)
   test = open_source(data, data.test_split, progress=console.print)
@@ -60,6 +63,8 @@ def describe(values: flags.FlagValues) -> int:
         console.print(line)
     first = ", ".join(train.class_names[:10])
     console.print(f"{train.num_classes:,} classes: {first}{', …' if train.num_classes > 10 else ''}")
+    if not out:
+      return 0
     grids = [(f"{data.name} {train.split}, as stored", inspect.stored_pictures(train))]
     if values.augmented:
       grids.append(

@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint: python -m launch.evaluate --config=configs/digits.py --checkpoint=DIR
+"""Evaluates a checkpoint: python -m launch.evaluate --checkpoint=DIR
 
 DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. Prints top-1, top-5 and loss over
-the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON.
+the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON. The configuration is that
+of the training run, unless --config names a recipe, whose fields --config.FIELD=VALUE changes.
 """
 
 import json
@@ -20,9 +21,10 @@ def define(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> int:
   process = cli.start_processes(values)
-  config = recipe.parse(values)
+  config = None if values.config is None else recipe.parse(values)
   if not values.checkpoint:
     raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
+  cli.check_directory("checkpoint", values.checkpoint, "a workdir, or WORKDIR/checkpoints/STEP")
   from nfnets.train.evaluate import evaluate_checkpoint, results_table
 
   say = print if process.index == 0 else lambda line: None

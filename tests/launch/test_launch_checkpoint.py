@@ -106,6 +106,7 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
     (["lst", "x"], "got lst, expected: list; e.g. python -m launch.checkpoint list runs/first"),
     (["list"], "list: expected one directory, got none"),
     (["list", "a", "b"], "expected one directory, got a b"),
+    (["list", __file__], f"{__file__}: {__file__} is a file, expected a workdir, or WORKDIR/checkpoints/STEP"),
     (["verify", "/nowhere"], "/nowhere: no checkpoint there"),
     (["verify", "DIR/checkpoints/7"], "checkpoints/7: no checkpoint there"),
     (["verify", "DIR", "--force"], "--out, --weights and --force are for export"),

@@ -79,6 +79,12 @@ def test_describe_draws_what_is_stored_and_what_training_sees(monkeypatch, capsy
   assert height > 1.2 * width  # two grids
 
 
+def test_describe_writes_a_file_only_when_asked(monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(inspect, "draw", lambda out, grids: pytest.fail(f"drew {out}"))
+  status, said, _ = call(monkeypatch, capsys, "describe", DIGITS)
+  assert status == 0 and "10 classes: 0, 1, 2" in said and "pictures" not in said
+
+
 def test_summary_of_a_prepared_dataset(photos):
   assert inspect.known_splits(photos) == {"train": 11, "validation": 4}
   with contextlib.closing(open_source(photos, photos.train_split)) as source:
@@ -217,6 +223,7 @@ def test_prepared_name(name, expected):
     (["prepar", DIGITS], "expected: prepare"),
     (["describe", "stray", DIGITS], "unexpected argument 'stray'"),
     (["describe"], "--config is missing"),
+    (["describe", DIGITS, "--augmented"], "--augmented adds to the picture, but --out is missing"),
     (["describe", DIGITS, "--out=/no/such/grid.png"], "--out=/no/such/grid.png: there is no directory /no/such"),
     (["describe", DIGITS, "--out=configs"], "the picture configs cannot be written: Is a directory"),
     (["prepare", DIGITS], "--out is missing"),
