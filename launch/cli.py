@@ -1,8 +1,9 @@
-"""What every program does with its command line and its end: flags in, mistakes answered in one line, exit status out.
+"""What every program does when it starts and ends: it reads flags, answers mistakes in one line, and returns an exit status.
 
-Exit status: 0 done, 1 failed, 2 a mistake in what was asked for, 75 stopped by a signal after saving, 76 stuck or another process
-was lost. 75 and 76 say "run the same command again", and so does death by a signal (above 128): launch/pods/ does it, never on
-1 and 2. In a run of several processes one that ends with 1 or 2 takes the others along, with its status.
+The exit status is 0 for done, 1 for failed, 2 for a mistake in what was asked for, 75 for stopped by a signal after saving, and
+76 for stuck or for the loss of another process. 75 and 76 ask for the same command to be run again, and so does death by a
+signal (above 128): launch/pods/ runs it again after these, never after 1 and 2. In a run of several processes, one that ends
+with 1 or 2 ends the others with its status.
 """
 
 import difflib
@@ -23,28 +24,32 @@ from nfnets.train.checkpoints.errors import SaveError
 
 
 class UsageError(UserError):
-  """The command line asks for something that cannot be."""
+  """The command line asks for something that is impossible."""
 
 
 def define_processes(values: flags.FlagValues) -> None:
-  """Adds the flags by which a process of several learns of the others; engines that JAX knows need none."""
-  flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens for the others.", flag_values=values)
+  """Adds the flags that tell a process of the others in its run; where JAX recognises the cluster engine, none is needed."""
+  flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 waits for the others.", flag_values=values)
   flags.DEFINE_integer("processes", None, "How many processes run this same command.", flag_values=values)
   flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=values)
   flags.DEFINE_float(
-    "start_timeout", distributed.TIMEOUT_S, "Seconds in which all of them must have come.", lower_bound=0.1, flag_values=values
+    "start_timeout",
+    distributed.TIMEOUT_S,
+    "Seconds in which all processes must have joined.",
+    lower_bound=0.1,
+    flag_values=values,
   )
 
 
 def start_processes(values: flags.FlagValues) -> distributed.Processes:
-  """Joins the other processes, before the configuration is looked at: so that a mistake in it ends them all alike."""
+  """Joins the other processes. It comes before the configuration is read, so that a mistake in that ends all of them alike."""
   return distributed.start(
     coordinator=values.coordinator, count=values.processes, index=values.process, timeout_s=values.start_timeout
   )
 
 
 def parse_workdir(values: flags.FlagValues) -> str:
-  """`--workdir`, made if it is not there."""
+  """Returns `--workdir` and makes the directory if it is not there. Raises UserError where that is impossible."""
   if not values.workdir:
     raise UsageError("--workdir is missing: a directory for this run, e.g. --workdir=runs/first")
   check_directory("workdir", values.workdir, "a directory for this run")
@@ -72,9 +77,15 @@ def check_directory(name: str, path: str, expected: str) -> None:
 def main(
   program: Callable[..., int | None], define: Callable[[flags.FlagValues], None], usage: str, *, arguments: bool = False
 ) -> None:
-  """Parses sys.argv, runs `program(values)` (and, with `arguments`, what is no flag), exits.
+  """Parses sys.argv, runs a program, and exits with its status.
 
-  A person's mistake is one line and status 2, a bug keeps its traceback.
+  A person's mistake ends it with one line and status 2; a bug keeps its traceback.
+
+  Args:
+    program: is called with the values of the flags and, with `arguments`, with what is no flag; returns the status, None for 0.
+    define: adds the program's flags to these values.
+    usage: the beginning of what `--help` prints.
+    arguments: whether the program takes arguments that are no flags.
   """
   values = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "Show this and exit.", short_name="h", flag_values=values)
@@ -114,18 +125,25 @@ def main(
 def run_subcommand(
   table: Mapping[str, Callable[..., int]], values: flags.FlagValues, arguments: tuple[str, ...], example: str
 ) -> int:
-  """Runs the one of `table` that the first argument names. `example`: a command line with NAME for it."""
-  what, *rest = arguments or ("nothing",)
-  if what not in table:
-    near = difflib.get_close_matches(what, table, n=1) or list(table)
-    raise UsageError(f"what to do: got {what}, expected: {', '.join(near)}; e.g. {example.replace('NAME', near[0])}")
+  """Runs the subcommand that the first argument names, and returns its status.
+
+  Args:
+    table: the subcommands by name.
+    values: the flags.
+    arguments: what the command line has beside flags.
+    example: a command line for the message of a mistake, with NAME in the place of the subcommand.
+  """
+  name, *rest = arguments or ("nothing",)
+  if name not in table:
+    near = difflib.get_close_matches(name, table, n=1) or list(table)
+    raise UsageError(f"subcommand: got {name}, expected {' or '.join(near)}; e.g. {example.replace('NAME', near[0])}")
   if rest:
     raise UsageError(f"unexpected argument {rest[0]!r}; flags look like --name=value")
-  return table[what](values)
+  return table[name](values)
 
 
 def writable(flag: str, name: str | None) -> pathlib.Path | None:
-  """The file that a flag names, found fit to be written before minutes are spent."""
+  """Returns the file that a flag names, None without one. Raises UserError if it cannot be written, before minutes are spent."""
   if name is None:
     return None
   file = pathlib.Path(name)
@@ -137,7 +155,7 @@ def writable(flag: str, name: str | None) -> pathlib.Path | None:
 
 
 def hand_out(report: dict, file: pathlib.Path | None) -> None:
-  """The report as the last line of output, JSON, and into the file."""
+  """Prints the report as one line of JSON, which is the last line of output, and writes it to the file where there is one."""
   line = json.dumps(report)
   print(line)
   if file is not None:
@@ -145,7 +163,7 @@ def hand_out(report: dict, file: pathlib.Path | None) -> None:
 
 
 def fail(error: object, status: int) -> None:
-  """One line on stderr, with the process's number where there are several, then exit."""
+  """Writes one line to stderr, with the process's number where there are several, and exits."""
   text = f"{distributed.label()}error: {error}\n"
   distributed.fail(error, status, text)
   sys.stderr.write(text)
@@ -153,6 +171,6 @@ def fail(error: object, status: int) -> None:
 
 
 def _fail_with_traceback(error: Exception) -> None:
-  """In a run of several processes: every line with the process's number, and the end of them all. Otherwise nothing."""
+  """Ends a run of several processes and writes the traceback with this process's number; does nothing in a run of one."""
   lines = "".join(traceback.format_exception(error)).splitlines()
   distributed.fail(error, 1, "".join(f"{distributed.label()}{line}\n" for line in lines))

@@ -1,8 +1,8 @@
 """Evaluates a checkpoint: python -m launch.evaluate --checkpoint=DIR
 
-DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. Prints top-1, top-5 and loss over
-the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON. The configuration is that
-of the training run, unless --config names a recipe, whose fields --config.FIELD=VALUE changes.
+DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. It prints top-1, top-5 and loss
+over the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON. The configuration
+is that of the training run, unless --config names a recipe, whose fields --config.FIELD=VALUE changes.
 """
 
 import json

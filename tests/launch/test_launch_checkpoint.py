@@ -92,7 +92,7 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
   assert "jax" in json.loads(metadata["versions"])
   before = out.read_bytes()
   status, _, error = call(monkeypatch, capsys, "export", workdir, f"--out={out}")
-  assert status == 2 and "is there already; --force writes over it" in error and out.read_bytes() == before
+  assert status == 2 and "is already there; --force replaces it" in error and out.read_bytes() == before
   one = workdir / "checkpoints" / "5"
   assert call(monkeypatch, capsys, "export", one, f"--out={out}", "--weights=params", "--force")[0] == 0
   with safetensors.safe_open(out, framework="np") as file:
@@ -102,8 +102,8 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
-    ([], "what to do: got nothing, expected: list, verify, export"),
-    (["lst", "x"], "got lst, expected: list; e.g. python -m launch.checkpoint list runs/first"),
+    ([], "subcommand: got nothing, expected list or verify or export"),
+    (["lst", "x"], "got lst, expected list; e.g. python -m launch.checkpoint list runs/first"),
     (["list"], "list: expected one directory, got none"),
     (["list", "a", "b"], "expected one directory, got a b"),
     (["list", __file__], f"{__file__}: {__file__} is a file, expected a workdir, or WORKDIR/checkpoints/STEP"),

@@ -219,8 +219,8 @@ def test_prepared_name(name, expected):
 @pytest.mark.parametrize(
   "arguments, expected",
   [
-    ([], "what to do: got nothing, expected: describe, verify, prepare"),
-    (["prepar", DIGITS], "expected: prepare"),
+    ([], "subcommand: got nothing, expected describe or verify or prepare"),
+    (["prepar", DIGITS], "expected prepare"),
     (["describe", "stray", DIGITS], "unexpected argument 'stray'"),
     (["describe"], "--config is missing"),
     (["describe", DIGITS, "--augmented"], "--augmented adds to the picture, but --out is missing"),

@@ -124,7 +124,7 @@ def test_two_processes_of_two_devices_add_up_start_again_and_are_told_to_stop(pr
       "usage",
       2,
       [
-        "[1] process 1 of 2: error: what to do: got lst, expected: list",
+        "[1] process 1 of 2: error: subcommand: got lst, expected list",
         "[0] process 0 of 2: error: process 1 failed (status 2): ",
       ],
     ),

@@ -247,8 +247,8 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ((), "what to do: got nothing, expected: step"),
-    (("stp", "--config=configs/digits.py"), "got stp, expected: step"),
+    ((), "subcommand: got nothing, expected step or data"),
+    (("stp", "--config=configs/digits.py"), "got stp, expected step"),
     (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
     (("step",), "--config is missing"),
     (("step", "--config=configs/synthetic.py:nfnet_f9"), "nfnet_f"),
