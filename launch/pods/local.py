@@ -20,7 +20,7 @@ from nfnets.distributed import should_restart
 
 
 def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> int:
-  """Runs the command in all processes, which it adds to `children`; returns the status of the first that failed, 0 if none did."""
+  """Runs the command in all processes, which it adds to `children`; returns the status of the first that failed, or else 0."""
   several = options.processes > 1
   environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
   if several:
