@@ -1,4 +1,4 @@
-"""The configuration's rules: every field has one, NaN passes none, and what a field says of itself is what it accepts."""
+"""Every field of the configuration has a rule and a comment; no rule accepts NaN, and messages say what was expected."""
 
 import dataclasses
 import importlib

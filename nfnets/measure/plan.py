@@ -206,7 +206,7 @@ def _compile_steps(config: Config, setup: _Setup, advise: bool, say: Callable[[s
     step = _compile(name, changed, setup, say_for_step)
     fits = "may fit" if step.fits is None else "fits" if step.fits else "does not fit"
     say_for_step(
-      f"{step.said_memory()} a device, {fits} ({step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling)"
+      f"{step.memory_text()} a device, {fits} ({step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling)"
     )
     steps.append(step)
     return step

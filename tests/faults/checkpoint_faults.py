@@ -24,6 +24,7 @@ from nfnets.train.checkpoints.compatibility import RunFacts
 from nfnets.train.checkpoints.errors import SaveError
 from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.checkpoints.writer import CheckpointWriter
+from nfnets.train.step import sharding
 from nfnets.train.step.state import TrainState
 
 FACTS = RunFacts(config=Config(), num_classes=10, records=1000)
@@ -128,6 +129,22 @@ def save(workdir: pathlib.Path, *steps: int, keep: int = 9, say: Callable[[str],
     checkpoints.save(small_state(step))
     checkpoints.wait()
   checkpoints.close()
+
+
+def like(devices: int = 1, *, shard: bool = False) -> TrainState:
+  """Returns the shapes of a state, placed on the first `devices` devices, split among them or copied."""
+  return sharding.place(sharding.make_mesh(jax.devices()[:devices]), jax.eval_shape(lambda: small_state(0)), shard=shard)
+
+
+def read(workdir: pathlib.Path) -> CheckpointReader:
+  return CheckpointReader(str(workdir))
+
+
+def flip(path: pathlib.Path) -> None:
+  """Flips a bit in the middle of a file."""
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
 
 
 def leftovers(workdir: pathlib.Path) -> list[str]:
@@ -282,13 +299,13 @@ def fill_disk(workdir: pathlib.Path) -> DiskFull:
       raised = True
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (workdir / "ballast").unlink(missing_ok=True)
-    like = jax.eval_shape(lambda: small_state(0))
+    shapes = jax.eval_shape(lambda: small_state(0))
     reader = CheckpointReader(str(workdir))
-    intact = reader.choose() == 1 and same(reader.restore(1, like), small_state(1))
+    intact = reader.choose() == 1 and same(reader.restore(1, shapes), small_state(1))
     checkpoints.save(small_state(3))
     checkpoints.wait()
     later = CheckpointReader(str(workdir))
-    saved = later.choose() == 3 and same(later.restore(3, like), small_state(3))
+    saved = later.choose() == 3 and same(later.restore(3, shapes), small_state(3))
     return DiskFull("tmpfs" if mounted else "RLIMIT_FSIZE", "\n".join(said), raised, intact, saved, len(leftovers(workdir)))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,4 +1,4 @@
-"""What `launch.cli.main` makes of errors: a person's mistake is one line and status 2, a bug keeps its traceback."""
+"""`launch.cli.main` answers a person's mistake with one line and status 2, and keeps the traceback of a bug."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The programs as a person meets them: mistakes are one line and status 2, and the main job does what it promises."""
+"""Runs the programs as a person does: mistakes are one line and status 2, and the main job does what it promises."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ DIGITS = "--config=configs/digits.py"
 
 
 def call(monkeypatch, capsys, program: str, *arguments: str) -> tuple[int, str, str]:
-  """(status, stdout, stderr) of `python -m launch.PROGRAM ARGUMENTS`, in this process."""
+  """Runs `python -m launch.PROGRAM ARGUMENTS` in this process; returns (status, stdout, stderr)."""
   module = importlib.import_module(f"launch.{program}")
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(sys, "argv", [f"launch/{program}.py", *arguments])
@@ -101,12 +101,12 @@ def test_describe_lists_and_describes(monkeypatch, capsys):
   assert status == 2 and "unknown model 'nfnet'" in err
 
 
-RECIPES = sorted(set(ROOT.glob("configs/*.py")) - {ROOT / "configs" / "imagenet.py"})  # which holds what recipes share
+RECIPES = sorted(set(ROOT.glob("configs/*.py")) - {ROOT / "configs" / "imagenet.py"})  # imagenet.py holds what recipes share
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_config_builds_its_network(path):
-  """And its docstring holds the command that runs it."""
+  """Its docstring also holds the command that runs it."""
   module = importlib.import_module(f"configs.{path.stem}")
   config = module.get_config()
   assert isinstance(config, Config)
@@ -115,14 +115,14 @@ def test_every_shipped_config_builds_its_network(path):
 
 
 def data_of(name: str) -> Config:
-  """The recipe of the digits on other images, of the digits' size."""
+  """Makes the recipe of the digits for other images, of the digits' size."""
   config = digits.get_config()
   config.data.name, config.data.image_size = name, 8
   return config
 
 
 def test_the_main_job(tmp_path):
-  """What `make digits` runs, for real: a quarter as long, at least 90 % on the test images, evaluated from its checkpoint."""
+  """Runs what `make digits` runs, a quarter as long: its checkpoint is right about at least 90 % of the test images."""
   environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
   def run(program: str, *arguments: str) -> str:
@@ -140,7 +140,7 @@ def test_the_main_job(tmp_path):
   assert evaluated["step"] == 123
   for weights in ("params", "ema"):
     assert evaluated[weights]["count"] == 360 and evaluated[weights]["top1"] >= 0.9
-  by_itself = json.loads(run("evaluate", f"--checkpoint={tmp_path}").splitlines()[-1])  # with the configuration that lies there
+  by_itself = json.loads(run("evaluate", f"--checkpoint={tmp_path}").splitlines()[-1])  # with the configuration in the checkpoint
   for weights in ("params", "ema"):
     assert by_itself[weights] == pytest.approx(evaluated[weights], rel=1e-6)
   with pytest.raises(

@@ -1,4 +1,4 @@
-"""Plans hold the bytes that are known beforehand; arithmetic and advice are right on made-up figures."""
+"""Plans hold the bytes that can be computed beforehand; arithmetic and advice are tested on made-up figures."""
 
 import dataclasses
 import importlib.util
@@ -18,9 +18,9 @@ from nfnets.measure.chips import CHIPS, Chip, chip
 from nfnets.train.step import sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
-# A program that compiles in seconds; LLVM's expensive passes come after memory and communication are settled.
+# A network and options that compile in seconds; LLVM's expensive passes, which are skipped, come after memory and communication.
 ONE_BLOCK = {"depth": (1,), "width": (512,), "stage_strides": (1,), "stem_kernel": 3, "stem_pool": False}
-GAINS = 128 + 128 + 128 + 512 + 512  # of the stem, the block's three convolutions and its shortcut
+GAINS = 128 + 128 + 128 + 512 + 512  # those of the stem, of the block's three convolutions and of its shortcut
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -35,7 +35,7 @@ def tiny(**changes) -> Config:
 
 
 def test_memory_of_a_sharded_state_falls_as_devices_rise():
-  """By the compiled program's own memory analysis, what is split falls as 1/devices, and the little that is not split stays."""
+  """By the program's own memory analysis, what is split falls as 1/devices, and the little that is not split stays."""
   memory, copied = {}, 0
   for n in (1, 2, 4, 8):
     mesh = sharding.make_mesh(jax.devices()[:n])
@@ -64,10 +64,10 @@ def test_program_end_to_end_on_this_machine(tmp_path, monkeypatch, capsys):
   assert (read["devices"], read["device_kind"], read["topology"], read["batch"]) == (8, "cpu", None, 8)
   assert step["fits"] is None and step["roofline"] is None and read["chip"] is None and "unknown" in out
   memory = step["memory"]
-  assert memory["aliased"] > 3 * 4 * read["parameters"]  # parameters, momentum, EMA
+  assert memory["aliased"] > 3 * 4 * read["parameters"]  # it holds parameters, momentum and EMA
   assert memory["total"] == sum(memory[part] for part in ("arguments", "outputs", "temporaries", "code")) - memory["aliased"]
-  # Each gradient, float32, is summed over the devices once, but the gains', which are part of the standardized kernels by then.
-  # The loss and the counts are a few bytes more.
+  # Each gradient is summed over the devices once, in float32, except the gains', which are part of the standardized kernels.
+  # The loss and the counts add a few bytes.
   gradients = 4 * (read["parameters"] - GAINS)
   assert gradients < step["collectives"]["all-reduce"]["bytes"] <= gradients + 32
   assert 0.7 < step["flops"] / step["counted_flops"] < 2 and step["memory_bytes"] > memory["aliased"]
@@ -153,7 +153,7 @@ def made_up(name: str, gib: float, capacity: int | None, accumulate: int = 1) ->
 
 
 def plan_with(monkeypatch, needs, *, config=None, capacity=16 * plan_report.GIB, **arguments):
-  """Makes a plan from made-up compilations of `needs(config)` GiB each: (plan, printed lines)."""
+  """Makes a plan from made-up compilations of `needs(config)` GiB each; returns (plan, printed lines)."""
   monkeypatch.setattr(plan, "_capacity", lambda device, sold: capacity)
   monkeypatch.setattr(
     plan, "_compile", lambda name, config, setup, say: made_up(name, needs(config), setup.capacity, config.accumulate)
