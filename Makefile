@@ -13,7 +13,7 @@ SHELL := bash
 
 digits: $(VENV)/installed
 	$(RUN) -m launch.train --config=configs/digits.py --workdir=$(WORKDIR)
-	$(RUN) -m launch.evaluate --config=configs/digits.py --checkpoint=$(WORKDIR)
+	$(RUN) -m launch.evaluate --checkpoint=$(WORKDIR)
 
 # Two processes of one thread each: much of the time is XLA compiling, on one thread.
 test: $(VENV)/installed

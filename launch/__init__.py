@@ -1,1 +1,1 @@
-"""Programs: `python -m launch.NAME`. Flags in, exit status out."""
+"""The programs, run as `python -m launch.NAME`: they read flags and return an exit status; what they do lies in nfnets."""

@@ -1,12 +1,13 @@
 """Measures speed: python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 [--without-agc]
                 python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
 
-step: the compiled training step, on synthetic images that already lie on the devices. Prints the times of initialising,
-lowering and compiling, ms a step, images/s, FLOPs, MFU and memory, then all of it as one line of JSON; docs/speed.md
-says how to read it.
-data: making training images ready on the host, each pipeline in a process of its own, in turn: images/s, images per
-CPU-second, time to the first batch, memory, and what the time goes to. --against=tf.data measures two tf.data pipelines beside
-it, one tuned for decoding alone and one with the structure of the official recipe. The last line is JSON.
+step: times the compiled training step, on synthetic images that already lie on the devices. It prints the times of
+initialising, lowering and compiling, milliseconds a step, images/s, FLOPs, MFU and memory, then all of it as one line of JSON;
+docs/speed.md says how to read it.
+data: times how training images are made ready on the host, each pipeline in a process of its own, in turn. It prints images/s,
+images per CPU-second, the time to the first batch, memory, and what the time is spent on; the last line is JSON.
+--against=tf.data measures two tf.data pipelines too, one tuned for decoding alone and one with the structure of the official
+recipe.
 """
 
 import dataclasses
@@ -14,23 +15,24 @@ import dataclasses
 import rich.console
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 from launch.progress import meter, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   whole = lambda name, default, text: flags.DEFINE_integer(name, default, text, lower_bound=1, flag_values=values)
-  whole("batch", None, "Images a step, over all devices; instead of config.batch (step) or of 64 (data).")
-  whole("image_size", None, "Pixels a side; instead of config.data.image_size and of the model's training resolution.")
-  whole("steps", 50, "Timed steps, one by one and then again in a row.")
-  whole("warmup", 5, "Steps before these that are not timed.")
-  flags.DEFINE_boolean("without_agc", False, "Also time the step without AGC, in turn with the one with it.", flag_values=values)
+  whole("batch", None, "Images a step, over all devices, instead of config.batch (step); images a batch instead of 64 (data).")
+  whole("image_size", None, "step: pixels a side, instead of config.data.image_size and of the model's training resolution.")
+  whole("classes", None, "step: classes of the network, instead of config.data.num_classes and of what the dataset has.")
+  whole("steps", 50, "step: timed steps, first one by one and then as many in a row.")
+  whole("warmup", 5, "step: steps before these that are not timed.")
+  flags.DEFINE_boolean("without_agc", False, "step: also time the step without AGC, alternating with it.", flag_values=values)
   flags.DEFINE_alias("without-agc", "without_agc", flag_values=values)
-  whole("images", 4000, "data: images that each pipeline makes a round, rounded up to whole batches.")
+  whole("images", 4000, "data: images that each pipeline makes in a round, rounded up to whole batches.")
   whole("rounds", 3, "data: times that each pipeline is measured, in turn; the medians are shown.")
-  whole("threads", None, "data: threads that decode; instead of config.data.threads and of one a core.")
-  flags.DEFINE_enum("against", None, ["tf.data"], "data: what to measure beside ours.", flag_values=values)
+  whole("threads", None, "data: threads that decode, instead of config.data.threads or, unset, one for each core.")
+  flags.DEFINE_enum("against", None, ["tf.data"], "data: what to measure beside nfnets' own pipeline.", flag_values=values)
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
 
 
@@ -39,11 +41,13 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 
 def step(values: flags.FlagValues) -> int:
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   if values.batch is not None:
     config = dataclasses.replace(config, batch=values.batch)
   if values.image_size is not None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
+  if values.classes is not None:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=values.classes))
   file = cli.writable("json", values.json)
   from nfnets.measure.step import benchmark_step
 
@@ -56,7 +60,7 @@ def step(values: flags.FlagValues) -> int:
 
 
 def data(values: flags.FlagValues) -> int:
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   file = cli.writable("json", values.json)
   from nfnets.data.batches.prefetch import cores
   from nfnets.measure import data as data_benchmark, tfdata
@@ -69,10 +73,8 @@ def data(values: flags.FlagValues) -> int:
 
   console = plain_console()
   filled = resolve.data_config(config)
-  source = open_source(
-    filled, filled.train_split, progress=console.print
-  )  # what is wrong with it, and its index, before the clock
-  source.close()
+  # opened once before anything is timed, so that its errors are seen and its index is built
+  open_source(filled, filled.train_split, progress=console.print).close()
   if values.against:
     tfdata.check(filled)
   jobs = data_benchmark.measurements(

@@ -1,13 +1,13 @@
-"""Looks at checkpoints, checks them, takes the network out of one:
+"""Lists checkpoints, checks them, or exports the network of one:
   python -m launch.checkpoint list DIR
   python -m launch.checkpoint verify DIR
   python -m launch.checkpoint export DIR --out=FILE.safetensors [--weights=params] [--force]
 
 DIR is a workdir or, to verify or export one checkpoint, WORKDIR/checkpoints/STEP.
-list: steps, epochs, dates, sizes, metrics, why each is kept, and what counts as no checkpoint.
-verify: reads every file and compares it with the manifest, a line for each problem; exit status 1 if there is any.
-export: writes the newest good checkpoint's network, the average (EMA) where it was kept, as one safetensors file with our names
-(blocks/3/conv1/kernel); its metadata holds the configuration and the versions.
+list: prints steps, epochs, dates, sizes, metrics, why each checkpoint is kept, and what does not count as a checkpoint.
+verify: reads every file and compares it with the manifest, with a line for each problem; the exit status is 1 if there is any.
+export: writes the network of the newest good checkpoint, its average (EMA) where that was kept, as one safetensors file with the
+names of nfnets.models (blocks/3/conv1/kernel); its metadata holds the configuration and the versions.
 """
 
 import json
@@ -27,32 +27,37 @@ from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManif
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("out", None, "export: the file to write.", flag_values=values)
   flags.DEFINE_enum(
-    "weights", None, ["params", "ema"], "export: the parameters or their average; the average if it was kept.", flag_values=values
+    "weights",
+    None,
+    ["params", "ema"],
+    "export: the parameters or their average; by default the average where it was kept.",
+    flag_values=values,
   )
-  flags.DEFINE_boolean("force", False, "export: write over a file that is there.", flag_values=values)
+  flags.DEFINE_boolean("force", False, "export: replace a file that is already there.", flag_values=values)
 
 
 def run(values: flags.FlagValues, *arguments: str) -> int:
-  what, *rest = arguments or ("",)
-  if what in SUBCOMMANDS:
+  name, *rest = arguments or ("",)
+  if name in SUBCOMMANDS:
     if len(rest) != 1:
       raise cli.UsageError(
-        f"{what}: expected one directory, got {' '.join(rest) or 'none'}; e.g. python -m launch.checkpoint {what} runs/first"
+        f"{name}: expected one directory, got {' '.join(rest) or 'none'}; e.g. python -m launch.checkpoint {name} runs/first"
       )
-    if what != "export" and (values.out or values.weights or values.force):
-      raise cli.UsageError(f"{what}: --out, --weights and --force are for export")
+    if name != "export" and (values.out or values.weights or values.force):
+      raise cli.UsageError(f"{name}: --out, --weights and --force are for export")
   return cli.run_subcommand(
-    {name: lambda values, program=program: program(values, rest[0]) for name, program in SUBCOMMANDS.items()},
+    {key: lambda values, program=program: program(values, rest[0]) for key, program in SUBCOMMANDS.items()},
     values,
-    (what,) if what else (),
+    (name,) if name else (),
     "python -m launch.checkpoint NAME runs/first",
   )
 
 
 def show(values: flags.FlagValues, where: str) -> int:
-  from nfnets.train.checkpoints import manifest, retention
+  """Prints a table of the checkpoints, with their problems and with what does not count as a checkpoint."""
+  from nfnets.train.checkpoints import manifest
 
-  kinds: dict[type[CheckpointError], str] = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
+  names: dict[type[CheckpointError], str] = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
   directory, steps = _steps(where)
   good, states, problems = {}, {}, []
   for step in steps:
@@ -61,45 +66,55 @@ def show(values: flags.FlagValues, where: str) -> int:
       good[step], wrong = manifest.read(path), manifest.verify(path, hashes=False)
       states[step] = "damaged" if wrong else "good"
     except CheckpointError as error:
-      wrong, states[step] = [str(error)], kinds.get(type(error), "damaged")
-    problems += [f"{step}: {each}" for each in wrong]
-  keep = good[max(good)]["keep"] if good else {"newest": 0}
-  kept = retention.kept(good.values(), **keep)
-  shown = [*dict.fromkeys(name for name in ("top1", "ema_top1", keep.get("best")) if name)]
-  columns = ("step", "epoch", "saved (UTC)", "size", "metrics", "kept", "state")
-  table = rich.table.Table(
-    *(rich.table.Column(name, no_wrap=name not in ("metrics", "kept")) for name in columns),
-    title=str(directory),
-    title_justify="left",
-  )
-  for step in steps:
-    one = good.get(step)
-    if one is None:
-      table.add_row(f"{step:,}", *[""] * 5, states[step])
-      continue
-    size = sum(file["size"] for file in one["files"].values())
-    numbers = [f"{name} {one['metrics'][name]:.4f}" for name in shown if name in (one["metrics"] or {})]
-    table.add_row(
-      f"{step:,}",
-      f"{one['epoch']:.4g}",
-      one["saved"][:19].replace("T", " "),
-      f"{size / 1e6:,.1f} MB",
-      "\n".join(numbers),
-      ", ".join(kept.get(step, ["not any more"])),
-      states[step],
-    )
-  plain_console().print(table)
+      wrong, states[step] = [str(error)], names.get(type(error), "damaged")
+    problems += [f"{step}: {problem}" for problem in wrong]
+  console = plain_console()
+  console.print(_table(str(directory), good, states))
   for problem in problems:
-    plain_console().print(problem)
+    console.print(problem)
   for path in sorted(path for path in directory.iterdir() if not path.name.isdigit()):
-    plain_console().print(
-      f"{path.name}: no checkpoint ({'set aside' if path.suffix == '.aside' else 'unfinished or half deleted'})"
-    )
-  plain_console().print("list looks at names and sizes; verify reads the files")
+    console.print(f"{path.name}: no checkpoint ({'set aside' if path.suffix == '.aside' else 'unfinished or half deleted'})")
+  console.print("list compares names and sizes only; verify reads the files")
   return 0
 
 
+def _table(title: str, good: dict[int, dict[str, Any]], states: dict[int, str]) -> rich.table.Table:
+  """Makes a table with a row for each step.
+
+  Args:
+    title: stands above the table.
+    good: the manifests that can be read, by step.
+    states: words for the state of every step.
+  """
+  from nfnets.train.checkpoints import retention
+
+  keep = good[max(good)]["keep"] if good else {"newest": 0}
+  kept = retention.kept(good.values(), **keep)
+  metrics = [*dict.fromkeys(name for name in ("top1", "ema_top1", keep.get("best")) if name)]
+  columns = ("step", "epoch", "saved (UTC)", "size", "metrics", "kept", "state")
+  table = rich.table.Table(
+    *(rich.table.Column(name, no_wrap=name not in ("metrics", "kept")) for name in columns), title=title, title_justify="left"
+  )
+  for step, state in states.items():
+    body = good.get(step)
+    if body is None:
+      table.add_row(f"{step:,}", *[""] * 5, state)
+      continue
+    size = sum(file["size"] for file in body["files"].values())
+    table.add_row(
+      f"{step:,}",
+      f"{body['epoch']:.4g}",
+      body["saved"][:19].replace("T", " "),
+      f"{size / 1e6:,.1f} MB",
+      "\n".join(f"{name} {body['metrics'][name]:.4f}" for name in metrics if name in (body["metrics"] or {})),
+      ", ".join(kept.get(step, ["not any more"])),
+      state,
+    )
+  return table
+
+
 def verify(values: flags.FlagValues, where: str) -> int:
+  """Reads every file of the checkpoints and prints what is wrong with each; returns 1 if anything is."""
   from nfnets.train.checkpoints import manifest
 
   directory, steps = _steps(where)
@@ -118,22 +133,23 @@ def verify(values: flags.FlagValues, where: str) -> int:
 
 
 def export(values: flags.FlagValues, where: str) -> int:
+  """Writes the network of a checkpoint to `--out`."""
   if not values.out:
     raise cli.UsageError("--out is missing: the file to write, e.g. --out=nfnet.safetensors")
   out = pathlib.Path(values.out)
   if not out.parent.is_dir():
     raise cli.UsageError(f"--out={out}: there is no directory {out.parent}")
   if out.is_dir() or out.exists() and not values.force:
-    raise cli.UsageError(f"--out={out} is there already; " + ("it is a directory" if out.is_dir() else "--force writes over it"))
+    raise cli.UsageError(f"--out={out} is already there; " + ("it is a directory" if out.is_dir() else "--force replaces it"))
   import safetensors.numpy
 
   from nfnets.train.checkpoints import retention
   from nfnets.train.checkpoints.reader import CheckpointReader
 
   directory, _ = _steps(where)
-  _, one = retention.locate(where)
+  _, asked = retention.locate(where)
   reader = CheckpointReader(str(directory))
-  step = reader.choose(one)
+  step = reader.choose(asked)
   if step is None:
     raise cli.UsageError(f"{where}: no checkpoint there; give a workdir that training has written to")
   meta: dict[str, Any] = {**reader.meta(step), "metrics": reader.metrics(step)}
@@ -157,14 +173,15 @@ SUBCOMMANDS = {"list": show, "verify": verify, "export": export}
 
 
 def _steps(where: str) -> tuple[pathlib.Path, list[int]]:
-  """(directory of checkpoints, its steps or the one asked for)."""
+  """Returns the directory of checkpoints, and its steps or the one that `where` names. Raises UserError if there is none."""
   from nfnets.train.checkpoints import retention
 
+  cli.check_directory("", where, "a workdir, or WORKDIR/checkpoints/STEP")
   directory, step = retention.locate(where)
-  found = retention.steps(directory)
-  if not found or step not in (None, *found):
+  steps = retention.steps(directory)
+  if not steps or step not in (None, *steps):
     raise cli.UsageError(f"{where}: no checkpoint there; give a workdir that training has written to")
-  return directory, found if step is None else [step]
+  return directory, steps if step is None else [step]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Looks at a dataset, checks it, makes it smaller:
+"""Looks at a dataset, checks it, or makes it smaller:
   python -m launch.data describe --config=configs/nfnet.py:F0 [--config.data.dir=DIR] [--out=grid.png] [--augmented]
   python -m launch.data verify --config=configs/nfnet.py:F0 [--split=train]
   python -m launch.data prepare --config=configs/nfnet.py:F0 --out=DIR [--short_side=256] [--quality=90] [--shards=N]
 
-describe: splits, classes, image sizes, images a class, and a picture of 40 images; with --augmented also as training sees them.
-verify: reads every record of both splits, checks checksums and decodes; exit status 1 if any is corrupt.
-prepare: writes the splits with smaller images as a TFDS dataset under DIR; run again, it goes on where it was interrupted.
+describe: prints the splits, classes, image sizes and images of each class. --out draws 40 images into a file; with --augmented,
+as training sees them too.
+verify: reads every record of both splits, compares checksums and decodes the images; the exit status is 1 if any is corrupt.
+prepare: writes the splits with smaller images as a TFDS dataset under DIR. Run again, it goes on where it was interrupted.
 """
 
 import contextlib
@@ -14,23 +15,25 @@ import os
 import rich.table
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 from launch.progress import meter, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
-  flags.DEFINE_string("out", None, "describe: the picture, grid.png; prepare: the directory to write to.", flag_values=values)
-  flags.DEFINE_boolean("augmented", False, "describe: also draw what training sees.", flag_values=values)
+  recipe.define(values)
+  flags.DEFINE_string(
+    "out", None, "describe: a file to draw pictures into; prepare: the directory to write to.", flag_values=values
+  )
+  flags.DEFINE_boolean("augmented", False, "describe: also draw the images as training sees them.", flag_values=values)
   flags.DEFINE_string("split", None, "verify: only this split, e.g. train or validation[:100].", flag_values=values)
   flags.DEFINE_integer(
     "short_side", 256, "prepare: pixels of the shorter side; smaller images stay as they are.", lower_bound=1, flag_values=values
   )
-  flags.DEFINE_integer("quality", 90, "prepare: of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=values)
+  flags.DEFINE_integer("quality", 90, "prepare: quality of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=values)
   flags.DEFINE_integer(
     "shards",
     None,
-    "prepare: shards of the training split; one for 2,048 records if not given.",
+    "prepare: shards of the training split, instead of one for each 2,048 records.",
     lower_bound=1,
     flag_values=values,
   )
@@ -41,25 +44,29 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 
 def describe(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), plain_console()
+  config, console = recipe.parse(values), plain_console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
 
-  data, out = resolve.data_config(config), values.out or "grid.png"
-  if not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
+  data, out = resolve.data_config(config), values.out
+  if values.augmented and not out:
+    raise cli.UsageError("--augmented adds to the picture, but --out is missing: a file for it, e.g. --out=grid.png")
+  if out and not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
   train = open_source(data, data.train_split, progress=console.print)
   test = open_source(data, data.test_split, progress=console.print)
   with contextlib.closing(train), contextlib.closing(test):
-    known = inspect.known_splits(data)
-    if known:
-      console.print(f"splits of {data.name}: " + ", ".join(f"{name} ({count:,})" for name, count in known.items()))
+    splits = inspect.known_splits(data)
+    if splits:
+      console.print(f"splits of {data.name}: " + ", ".join(f"{name} ({count:,})" for name, count in splits.items()))
     for source in (train, test):
       for line in inspect.summarize(source).lines():
         console.print(line)
     first = ", ".join(train.class_names[:10])
     console.print(f"{train.num_classes:,} classes: {first}{', …' if train.num_classes > 10 else ''}")
+    if not out:
+      return 0
     grids = [(f"{data.name} {train.split}, as stored", inspect.stored_pictures(train))]
     if values.augmented:
       grids.append(
@@ -74,7 +81,7 @@ def describe(values: flags.FlagValues) -> int:
 
 
 def verify(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), plain_console()
+  config, console = recipe.parse(values), plain_console()
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
 
@@ -99,7 +106,7 @@ def verify(values: flags.FlagValues) -> int:
 
 
 def prepare(values: flags.FlagValues) -> int:
-  config, console = cli.parse_config(values), plain_console()
+  config, console = recipe.parse(values), plain_console()
   if not values.out:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data.tools.prepare import Preparation

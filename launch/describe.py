@@ -9,12 +9,12 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("num_classes", 1000, "Classes of the classifier.", flag_values=values)
 
 
-def run(values: flags.FlagValues, *wanted: str) -> int:
+def run(values: flags.FlagValues, *names: str) -> int:
   from nfnets import models
 
-  if not wanted:
+  if not names:
     print("\n".join(models.names()))
-  for name in wanted:
+  for name in names:
     print(models.describe(name, values.num_classes))
   return 0
 

@@ -1,7 +1,8 @@
-"""Evaluates a checkpoint: python -m launch.evaluate --config=configs/digits.py --checkpoint=DIR
+"""Evaluates a checkpoint: python -m launch.evaluate --checkpoint=DIR
 
-DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. Prints top-1, top-5 and loss over
-the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON.
+DIR is a workdir (its newest checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP. It prints top-1, top-5 and loss
+over the whole test split, for the parameters and their average (EMA), as a table and as a last line of JSON. The configuration
+is that of the training run, unless --config names a recipe, whose fields --config.FIELD=VALUE changes.
 """
 
 import json
@@ -9,20 +10,21 @@ import json
 import rich.console
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   cli.define_processes(values)
   flags.DEFINE_string("checkpoint", None, "A workdir, or WORKDIR/checkpoints/STEP.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
   process = cli.start_processes(values)
-  config = cli.parse_config(values)
+  config = None if values.config is None else recipe.parse(values)
   if not values.checkpoint:
     raise cli.UsageError("--checkpoint is missing: a workdir, or WORKDIR/checkpoints/STEP")
+  cli.check_directory("checkpoint", values.checkpoint, "a workdir, or WORKDIR/checkpoints/STEP")
   from nfnets.train.evaluate import evaluate_checkpoint, results_table
 
   say = print if process.index == 0 else lambda line: None

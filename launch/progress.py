@@ -1,4 +1,4 @@
-"""One progress meter for the programs: a bar on a terminal, lines elsewhere, with rate and time left."""
+"""Shows how far a program is, with the rate and the time left: as a bar on a terminal, as lines elsewhere."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,22 @@ LINE_EVERY_S = 10.0  # seconds between two lines where there is no terminal
 
 
 def plain_console() -> rich.console.Console:
-  """A console that prints lines as they are: not wrapped, no markup, no colours for numbers."""
+  """Makes a console that prints lines as they are: it does not wrap them, and reads no markup and no colours into them."""
   return rich.console.Console(highlight=False, soft_wrap=True, markup=False)
 
 
 @dataclasses.dataclass(slots=True)
 class Meter:
-  """How much of `total` is done. unit: what is counted, in the plural, e.g. "images"; `already` was done before it began."""
+  """Keeps and shows how much of something is done.
+
+  Attributes:
+    console: where it is shown.
+    title: words for what is being done.
+    total: how much there is to do.
+    unit: what is counted, in the plural, e.g. "images".
+    already: how much was done before the meter began.
+    done: how much is done now, including `already`.
+  """
 
   console: rich.console.Console
   title: str
@@ -38,7 +47,7 @@ class Meter:
     return (self.done - self.already) / max(time.monotonic() - self._began, 1e-9)
 
   def set(self, done: int) -> None:
-    """Says how much is done in all."""
+    """Sets how much is done in all, and shows it."""
     self.done = done
     if self._bar is not None:
       self._bar.update(self._bar.task_ids[0], completed=done, rate=f"{self.rate:,.0f} {self.unit}/s")
@@ -48,14 +57,14 @@ class Meter:
       self.console.print(f"{self.title}: {done:,} of {self.total:,} {self.unit}, {self.rate:,.0f} {self.unit}/s{left}")
 
   def advance(self, count: int) -> None:
-    """Says that so many more are done; several threads may."""
+    """Adds to what is done, and shows it; several threads may call this at once."""
     with self._lock:
       self.set(self.done + count)
 
 
 @contextlib.contextmanager
 def meter(console: rich.console.Console, title: str, total: int, unit: str, already: int = 0) -> Iterator[Meter]:
-  """A Meter whose bar, on a terminal, goes away at the end."""
+  """Gives a Meter for a `with` block; its arguments are the Meter's. On a terminal the bar is removed at the end."""
   columns = (
     rich.progress.TextColumn("{task.description}", markup=False),
     rich.progress.BarColumn(20),

@@ -1,26 +1,27 @@
 """Trains a network: python -m launch.train --config=configs/digits.py --workdir=DIR
 
-Prints the resolved configuration, the parameter groups and the devices, then progress; DIR gets checkpoints, metrics.jsonl,
-tensorboard/ and curves.png. Ctrl-C or SIGTERM saves and ends with status 75; the same command goes on from there.
+Prints what of the configuration differs from the defaults, the parameter groups and the devices, then progress; DIR gets
+checkpoints, metrics.jsonl, tensorboard/ and curves.png. Ctrl-C or SIGTERM saves and ends with status 75; the same command goes
+on from there. With --config, --help lists every field of the configuration.
 
 On several machines, or for several processes on one, see docs/pods.md.
 """
 
 from absl import flags
 
-from launch import cli
+from launch import cli, recipe
 from nfnets import distributed
 
 
 def define(values: flags.FlagValues) -> None:
-  cli.define_config(values)
+  recipe.define(values)
   cli.define_processes(values)
   flags.DEFINE_string("workdir", None, "Where the run lives; a run found there is continued.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
   cli.start_processes(values)
-  config = cli.parse_config(values)
+  config = recipe.parse(values)
   workdir = cli.parse_workdir(values)
   from nfnets.train import loop
 

@@ -1,12 +1,13 @@
-"""The configuration's rules: every field has one, NaN passes none, and what a field says of itself is what it accepts."""
+"""Every field of the configuration has a rule and a comment; no rule accepts NaN, and messages say what was expected."""
 
 import dataclasses
 import importlib
+import json
 import math
 
 import pytest
 
-from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig, text
 from nfnets.errors import UserError
 
 SECTIONS = {"run": Config, "data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
@@ -44,3 +45,45 @@ def test_the_message_names_field_value_and_expectation(section, changes, message
   with pytest.raises(UserError) as error:
     section(**changes).validate()
   assert message in str(error.value)
+
+
+def test_changes_are_the_fields_that_differ():
+  config = Config(batch=64, optim=OptimConfig(clipping=None))
+  config.data.mean = (1.0, 2.0, 3.0)
+  assert text.changes(config).splitlines()[1:] == [
+    "  config.batch = 64",
+    "  config.data.mean = (1.0, 2.0, 3.0)",
+    "  config.optim.clipping = None",
+  ]
+
+
+def test_a_configuration_comes_back_from_json():
+  config = Config(
+    batch=64, model=ModelConfig(overrides={"remat": True}), optim=OptimConfig(clipping=math.inf, agc_exclude=("^a$", "b"))
+  )
+  saved = json.loads(json.dumps(dataclasses.asdict(config)))
+  assert text.from_json(saved) == config
+  del saved["optim"]["sam_rho"]  # newer than the file
+  assert text.from_json(saved) == config
+  saved["optim"]["of_tomorrow"] = 3
+  with pytest.raises(UserError, match=r"config\.optim\.of_tomorrow = 3 is no field of this nfnets.* expected --config=FILE"):
+    text.from_json(saved)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_field_has_a_comment_of_its_own_or_shares_one(name):
+  """A field without a comment stands right below the one whose comment speaks of both."""
+  comments = text._comments(SECTIONS[name])
+  shared = {
+    "eval_batch",
+    "loss",
+    "checkpoint_every",
+    "keep_every",
+    "keep_best",
+    "spike",
+    "max_bad_steps",
+    "test_split",
+    "label_key",
+  }
+  shared |= {"test_image_size", "crop_aspect", "flip", "augment_before_mix", "randaugment_magnitude", "std", "sam_share"}
+  assert {field for field, comment in comments.items() if not comment} <= shared | {"model", "data", "optim"}

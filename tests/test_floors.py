@@ -1,4 +1,4 @@
-"""The rooms of the house: imports run down the floors only, and no room grows beyond what can be read at one sitting."""
+"""Imports between the rooms of this repository run down the floors only, and no file grows too long to be read at once."""
 
 import ast
 import pathlib
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(path.relative_to(ROOT) for room in ("nfnets", "launch", "configs") for path in (ROOT / room).rglob("*.py"))
 LINES = 350
 
-# Room → what of the project it may import besides itself. A file is in the room with the longest name that fits.
+# Room → the rooms that it may import besides itself. A file is in the room with the longest name that fits.
 BASE = ("nfnets.errors", "nfnets.files")
 MAY_IMPORT = {
   "nfnets.errors": (),
@@ -19,7 +19,7 @@ MAY_IMPORT = {
   "nfnets.config": BASE,
   "nfnets.models": BASE,
   "nfnets.optim": (*BASE, "nfnets.agc", "nfnets.config"),
-  "nfnets.distributed": (*BASE, "nfnets"),  # the front door, for its __version__
+  "nfnets.distributed": (*BASE, "nfnets"),  # only nfnets/__init__.py, for its __version__
   "nfnets.data.errors": BASE,
   "nfnets.data.images": (*BASE, "nfnets.data.errors"),
   "nfnets.data.storage": (*BASE, "nfnets.data.errors"),
@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "nfnets.weights",
     "nfnets.train",
   ),
-  "nfnets": ("nfnets.agc", "nfnets.models"),  # the package's front door, nfnets/__init__.py
+  "nfnets": ("nfnets.agc", "nfnets.models"),  # nfnets/__init__.py, which holds the package's public names
   "configs": ("nfnets.config", "nfnets.errors", "nfnets.models", "configs"),
   "launch": ("nfnets", "configs"),
 }
@@ -68,14 +68,14 @@ def exists(name: str) -> bool:
 
 
 def imports(source: str, module: str, *, package: bool = False) -> set[str]:
-  """Every module that `source` imports, at the top or inside a function, by its full name.
+  """Returns the full names of all modules that `source` imports, at the top or inside functions.
 
   `from a import b` is a.b where b is a module of this project, a otherwise.
   """
-  found = set()
+  names = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       base = node.module or ""
       if node.level:
@@ -84,8 +84,8 @@ def imports(source: str, module: str, *, package: bool = False) -> set[str]:
         base = ".".join([*parts, *filter(None, [base])])
       for alias in node.names:
         name = f"{base}.{alias.name}"
-        found.add(name if exists(name) else base)
-  return found
+        names.add(name if exists(name) else base)
+  return names
 
 
 def within(name: str, room: str) -> bool:
@@ -93,7 +93,7 @@ def within(name: str, room: str) -> bool:
 
 
 def room_of(module: str) -> str:
-  """The room of a module; nfnets itself holds no modules but those that MAY_IMPORT names."""
+  """Returns the room of a module; nfnets itself holds only the modules that MAY_IMPORT names."""
   fitting = [room for room in MAY_IMPORT if within(module, room) and (room != "nfnets" or module == room)]
   assert fitting, f"{module} is in no room; add it to the floors in tests/test_floors.py"
   return max(fitting, key=len)
@@ -105,8 +105,8 @@ def all_imports(path: pathlib.Path) -> set[str]:
 
 def test_imports_are_found_wherever_they_stand():
   source = "import os.path\ndef f():\n  from nfnets import optim, __version__\n  from . import step\n  from ..agc import agc\n"
-  found = {"os.path", "nfnets.optim", "nfnets", "nfnets.train.step", "nfnets.agc"}
-  assert imports(source, "nfnets.train.loop") == found
+  expected = {"os.path", "nfnets.optim", "nfnets", "nfnets.train.step", "nfnets.agc"}
+  assert imports(source, "nfnets.train.loop") == expected
   assert imports("from .agc import agc", "nfnets", package=True) == {"nfnets.agc"}
 
 
@@ -116,14 +116,14 @@ def test_imports_run_down_the_floors(path):
   for name in all_imports(path):
     if name.split(".")[0] not in ("nfnets", "launch", "configs", "tests"):
       continue
-    exact = [each for each in MAY_IMPORT[room] if each == "nfnets" and room != "launch"]
-    rooms = [each for each in (room, *MAY_IMPORT[room]) if each not in exact] if room != "nfnets" else MAY_IMPORT[room]
-    allowed = name in exact or any(within(name, each) for each in rooms)
+    exact = [other for other in MAY_IMPORT[room] if other == "nfnets" and room != "launch"]
+    rooms = [other for other in (room, *MAY_IMPORT[room]) if other not in exact] if room != "nfnets" else MAY_IMPORT[room]
+    allowed = name in exact or any(within(name, other) for other in rooms)
     assert allowed, f"{path} imports {name}; {room} may import {', '.join(MAY_IMPORT[room])}"
 
 
 def test_no_imports_in_a_circle():
-  """Among all modules, whether they are imported at the top or inside a function when it is called."""
+  """Looks at all modules, whether they are imported at the top of a file or inside a function."""
   graph = {
     module_name(path): {name for name in all_imports(path) if name.split(".")[0] in ("nfnets", "launch", "configs")}
     for path in FILES
@@ -142,15 +142,15 @@ def test_no_imports_in_a_circle():
 
 
 def test_agc_needs_jax_and_optax_alone():
-  """So that the file can be copied into another project and works there."""
+  """The file can so be copied into another project and works there."""
   outside = {name.split(".")[0] for name in all_imports(pathlib.Path("nfnets/agc.py"))} - sys.stdlib_module_names
   assert outside == {"jax", "optax"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "nfnets"], ids=str)
 def test_the_library_knows_no_flags(path):
-  found = {name.split(".")[0] for name in all_imports(path)}
-  assert not found & {"launch", "configs", "absl", "ml_collections"}
+  packages = {name.split(".")[0] for name in all_imports(path)}
+  assert not packages & {"launch", "configs", "absl", "ml_collections"}
 
 
 def test_files_stay_readable():

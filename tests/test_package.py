@@ -1,4 +1,4 @@
-"""The package as a stranger meets it: what importing it costs and brings along, what `pip install .` gives, what README shows."""
+"""What a stranger meets first: the cost of importing the package, what `pip install .` gives, and README's tree."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ print(nfnets.__file__, importlib.metadata.version("nfnets"), round(float(jnp.lin
 
 
 def run_python(source: str, *, cwd: pathlib.Path = ROOT, path: pathlib.Path = ROOT) -> str:
-  """What `source` prints in a fresh interpreter that finds nfnets under `path` alone."""
+  """Runs `source` in a fresh interpreter that finds nfnets only under `path`; returns what it prints."""
   environment = {**os.environ, "PYTHONPATH": str(path), "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, "-c", source], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def run_python(source: str, *, cwd: pathlib.Path = ROOT, path: pathlib.Path = RO
 
 
 def test_import_is_cheap():
-  """Over jax, flax.nnx and optax; the least of several interpreters, since a busy machine can only add to the time."""
+  """Takes the least time of several interpreters, beyond jax, flax.nnx and optax; a busy machine can only add to it."""
   source = f"import time; {BASE}; start = time.perf_counter(); import nfnets; print(time.perf_counter() - start)"
   seconds = []
   while len(seconds) < 5 and min(seconds, default=1) > IMPORT_SECONDS / 2:
@@ -44,7 +44,7 @@ def test_import_is_cheap():
 
 
 def test_import_brings_nothing_heavy():
-  """Nor anything at all from outside: every module that `import nfnets` adds is one of ours or of the three it stands on."""
+  """Every module that `import nfnets` adds is one of its own or of the three packages that it stands on."""
   source = f"import sys, json; {BASE}; base = set(sys.modules); import nfnets; print(json.dumps([[*base], [*sys.modules]]))"
   base, everything = map(set, json.loads(run_python(source)))
   assert {name.split(".")[0] for name in everything} & HEAVY == set()
@@ -53,7 +53,7 @@ def test_import_brings_nothing_heavy():
 
 
 def test_pip_install_gives_agc(tmp_path):
-  """Built from a copy, without the network: hatchling is in requirements.txt."""
+  """The package is built from a copy and without a network, since hatchling is in requirements.txt."""
   source, target = tmp_path / "source", tmp_path / "target"
   shutil.copytree(ROOT / "nfnets", source / "nfnets", ignore=shutil.ignore_patterns("__pycache__"))
   for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -84,18 +84,18 @@ def test_pip_install_gives_agc(tmp_path):
 
 
 def version_in_source() -> str:
-  """`__version__` as it stands in the file, the way that the build reads it: without running anything."""
+  """Reads `__version__` from the source, as the build does, without running anything."""
   tree = ast.parse((ROOT / "nfnets" / "__init__.py").read_text(encoding="utf-8"))
   return next(node.value.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__version__")
 
 
 def test_requirements_agree_with_pyproject():
-  """One range a package, wherever it is written."""
+  """Each package has the same range wherever it is written."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
   lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
   required = {line for line in lines if line and not line.startswith("#")}
   extras = project["optional-dependencies"]
-  assert set(extras) == {"train", "s3", "gcs", "peers", "dev"}  # gcs, peers (TensorFlow): for those who ask
+  assert set(extras) == {"train", "s3", "gcs", "peers", "dev"}  # gcs and peers (TensorFlow) are not in requirements.txt
   assert required == set(project["dependencies"]).union(*(extras[name] for name in ("train", "s3", "dev")))
 
 
@@ -104,7 +104,7 @@ def tracked() -> list[str]:
 
 
 def readme_tree() -> list[str]:
-  """The paths in README's tree: the first code block with a line that begins with `nfnets/`.
+  """Returns the paths in README's tree, which is the first code block with a line that begins with `nfnets/`.
 
   A line holds a path, or several with spaces between, and then two spaces or a # before its comment. A directory ends in a
   slash; two spaces more of indentation, or the lines of a drawn tree, put what follows into the directory above.
@@ -112,22 +112,22 @@ def readme_tree() -> list[str]:
   text = (ROOT / "README.md").read_text(encoding="utf-8")
   blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
   block = next(block for block in blocks if re.search(r"^\W*nfnets/(\s|$)", block, flags=re.MULTILINE))
-  found, above = [], []
+  paths, above = [], []
   for line in filter(str.strip, block.splitlines()):
     indent = len(re.match(r"[\s│├└─|`-]*", line).group())
     above = [(depth, name) for depth, name in above if depth < indent]
     folder = "".join(name for _, name in above)
     names = re.split(r"\s{2,}|\s#", line[indent:].strip())[0].split()
-    found += [folder + name for name in names]
+    paths += [folder + name for name in names]
     if len(names) == 1 and names[0].endswith("/"):
       above.append((indent, names[0]))
-  return found
+  return paths
 
 
 def test_readme_tree_is_true():
-  found = readme_tree()
-  wrong = [path for path in found if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()]
+  paths = readme_tree()
+  wrong = [path for path in paths if not (ROOT / path).exists() or path.endswith("/") != (ROOT / path).is_dir()]
   assert wrong == [], f"README's tree shows what is not there: {wrong}"
   tops = lambda paths: {path.split("/")[0] + "/" for path in paths if "/" in path}
-  absent = tops(tracked()) - tops(found)
+  absent = tops(tracked()) - tops(paths)
   assert absent == set(), f"README's tree lacks {sorted(absent)}"

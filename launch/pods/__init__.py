@@ -1,1 +1,1 @@
-"""One file a cluster engine; docs/pods.md has the command for each."""
+"""Starts a training run on a cluster, with one file for each engine; docs/pods.md has the command for each."""

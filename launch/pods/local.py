@@ -1,11 +1,11 @@
-"""N processes on this machine: python -m launch.pods.local --processes=2 -- python -m launch.train --config=… --workdir=…
+"""Runs a command in N processes: python -m launch.pods.local --processes=2 -- python -m launch.train --config=… --workdir=…
 
---gpus gives process i GPU i; --devices=4 each 4 CPU devices. Lines come out as "[process] line"; a signal goes to all. When one
-fails the others get --grace seconds to end. All start again, up to --restarts times, after the statuses that ask for it (see
-nfnets/distributed/exit_status.py: 75, 76, death by a signal). The status is that of the first that failed.
+--gpus gives GPU i to process i, and --devices=4 gives each process 4 CPU devices. Lines of output begin with "[process]", and a
+signal is passed on to all. When one process fails, the others have --grace seconds to end. All start again, up to --restarts
+times, after the statuses that ask for it (nfnets/distributed/exit_status.py). The status is that of the first that failed.
 
-With --processes=1, the default, the command keeps its output and learns of other machines' processes as without this program: so
-an engine's script starts it again and again on each of its nodes."""
+With --processes=1, the default, the command keeps its output and finds the processes of other machines as without this program;
+a cluster engine's script can so have it started again on each of its nodes."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from nfnets.distributed import should_restart
 
 
 def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> int:
-  """Runs the command in all processes, which `children` then holds; the status of the first that failed, as a shell counts."""
+  """Runs the command in all processes, which it adds to `children`; returns the status of the first that failed, or else 0."""
   several = options.processes > 1
   environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
   if several:
@@ -33,7 +33,7 @@ def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> i
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
     environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
   children[:] = [
-    subprocess.Popen(  # a session each: a terminal's Ctrl-C comes to us alone, and once to each through us
+    subprocess.Popen(  # in sessions of their own: a terminal sends Ctrl-C to this process alone, which passes it on once
       options.command,
       stdout=subprocess.PIPE if several else None,
       stderr=subprocess.STDOUT if several else None,
@@ -47,7 +47,7 @@ def run_once(options: argparse.Namespace, children: list[subprocess.Popen]) -> i
     for i in range(options.processes)
   ]
   copy = lambda i, child: [os.write(1, f"[{i}] ".encode() + line) for line in child.stdout]
-  printers = [threading.Thread(target=copy, args=each) for each in enumerate(children) if several]
+  printers = [threading.Thread(target=copy, args=numbered) for numbered in enumerate(children) if several]
   for printer in printers:
     printer.start()
   first, until, running = 0, float("inf"), True
@@ -69,12 +69,12 @@ if __name__ == "__main__":
     parser.add_argument(f"--{name}", type=kind, default=value)
   parser.add_argument("--gpus", action="store_true")
   parser.add_argument("command", nargs="+", metavar="-- COMMAND")
-  options, children, told = parser.parse_args(), [], []
+  options, children, signals = parser.parse_args(), [], []
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, _: (told.append(number), [child.send_signal(number) for child in children]))
+    signal.signal(number, lambda number, _: (signals.append(number), [child.send_signal(number) for child in children]))
   for restart in range(options.restarts + 1):
     status = run_once(options, children)
-    if told or not should_restart(status):
+    if signals or not should_restart(status):
       break
     print(f"status {status}{f': starting again, {restart + 1} of {options.restarts}' * (restart < options.restarts)}", flush=True)
   sys.exit(status)

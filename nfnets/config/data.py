@@ -27,18 +27,19 @@ class DataConfig:
   label_key: str = "label"
   # Classes of the classifier; must be what the data has. None = as the data says.
   num_classes: int | None = None
-  # Side of the square images, pixels, in training and in evaluation. None = as stored where images are not resized,
-  # else the variant's.
+  # Side of the square images, pixels, in training and in evaluation. None = as stored where images are not resized; else the
+  # variant's, and in evaluation that of training where it is given.
   image_size: int | None = None
   test_image_size: int | None = None
 
-  # Training images: "none" (as stored) or "inception" (a random part, resized; 1602.07261 and the official pipeline).
+  # Training images: "none" (as stored) or "inception" (a random part, resized; 1602.07261 and the official pipeline), which
+  # needs a test_crop or, where all images are stored with one size, that size as test_image_size.
   train_crop: str = "none"
   # The part's share of the image's area (parts of less than 0.1 are drawn again, as published), and its width / height.
   crop_area: tuple[float, float] = (0.08, 1.0)
   crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-  # Evaluation images: "none"; "squash" to size + 32 and crop the centre (NFNets); "crop" the centre, size / (size + 32) of
-  # the shorter side, and resize (ResNets); "short_side" resized to size / 0.875 and crop the centre.
+  # Evaluation images: "none" (as stored); "squash" to size + 32 and crop the centre (NFNets); "crop" the centre, size /
+  # (size + 32) of the shorter side, and resize (ResNets); "short_side" resized to size / 0.875 and crop the centre.
   test_crop: str = "none"
   # Random shift by up to this many pixels each way (edges repeat), and mirroring of half the images.
   shift: int = 0

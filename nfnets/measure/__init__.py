@@ -1,1 +1,1 @@
-"""What programs take and how fast they are: memory, arithmetic, time, beside peers. Used by `launch` alone."""
+"""Measures what programs take and how fast they are: memory, arithmetic, time, also against other libraries. For launch alone."""

@@ -1,13 +1,14 @@
-"""How fast images are made ready on the host: ours, and tf.data's pipelines over the same records, side by side.
+"""Measures how fast images are made ready on the host, by this library and by tf.data over the same records.
 
-    from nfnets.data import benchmark
-    print(benchmark.compare(benchmark.plan(config, batch=64, images=4000, threads=2), rounds=3))
+    from nfnets.measure import data
+    jobs = data.measurements(data_config, batch=64, images=4000, threads=2)
+    print(data.compare(jobs, rounds=3).to_json())
 
-What keeps the figures honest: every measurement is a fresh process (`python -m nfnets.measure.data`, a job as JSON on
-stdin, the result as the last line of stdout); the pipelines take turns, round after round; each makes an exact number of
-batches and no more, so that nothing half done is left uncounted at either end; and its CPU time is that of all threads of
-its process, from the moment it is set up to its last batch. Imports and setting up (index or graph, once a run) have
-columns of their own.
+What keeps the figures honest: every measurement runs in a fresh process (`python -m nfnets.measure.data`, which reads a job as
+JSON from stdin and prints the result as its last line); the pipelines take turns, round after round; each makes an exact number
+of batches and no more, so that no half-made batch is left uncounted at either end; and its CPU time is that of all threads of its
+process, from the moment it is set up to its last batch. Imports and setting up (the index or the graph, once a run) have columns
+of their own.
 """
 
 import dataclasses
@@ -31,12 +32,18 @@ from nfnets.measure.data_report import CROP, OURS, RECIPE, DataReport, Measured,
 def measurements(
   config: DataConfig, *, batch: int, images: int, threads: int, seed: int = 0, against: bool = False
 ) -> list[Measurement]:
-  """The jobs: ours with the configured recipe and, where that does more, with nothing beyond decode, crop and flip.
+  """Returns the measurements to make: nfnets with the configured recipe and, if that does more, with decode, crop and flip alone.
 
   Args:
-    config: sizes and RandAugment filled in.
-    images: how many each makes; rounded up to whole batches.
-    against: also tf.data's two; the one with the official structure only where the recipe is the one that it has.
+    config: the data, with image sizes and RandAugment filled in (`nfnets.train.resolve`).
+    batch: images a batch.
+    images: how many images each pipeline makes, rounded up to whole batches.
+    threads: threads that decode.
+    seed: of the order of the images and their augmentation.
+    against: also measure tf.data's two pipelines; the one with the official structure only where the recipe is the official one.
+
+  Raises:
+    DataError: tf.data's pipelines cannot do what the configuration asks for.
   """
   plain = dataclasses.replace(config, mix="none", augment="none", repeats=1, shift=0)
   if against:
@@ -69,23 +76,34 @@ def measurements(
 
 
 def compare(
-  jobs: Sequence[Measurement], *, rounds: int, progress: Callable[[int, Measurement, Measured | None], None] = lambda *what: None
+  jobs: Sequence[Measurement], *, rounds: int, progress: Callable[[int, Measurement, Measured | None], None] = lambda *event: None
 ) -> DataReport:
-  """Measures every job `rounds` times, each in its own process, in turn: A B C A B C …
+  """Measures every job `rounds` times, each time in a fresh process, in turn: A B C A B C …
 
-  progress: called with (round from 0, job, None) before a measurement and with its result after it.
+  Args:
+    jobs: what to measure.
+    rounds: how often.
+    progress: is called with (number of the round from 0, job, None) before a measurement and with its result after it.
+
+  Raises:
+    DataError: as `measure_apart`.
   """
   results: list[list[Measured]] = [[] for _ in jobs]
   for number in range(rounds):
-    for job, found in zip(jobs, results, strict=True):
+    for job, measured in zip(jobs, results, strict=True):
       progress(number, job, None)
-      found.append(measure_apart(job))
-      progress(number, job, found[-1])
+      measured.append(measure_apart(job))
+      progress(number, job, measured[-1])
   return DataReport(jobs=tuple(jobs), results=tuple(map(tuple, results)))
 
 
 def measure_apart(job: Measurement) -> Measured:
-  """Measures in a fresh process. DataError as there; RuntimeError with its stderr if it broke."""
+  """Measures in a fresh process.
+
+  Raises:
+    DataError: the data cannot be read.
+    RuntimeError: the process failed; the message ends with its stderr.
+  """
   root = str(pathlib.Path(__file__).parents[2])
   path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
   quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1", "NO_GCE_CHECK": "true"}
@@ -99,14 +117,14 @@ def measure_apart(job: Measurement) -> Measured:
   )
   if child.returncode or not child.stdout.strip():
     raise RuntimeError(f"measuring {job.pipeline} ({job.group}) ended with status {child.returncode}:\n{child.stderr[-4000:]}")
-  found = json.loads(child.stdout.splitlines()[-1])
-  if "error" in found:
-    raise DataError(found["error"])
-  return Measured(**found)
+  answer = json.loads(child.stdout.splitlines()[-1])
+  if "error" in answer:
+    raise DataError(answer["error"])
+  return Measured(**answer)
 
 
 def measure(job: Measurement) -> Measured:
-  """Measures in this process; meant for a fresh one, because memory and imports count from its start."""
+  """Measures in this process, which should be a fresh one, because memory and imports count from its start."""
   begin = time.perf_counter()
   versions = _preload(job)
   import_s = time.perf_counter() - begin
@@ -142,6 +160,7 @@ def measure(job: Measurement) -> Measured:
 
 
 def _preload(job: Measurement) -> dict[str, str]:
+  """Imports what the pipeline needs; returns the versions of the packages that do its work."""
   if job.pipeline != OURS:
     from nfnets.measure import tfdata
 
@@ -149,21 +168,21 @@ def _preload(job: Measurement) -> dict[str, str]:
   import cv2
   import simplejpeg
 
-  from nfnets.data.sources.open import open_source  # noqa: F401  (imported for their time and memory)
+  from nfnets.data.sources.open import open_source  # noqa: F401  (imported so that its time and memory count)
 
   if job.data.name not in ("digits", "synthetic", "folder"):
-    import tensorflow_datasets  # noqa: F401  (what a TFDS source imports when it is opened)
+    import tensorflow_datasets  # noqa: F401  (a TFDS source imports it when it is opened)
   return {"numpy": np.__version__, "opencv": cv2.__version__, "simplejpeg": simplejpeg.__version__}
 
 
 def _open(job: Measurement) -> tuple[Iterator[dict[str, Any]], dict[str, float], Callable[[], None]]:
-  """(batches, seconds by phase that fill up as they are made, what to call at the end)."""
+  """Returns (batches, seconds by phase, which grow as batches are made, and a function that closes the pipeline)."""
   if job.pipeline != OURS:
     from nfnets.measure import tfdata
 
     build = tfdata.tuned if job.group == CROP else tfdata.official
-    found = build(job.data, batch=job.batch, steps=job.steps, threads=job.threads)
-    return iter(found.as_numpy_iterator()), {}, lambda: None
+    dataset = build(job.data, batch=job.batch, steps=job.steps, threads=job.threads)
+    return iter(dataset.as_numpy_iterator()), {}, lambda: None
   from nfnets.data.batches.prefetch import prefetch
   from nfnets.data.batches.training import TrainBatches
   from nfnets.data.sources.open import open_source
@@ -179,8 +198,8 @@ def _open(job: Measurement) -> tuple[Iterator[dict[str, Any]], dict[str, float],
 
 
 def _resident() -> dict[str, int]:
-  """Bytes resident now (VmRSS) and at most so far (VmHWM)."""
-  # Not getrusage's maximum where it can be helped: on Linux a child starts with its parent's.
+  """Returns the bytes of this process that are resident now ("VmRSS") and the most that were so far ("VmHWM")."""
+  # getrusage's maximum is only used where /proc is missing, because on Linux a child starts with its parent's maximum.
   try:
     lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
   except OSError:
@@ -191,11 +210,12 @@ def _resident() -> dict[str, int]:
 
 
 def main() -> None:
+  """Measures the job that stdin holds as JSON, and prints the result, or {"error": …}, as JSON."""
   try:
-    found = dataclasses.asdict(measure(Measurement.from_json(sys.stdin.read())))
+    answer = dataclasses.asdict(measure(Measurement.from_json(sys.stdin.read())))
   except DataError as error:
-    found = {"error": str(error)}
-  print(f"\n{json.dumps(found)}", flush=True)
+    answer = {"error": str(error)}
+  print(f"\n{json.dumps(answer)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # measured processes import this module, and their memory and
 CROP, RECIPE = "decode + crop + flip", "whole recipe"  # the groups of pipelines that do the same work
 OURS = "nfnets"
 PHASES = ("read", "check", "decode", "augment", "mix")
-# pipeline: (group, how many times its images per CPU-second ours should reach)
+# The peers: pipeline → (its group, the ratio of images per CPU-second that ours should reach against it).
 PEERS = {"tf.data, tuned": (CROP, 1.15), "tf.data, official structure": (RECIPE, 5.0)}
 
 
@@ -129,7 +129,7 @@ class DataReport:
 
   @property
   def ratios(self) -> list[Ratio]:
-    """Our speed over each peer's in the same group."""
+    """The ratios of our speed to that of each peer in the same group."""
     speeds = lambda index: [result.figures["images_per_cpu_s"] for result in self.results[index]]
     ours = {job.group: index for index, job in enumerate(self.jobs) if job.pipeline == OURS}
     return [

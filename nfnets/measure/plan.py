@@ -100,8 +100,7 @@ def make_plan(
   """Compiles the step of `config` and, where it does not fit, variants of it until one does.
 
   Args:
-    config: the run. Images have the size of the data section, or else the variant's; classes are as many as in the data section,
-      or else 1000.
+    config: the run. Images have the size of the data section, or else the variant's; for the classes see `program.class_count`.
     topology: a TPU slice, see `tpu_devices`; None means the devices of `mesh`.
     advise: compile all variants (remat, shard and accumulate = 2, 4, 8, unless set already), whether the step fits or not.
     mesh: the devices, by default all of this machine.
@@ -116,7 +115,8 @@ def make_plan(
   sharding.check_batch(config.batch, mesh, config.accumulate)
   device = mesh.devices.flat[0]
   row = chip(device.device_kind)
-  size, classes = _image_size(config), config.data.num_classes or 1000
+  size, (classes, source) = _image_size(config), program.class_count(config)
+  say(f"{classes} classes, {source}")
   description = models.describe(config.model.name, classes, resolutions={"train": size}, **config.model.all_overrides())
   capacity = _capacity(device, None if row is None else row.memory)
   setup = _Setup(mesh=mesh, chip=row, image_size=size, num_classes=classes, macs=description.macs[size], capacity=capacity)
@@ -206,7 +206,7 @@ def _compile_steps(config: Config, setup: _Setup, advise: bool, say: Callable[[s
     step = _compile(name, changed, setup, say_for_step)
     fits = "may fit" if step.fits is None else "fits" if step.fits else "does not fit"
     say_for_step(
-      f"{step.said_memory()} a device, {fits} ({step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling)"
+      f"{step.memory_text()} a device, {fits} ({step.lowering_s:.1f} s of tracing, {step.compile_s:.1f} s of compiling)"
     )
     steps.append(step)
     return step

@@ -126,7 +126,7 @@ class CompiledStep:
     times = None if line is None else {**dataclasses.asdict(line), "low": line.low, "high": line.high, "bound": line.bound}
     return {**values, "memory": memory, "collectives": self.by_kind(), "roofline": times}
 
-  def said_memory(self) -> str:
+  def memory_text(self) -> str:
     """Puts the memory into words: the total, or that it is more than what the compiler refused."""
     if self.memory is not None:
       return size_text(self.memory.total)
@@ -180,7 +180,7 @@ class Plan:
     for step in self.steps:
       parts = (size_text(step.memory.arguments), size_text(step.memory.temporaries)) if step.memory else ("", "")
       time = "" if step.roofline is None else f"{_ms(step.roofline.low)} to {_ms(step.roofline.high)}"
-      table.add_row(step.name, step.said_memory(), _fits(step.fits), *parts, time, f"{step.compile_s:.1f} s")
+      table.add_row(step.name, step.memory_text(), _fits(step.fits), *parts, time, f"{step.compile_s:.1f} s")
     return table
 
   def assumptions(self) -> list[str]:
@@ -252,7 +252,7 @@ class Plan:
     moved = "not reported by this backend" if step.memory_bytes is None else f"{step.memory_bytes / 1e9:,.2f} GB"
     return [
       *rows,
-      ("needed", f"{step.said_memory()}, fits: {fits}; {memory.parts_text()} + code {size_text(memory.code)}"),
+      ("needed", f"{step.memory_text()}, fits: {fits}; {memory.parts_text()} + code {size_text(memory.code)}"),
       ("arithmetic", f"{counts}, {_tera(step.counted_flops)} by the model's multiply-adds, a device"),
       ("memory traffic", f"{moved} a device"),
       (
@@ -300,7 +300,7 @@ def picture(plan: Plan, file: str) -> None:
     if step.needed:
       left[row] = step.needed / GIB
       axes.barh(row, left[row], color="none", edgecolor="#d1605e", hatch="//")
-    axes.text(left[row], row, f" {step.said_memory()}", va="center", fontsize=8)
+    axes.text(left[row], row, f" {step.memory_text()}", va="center", fontsize=8)
   if plan.capacity is not None:
     axes.axvline(plan.capacity / GIB, color="#d1605e", linestyle="--", label="a device has")
   axes.invert_yaxis()

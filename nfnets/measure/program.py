@@ -13,11 +13,16 @@ from jax.sharding import Mesh
 
 from nfnets import optim
 from nfnets.config import Config
+from nfnets.errors import UserError
 from nfnets.train.step import sharding
 from nfnets.train.step.state import TrainState
 from nfnets.train.step.step import train_step_over
 
 IMAGENET_IMAGES = 1_281_167  # training images of ILSVRC 2012, for the schedule's length of an epoch, since no dataset is loaded
+
+
+# Classes of the data sets that the recipes name, since no dataset is loaded.
+CLASSES = {"digits": 10, "synthetic": 1000, "cifar10": 10, "cifar100": 100, "imagenet2012": 1000}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,22 @@ class ProgramMemory:
       f"arguments {size_text(self.arguments)} + outputs {size_text(self.outputs)} - aliased {size_text(self.aliased)} "
       f"+ temporaries {size_text(self.temporaries)}"
     )
+
+
+def class_count(config: Config) -> tuple[int, str]:
+  """Returns how many classes the network has, and words for where the number comes from; no dataset is loaded.
+
+  Raises:
+    UserError: neither config.data.num_classes says it nor is the dataset one of `CLASSES`.
+  """
+  if config.data.num_classes is not None:
+    return config.data.num_classes, "as config.data.num_classes or --classes says"
+  if config.data.name not in CLASSES:
+    raise UserError(
+      f"config.data.num_classes is not set, and how many classes config.data.name={config.data.name!r} has is not known without "
+      "reading it; give --classes=N"
+    )
+  return CLASSES[config.data.name], f"as the dataset {config.data.name} has"
 
 
 def make_optimizer(config: Config, params: nnx.State) -> optax.GradientTransformation:

@@ -53,8 +53,8 @@ def benchmark_step(
   """Times the training step that `config` describes.
 
   Read from `config`: everything that makes the step (model, optimizer, loss, batch). No dataset is loaded: images are
-  noise of config.data.image_size pixels (None = the model's training resolution), labels are drawn from
-  config.data.num_classes (None = 1000), and an epoch is as long as ImageNet's.
+  noise of config.data.image_size pixels (None = the model's training resolution), labels are drawn from as many classes as
+  `program.class_count` says, and an epoch is as long as ImageNet's.
 
   Args:
     config: the run; `batch` is over all devices.
@@ -76,7 +76,8 @@ def benchmark_step(
   sharding.check_batch(config.batch, mesh, config.accumulate)
   overrides = config.model.all_overrides()
   size = config.data.image_size or models.variant(config.model.name, **overrides).train_resolution
-  classes = config.data.num_classes or 1000
+  classes, source = program.class_count(config)
+  say(f"{classes} classes, {source}")
   kind = mesh.devices.flat[0].device_kind
   devices = f"{mesh.size} × {kind}"
   with _explained_out_of_memory(config.batch, size, devices):

@@ -1,10 +1,10 @@
-"""What ours is measured against: two tf.data pipelines over the same TFRecords. TensorFlow is imported when one is built.
+"""Builds the two tf.data pipelines that this library's data path is measured against, over the same TFRecords.
 
-`tuned` is the least that tf.data can be asked for: decode and crop in one operation, resize, flip, uint8 batches. `official`
-has the structure of the published NFNet pipeline (deepmind-research nfnets/dataset.py and autoaugment.py): twice the
-images, mixed in float32 in a batch, taken apart, RandAugment by TensorFlow's operations, normalised, put together again.
-Both are given what helps them: parsing, cropping and decoding in one step, TensorFlow's faster inexact DCT, private threads,
-no fixed order.
+TensorFlow is imported only when one of them is built. `tuned` does the least that can be asked of tf.data: it decodes and crops
+in one operation, resizes, flips, and makes uint8 batches. `official` has the structure of the published NFNet pipeline
+(deepmind-research nfnets/dataset.py and autoaugment.py): it reads twice the images, mixes them in float32 in a batch, takes the
+batch apart, applies RandAugment by TensorFlow's operations, normalises, and puts the batch together again. Both are given what
+helps them: parsing, cropping and decoding in one step, TensorFlow's faster inexact DCT, private threads, and no fixed order.
 """
 
 import functools
@@ -16,16 +16,16 @@ from typing import Any
 from nfnets.config import DataConfig
 from nfnets.data.errors import DataError
 
-GREY = 128  # what RandAugment's operations leave behind
+GREY = 128  # the value of the pixels that RandAugment's operations leave empty
 
 
 def missing() -> bool:
-  """Whether TensorFlow is not installed; found out without importing it."""
+  """Says whether TensorFlow is missing, without importing it."""
   return importlib.util.find_spec("tensorflow") is None
 
 
 def preload() -> dict[str, str]:
-  """Imports what the pipelines need; versions of the packages that do the work."""
+  """Imports what the pipelines need; returns the versions of the packages that do the work."""
   import tensorflow as tf
   import tensorflow_datasets as tfds
 
@@ -44,21 +44,25 @@ def check(config: DataConfig) -> None:
 
 
 def tuned(config: DataConfig, *, batch: int, steps: int, threads: int):
-  """Decode, crop, flip: `steps` batches of {"image": uint8 [batch, S, S, 3], "label": int32 [batch]}."""
+  """Builds the pipeline that decodes, crops and flips.
+
+  It makes `steps` batches of {"image": uint8 [batch, S, S, 3], "label": int32 [batch]}.
+  """
   import tensorflow as tf
 
   def prepare(image, label):
     image = tf.image.resize(_random_crop(tf, image, config), (config.image_size,) * 2, "bicubic")
     return {"image": tf.image.random_flip_left_right(tf.saturate_cast(tf.round(image), tf.uint8)), "label": label}
 
-  found = _prepared(tf, config, prepare, count=batch * steps, buffer=10 * batch, threads=threads)
-  return found.batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+  images = _prepared(tf, config, prepare, count=batch * steps, buffer=10 * batch, threads=threads)
+  return images.batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
 def official(config: DataConfig, *, batch: int, steps: int, threads: int):
-  """The whole recipe: `steps` batches of {"image": float32 [batch, S, S, 3], "label", "mix_label": int32, "ratio": float32}.
+  """Builds the pipeline of the whole recipe.
 
-  `batch` is even: half of it is mixed up, half of it cut.
+  It makes `steps` batches of {"image": float32 [batch, S, S, 3], "label" and "mix_label": int32, "ratio": float32}. `batch` must
+  be even, because mixup is applied to one half of it and cutmix to the other.
   """
   import tensorflow as tf
 
@@ -93,16 +97,17 @@ def official(config: DataConfig, *, batch: int, steps: int, threads: int):
     image = randaugment(tf, image, layers=layers, magnitude=magnitude)
     return {**example, "image": (tf.cast(image, tf.float32) - config.mean) / config.std}
 
-  found = _prepared(tf, config, prepare, count=2 * batch * steps, buffer=10 * batch, threads=threads)
-  found = found.prefetch(tf.data.AUTOTUNE).batch(2 * batch, drop_remainder=True).map(mix, num_parallel_calls=tf.data.AUTOTUNE)
-  found = found.unbatch().map(augment, num_parallel_calls=tf.data.AUTOTUNE)
-  return found.batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+  images = _prepared(tf, config, prepare, count=2 * batch * steps, buffer=10 * batch, threads=threads)
+  doubles = images.prefetch(tf.data.AUTOTUNE).batch(2 * batch, drop_remainder=True)
+  mixed = doubles.map(mix, num_parallel_calls=tf.data.AUTOTUNE)
+  augmented = mixed.unbatch().map(augment, num_parallel_calls=tf.data.AUTOTUNE)
+  return augmented.batch(batch, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
 def randaugment(tf: Any, image, *, layers: int, magnitude: float):
-  """`layers` of the 16 operations, drawn with replacement, on uint8 [S, S, 3]; levels as in the published code.
+  """Applies `layers` of the 16 operations, drawn with replacement, to uint8 [S, S, 3]; levels as in the published code.
 
-  One conditional for each operation, as published: a switch would be quicker, but it is not what people ran.
+  There is a conditional for each operation, as published; a switch would be quicker, but it is not what people ran.
   """
   for _ in range(layers):
     chosen = tf.random.uniform([], maxval=len(OPERATIONS), dtype=tf.int32)
@@ -116,13 +121,23 @@ def randaugment(tf: Any, image, *, layers: int, magnitude: float):
 
 
 def _builder(config: DataConfig):
+  """Returns TFDS's builder of the dataset, without asking Google's bucket for it."""
   import tensorflow_datasets as tfds
 
   return tfds.builder(config.name, data_dir=config.dir or None, try_gcs=False)
 
 
 def _prepared(tf: Any, config: DataConfig, prepare: Callable, *, count: int, buffer: int, threads: int):
-  """prepare(JPEG bytes, label) of `count` shuffled records, epoch after epoch; exactly as many are read, none is left over."""
+  """Makes a dataset of `prepare(JPEG bytes, label)` for `count` shuffled records, epoch after epoch, and reads no more.
+
+  Args:
+    tf: TensorFlow.
+    config: the dataset, its training split, and the names of its features.
+    prepare: makes an example of an image and its label.
+    count: how many records.
+    buffer: records among which they are shuffled.
+    threads: threads of the pipeline.
+  """
   parts = _builder(config).info.splits[config.train_split].file_instructions
   columns = (
     [part.filename for part in parts],
@@ -131,8 +146,8 @@ def _prepared(tf: Any, config: DataConfig, prepare: Callable, *, count: int, buf
   features = {config.image_key: tf.io.FixedLenFeature([], tf.string), config.label_key: tf.io.FixedLenFeature([], tf.int64)}
 
   def parse_and_prepare(payload):
-    found = tf.io.parse_single_example(payload, features)
-    return prepare(found[config.image_key], tf.cast(found[config.label_key], tf.int32))
+    example = tf.io.parse_single_example(payload, features)
+    return prepare(example[config.image_key], tf.cast(example[config.label_key], tf.int32))
 
   options = tf.data.Options()
   options.deterministic = False
@@ -141,13 +156,13 @@ def _prepared(tf: Any, config: DataConfig, prepare: Callable, *, count: int, buf
   options.experimental_optimization.map_parallelization = True
   options.experimental_optimization.parallel_batch = True
   files = tf.data.Dataset.from_tensor_slices(columns).shuffle(len(parts))
-  found = files.interleave(
+  records = files.interleave(
     lambda file, skip, take: tf.data.TFRecordDataset(file, buffer_size=1 << 20).skip(skip).take(take),
     cycle_length=min(16, len(parts)),
     num_parallel_calls=tf.data.AUTOTUNE,
   )
-  found = found.repeat().take(count).shuffle(min(buffer, count))
-  return found.map(parse_and_prepare, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
+  shuffled = records.repeat().take(count).shuffle(min(buffer, count))
+  return shuffled.map(parse_and_prepare, num_parallel_calls=tf.data.AUTOTUNE).with_options(options)
 
 
 # ---- an image
@@ -168,23 +183,28 @@ def _random_crop(tf: Any, jpeg, config: DataConfig):
 
 
 def _cutmix_mask(tf: Any, size: int):
-  """1 inside a box whose area is uniform before the edges clip it, 0 outside: float32 [size, size, 1]."""
+  """Makes a mask, float32 [size, size, 1]: 1 inside a box whose area is uniform before the edges clip it, and 0 outside."""
   half = tf.cast(tf.sqrt(tf.random.uniform([])) * size, tf.int32) // 2
   centre = tf.random.uniform([2], maxval=size, dtype=tf.int32)
   inside = tf.abs(tf.range(size)[None] - centre[:, None]) < half
   return tf.cast(inside[0][:, None] & inside[1][None], tf.float32)[..., None]
 
 
-# ---- the 16 operations: uint8 [S, S, 3] and a level in tenths of the scale, to the same
+# ---- the 16 operations
+# Each takes uint8 [S, S, 3] and a level, the magnitude divided by 10, and returns uint8 [S, S, 3].
 
 
 def _blend(tf, base, image, factor):
+  """Moves from `base` (factor 0) towards `image` (factor 1), or beyond it."""
   base, image = tf.cast(base, tf.float32), tf.cast(image, tf.float32)
   return tf.saturate_cast(base + factor * (image - base), tf.uint8)
 
 
 def _transform(tf, image, matrix):
-  """Nearest pixels; a fourth channel of ones says which come from inside, as published, and the rest becomes grey."""
+  """Moves the pixels by a matrix, to the nearest ones.
+
+  As published, a fourth channel of ones tells which pixels come from inside; the others become grey.
+  """
   side = image.shape[0]
   marked = tf.concat([image, tf.ones([side, side, 1], image.dtype)], axis=-1)
   moved = tf.raw_ops.ImageProjectiveTransformV3(
@@ -199,6 +219,7 @@ def _transform(tf, image, matrix):
 
 
 def _either_way(tf, value):
+  """Gives the value a random sign."""
   return tf.where(tf.random.uniform([]) < 0.5, value, -value)
 
 

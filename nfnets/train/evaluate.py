@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nfnets.config import Config
+from nfnets.config.text import from_json
 from nfnets.data.batches.evaluation import EvalBatches
 from nfnets.data.sources.open import open_source
 from nfnets.train import resolve
@@ -79,26 +80,35 @@ class Evaluated:
   results: Results
 
 
-def evaluate_checkpoint(config: Config, checkpoint: str, *, say: Callable[[str], None] = print) -> Evaluated:
+def evaluate_checkpoint(config: Config | None, checkpoint: str, *, say: Callable[[str], None] = print) -> Evaluated:
   """Evaluates the parameters of a checkpoint, and their average if it was kept, over config.data's test split.
 
   Args:
-    config: the network must be the checkpoint's; the data may be others.
+    config: the network must be the checkpoint's; the data may be others. None takes the configuration that the checkpoint was
+      trained with.
     checkpoint: a workdir, of which the newest good step is taken, or WORKDIR/checkpoints/STEP.
     say: gets a line about whatever takes long or goes wrong.
 
   Raises:
-    CheckpointError: there is no checkpoint, it is damaged, or it holds another network. DataError: the split cannot be read.
+    CheckpointError: there is no checkpoint, it is damaged, or it holds another network or other classes.
+    DataError: the split cannot be read.
   """
   where = pathlib.Path(checkpoint).resolve()
   reader, (_, asked) = CheckpointReader(str(where), say=say), retention.locate(str(where))
   step = reader.choose(asked) if asked is None or reader.path(asked).is_dir() else None
   if step is None:
     raise CheckpointError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
-  check_same_run(reader.meta(step)["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
+  meta = reader.meta(step)
+  config = config or from_json(meta["config"])
+  check_same_run(meta["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
   data_config, mesh = resolve.data_config(config), sharding.make_mesh()
   with contextlib.ExitStack() as opened:
     data = opened.enter_context(contextlib.closing(open_source(data_config, data_config.test_split, progress=say)))
+    if data.num_classes != meta["num_classes"]:
+      raise CheckpointError(
+        f"config.data.name={config.data.name!r} has {data.num_classes:,} classes, the checkpoint {reader.path(step)} "
+        f"{meta['num_classes']:,}; expected the classes that it was trained on"
+      )
     batches = EvalBatches(
       data,
       data_config,

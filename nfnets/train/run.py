@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import pprint
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nfnets import distributed, optim
-from nfnets.config import Config, DataConfig
+from nfnets.config import Config, DataConfig, text
 from nfnets.data.batches.evaluation import EvalBatches
 from nfnets.data.batches.prefetch import prefetch
 from nfnets.data.batches.training import TrainBatches, shuffle_block
@@ -311,7 +310,7 @@ def _announce(run: Run, params: nnx.State) -> None:
   log.begin(run.step, run.total_steps, f"train{smoothing}")
   if jax.process_index() == 0:
     _write_config(run)
-  log.say(pprint.pformat(config, width=120, sort_dicts=False))
+  log.say(text.changes(config))
   log.say(optim.describe_groups(params, config.optim))
   log.say(
     f"{config.model.name}, {sum(p.size for p in jax.tree.leaves(params)):,} parameters; {len(run.data):,} training and "

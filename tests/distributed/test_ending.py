@@ -1,4 +1,4 @@
-"""How a process ends: requests to stop by signals, the watchdog, and the statuses after which a launcher starts again."""
+"""How a process ends: by requests to stop, by the watchdog, and with which statuses a launcher starts it again."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def default_handlers():
-  """Handlers as in a fresh process, put back afterwards: a signal that ends the process would end the tests."""
+  """Sets the handlers of a fresh process and puts the old ones back, since a signal that ends the process would end the tests."""
   before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
   signal.signal(signal.SIGINT, signal.default_int_handler)
   yield before
@@ -45,7 +45,7 @@ def test_the_second_ctrl_c_ends_at_once(default_handlers, capfd):
   with stop_on_signals() as stop:
     send(signal.SIGINT)
     assert stop.name == "SIGINT"
-    send(signal.SIGTERM)  # neither a second request nor an end
+    send(signal.SIGTERM)  # is no second request and does not end the process
     with pytest.raises(KeyboardInterrupt):
       send(signal.SIGINT)
   assert capfd.readouterr().err == "\nSIGINT: saving after this step; Ctrl-C once more (SIGINT) ends at once\n"

@@ -1,4 +1,4 @@
-"""Which engine is found in which environment, what is refused, and that processes meet, part and miss each other; threads do."""
+"""The engine is read from the environment; processes meet, part and notice a lost one. Threads stand in for the processes."""
 
 import concurrent.futures
 import io
@@ -28,41 +28,45 @@ def detected(environ, *, workers=1, kubernetes=True, **given) -> Membership:
   return detect.detect(environ, tpu_workers=lambda: workers, has_kubernetes=lambda: kubernetes, **given)
 
 
-def one(engine: str) -> Membership:
+def alone(engine: str) -> Membership:
   return Membership(engine=engine, count=1, index=0)
 
 
 @pytest.mark.parametrize(
   "environ, given, expected",
   [
-    ({}, {}, one("by default")),
+    ({}, {}, alone("by default")),
     (
       MPI | SLURM | KUBEFLOW | SKY,
       dict(coordinator="h:9", count=2, index=1),
       Membership(engine="flags", coordinator="h:9", count=2, index=1),
     ),
-    (SLURM | SKY, dict(count=1), one("flags")),
-    # in JAX's order, and before the variables; mpirun within an sbatch sees the variables of both
+    (SLURM | SKY, dict(count=1), alone("flags")),
+    # engines come in JAX's order and before the JAX_ variables; mpirun within an sbatch sees the variables of both
     (MPI | SLURM | SKY, {}, Membership(engine="Open MPI", count=4, index=2, ask="ompi")),
     (SLURM | SKY, {}, Membership(engine="SLURM", count=4, index=1, ask="slurm")),
     (SLURM, dict(coordinator="h:9"), Membership(engine="SLURM", coordinator="h:9", count=4, index=1, ask="slurm")),
     (SLURM | KUBEFLOW, {}, Membership(engine="SLURM", coordinator="c:1", count=4, index=1, ask="slurm")),
-    (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, one("SLURM")),
-    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, one("SLURM")),  # the shell of an salloc
-    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}, {}, one("by default")),  # no srun
+    (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {}, alone("SLURM")),
+    (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, alone("SLURM")),  # in the shell that salloc starts
+    (
+      {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"},
+      {},
+      alone("by default"),
+    ),  # started without srun
     (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"} | SKY, {}, Membership(engine="TPU pod", ask="gketpu")),
-    (TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, {}, one("TPU, one host")),
+    (TPU | {"TPU_WORKER_HOSTNAMES": "localhost"}, {}, alone("TPU, one host")),
     (TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}, Membership(engine="TPU pod", ask="gketpu")),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, one("by default")),  # no TPU here
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, alone("by default")),  # no TPU in this machine
     (POD, {}, Membership(engine="Kubernetes", ask="k8s")),
     (
       POD | KUBEFLOW,
       {},
       Membership(engine="JAX_ variables", coordinator="c:1", count=4, index=3),
-    ),  # without rights at the API server
-    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {}, one("by default")),  # a pod of no indexed job, e.g. a notebook's
+    ),  # a pod that may not ask the API server
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {}, alone("by default")),  # a pod that belongs to no indexed job, e.g. a notebook
     (KUBEFLOW | SKY, {}, Membership(engine="JAX_ variables", coordinator="c:1", count=4, index=3)),
-    ({"JAX_NUM_PROCESSES": "1"}, {}, one("JAX_ variables")),
+    ({"JAX_NUM_PROCESSES": "1"}, {}, alone("JAX_ variables")),
     (SKY, {}, Membership(engine="SkyPilot", coordinator="10.0.0.1:8476", count=2, index=1)),
     (
       SKY | {"SKYPILOT_NODE_IPS": "fd00::1\nfd00::2"},
@@ -82,7 +86,7 @@ def test_who_is_believed(environ, given, expected):
 
 def test_a_tpu_vm_is_asked_for_its_hosts_only_where_it_is_one():
   assert detected(TPU, workers=4) == Membership(engine="TPU pod", ask="gcetpu")
-  assert detected(TPU, workers=1) == one("TPU, one host")
+  assert detected(TPU, workers=1) == alone("TPU, one host")
   never = lambda: pytest.fail("asked the metadata server")
   for environ in ({}, TPU | {"TPU_SKIP_MDS_QUERY": "1"}, TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, SLURM):
     detect.detect(environ, tpu_workers=never, has_kubernetes=lambda: False)
@@ -114,16 +118,16 @@ def test_contradictions_are_refused_by_name(environ, given, expected):
 
 
 def test_jax_is_asked_where_the_coordinator_is(monkeypatch):
-  """Through a name that is not public: this says when it moves. The port is the job's, the host the first of the list."""
+  """JAX is asked by a name that is not public, so this fails when it moves. The port is the job's, the host the list's first."""
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
   placement, local = detect.complete(detected(SLURM), 5)
   assert placement == Placement(engine="SLURM", coordinator="n1:61447", count=4, index=1) and local == [1]
-  assert detect.complete(one("SLURM"), 5) == (Placement(engine="SLURM", coordinator="", count=1, index=0), None)
+  assert detect.complete(alone("SLURM"), 5) == (Placement(engine="SLURM", coordinator="", count=1, index=0), None)
 
 
 def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
-  """A pod that has not started: JAX gives up by itself, on Kubernetes before the time that it was given."""
+  """Where another pod has not started, JAX gives up by itself, on Kubernetes before the time that it was given."""
   from jax._src import clusters
 
   answers = []
@@ -150,24 +154,24 @@ def test_a_coordinator_without_an_address_is_waited_for(monkeypatch):
 
 
 def test_hosts_of_all_slices_are_counted_and_a_hiccup_is_none(monkeypatch):
-  known = {"worker-network-endpoints": "a,b", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n"}
+  metadata = {"worker-network-endpoints": "a,b", "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '3'\n"}
   answers = [OSError("timed out")]
 
   def urlopen(request, timeout):
     if answers:
       raise answers.pop()
-    return io.BytesIO(known[request.full_url.rpartition("/")[2]].encode())
+    return io.BytesIO(metadata[request.full_url.rpartition("/")[2]].encode())
 
   monkeypatch.setattr(detect.urllib.request, "urlopen", urlopen)
   assert detect.tpu_workers() == 6
-  known["tpu-env"] = "ZONE: 'z'"
+  metadata["tpu-env"] = "ZONE: 'z'"
   assert detect.tpu_workers() == 2
   answers[:] = [detect.urllib.error.URLError(socket.gaierror(-2, "unknown"))] * 2
   assert detect.tpu_workers() == 1
 
 
 def test_a_silent_coordinator_is_a_lost_one():
-  """A process 0 of before that hangs: the kernel still takes connections for it."""
+  """A process 0 of an earlier run may hang, while the kernel still takes connections for it."""
   with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(LostPeer, match="and then said nothing"):
     meeting.meet(f"127.0.0.1:{silent.getsockname()[1]}", 2, 1, bind=None, timeout_s=0.5)
 
@@ -208,11 +212,11 @@ def free_port() -> int:
 
 
 def meet_all(*counts_and_indices: tuple[int, int], port: int, timeout_s: float = 1.0) -> list:
-  """What meet() gave, or raised, for each (count, index)."""
+  """Returns what meet() returned or raised for each (count, index)."""
   address = f"127.0.0.1:{port}"
   with concurrent.futures.ThreadPoolExecutor(len(counts_and_indices)) as pool:
-    waiting = [pool.submit(meeting.meet, address, *each, bind=address, timeout_s=timeout_s) for each in counts_and_indices]
-    return [each.exception() or each.result() for each in waiting]
+    waiting = [pool.submit(meeting.meet, address, *place, bind=address, timeout_s=timeout_s) for place in counts_and_indices]
+    return [future.exception() or future.result() for future in waiting]
 
 
 def close(*everyone: dict) -> None:
@@ -244,7 +248,7 @@ def test_all_meet_even_where_strangers_knock():
 )
 def test_a_wrong_number_of_processes_is_refused_by_all_of_them(who, error, expected):
   raised = meet_all(*who, port=free_port())
-  assert all(type(each) is error and expected in str(each) for each in raised), raised
+  assert all(type(reason) is error and expected in str(reason) for reason in raised), raised
 
 
 def test_a_busy_port_and_a_process_too_many(monkeypatch):
@@ -261,10 +265,10 @@ def test_a_busy_port_and_a_process_too_many(monkeypatch):
 
 @pytest.fixture
 def watched():
-  """Three processes that have met: (their wires, what their watches said, a function that starts them)."""
+  """Gives three processes that have met: (their connections, what their watches said, the watches, not started)."""
   wires = meet_all((3, 0), (3, 1), (3, 2), port=free_port(), timeout_s=10)
   said = [[], [], []]
-  watches = [lifeline.Watch(each, lambda *end, i=i: said[i].append(end)) for i, each in enumerate(wires)]
+  watches = [lifeline.Watch(connections, lambda *end, i=i: said[i].append(end)) for i, connections in enumerate(wires)]
   yield wires, said, watches
   for watch in watches:
     watch.close()
@@ -298,7 +302,7 @@ def test_silence_is_a_lost_process_and_signs_of_life_are_none(watched, monkeypat
     watch.start()
   time.sleep(1.5)
   assert said == [[], [], []]
-  watches[1]._tell = lambda **_: None  # stopped: its connection stays
+  watches[1]._tell = lambda **_: None  # it falls silent, but its connection stays
   wait_for(lambda: said[0] and said[2])
   assert all("process 1 (" in text and "no sign of life for 1 s" in text for (text, _), *_ in (said[0], said[2]))
 

@@ -2,7 +2,8 @@
 
 Runs tests/faults in its long form on this machine's CPU: kills, stops, signals, damaged and half-written checkpoints, a full
 disk, batches that are not numbers, corrupt images, storage that fails, and a long run with a fault now and then. Shows
-each as it ends, then the table, with goodput (useful steps over all steps made). Exit status 1 if anything was not as it must be.
+each as it ends, then the table, with goodput (useful steps over all steps made). The exit status is 1 if anything was not as it
+must be.
 """
 
 import argparse
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run_long_form(only: str | None) -> tuple[int, list[dict[str, Any]]]:
-  """Runs pytest: (its exit status, the table's rows that the tests have written)."""
+  """Runs pytest; returns its exit status and the rows of the table that the tests have written."""
   with tempfile.TemporaryDirectory() as directory:
     report = pathlib.Path(directory, "rows.jsonl")
     command = [sys.executable, "-m", "pytest", "tests/faults", "-v", "--no-header", "--tb=short", "--durations=0"]
@@ -32,7 +33,7 @@ def run_long_form(only: str | None) -> tuple[int, list[dict[str, Any]]]:
 
 
 def show(status: int, rows: list[dict[str, Any]]) -> int:
-  """Prints the table and its sums; the program's exit status."""
+  """Prints the table and its sums; returns the exit status of the program."""
   console = rich.console.Console(highlight=False)
   table = rich.table.Table(title="faults", title_justify="left", show_lines=False)
   for column in ("inject", "shown", "steps lost"):

@@ -1,4 +1,4 @@
-"""What can happen to checkpoints, made to happen: kills, flipped bits, files cut short and deleted, a disk that is full.
+"""Damages checkpoints as the world can: by kills, flipped bits, files cut short or deleted, and full disks.
 
 Each function needs an empty directory and returns what it counted; "wrong" and "silent" must be 0.
 """
@@ -24,6 +24,7 @@ from nfnets.train.checkpoints.compatibility import RunFacts
 from nfnets.train.checkpoints.errors import SaveError
 from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.checkpoints.writer import CheckpointWriter
+from nfnets.train.step import sharding
 from nfnets.train.step.state import TrainState
 
 FACTS = RunFacts(config=Config(), num_classes=10, records=1000)
@@ -31,20 +32,33 @@ FACTS = RunFacts(config=Config(), num_classes=10, records=1000)
 
 @dataclasses.dataclass(frozen=True)
 class Kills:
-  """restorable: attempts after which a checkpoint that is no older than the last finished one was restored. wrong: those whose
-  arrays were not that step's. litter: what was left in the directory after the next run had opened it."""
+  """What came of kills during saves.
+
+  Attributes:
+    attempts: how many kills there were.
+    restorable: how many of them left a checkpoint to restore that is no older than the last finished one.
+    wrong: how many of the restored checkpoints held other arrays than their step's.
+    litter: how much was left in the directory after the next run had opened it.
+    during_write: how many of the kills left something unfinished.
+  """
 
   attempts: int
   restorable: int
   wrong: int
   litter: int
-  during_write: int  # attempts that left something unfinished
+  during_write: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-  """attempts, one file damaged each. silent: the damaged checkpoint was taken. fallbacks: the one before was, and the file was
-  named in a line."""
+  """What came of damaged files.
+
+  Attributes:
+    attempts: how often a file was damaged, one at a time.
+    files: how many files there are.
+    silent: how often the damaged checkpoint was taken.
+    fallbacks: how often the checkpoint before it was taken and a line named the damaged file.
+  """
 
   attempts: int
   files: int
@@ -54,7 +68,16 @@ class Damage:
 
 @dataclasses.dataclass(frozen=True)
 class DiskFull:
-  """how: "tmpfs" or "RLIMIT_FSIZE" (no right to mount). said: the line about it."""
+  """What came of a full disk.
+
+  Attributes:
+    how: "tmpfs", or "RLIMIT_FSIZE" where this process may not mount one.
+    said: the lines that were printed.
+    raised: whether waiting for the save raised its error.
+    old_intact: whether the checkpoint before could still be restored.
+    later_saved: whether a save worked once there was space again.
+    litter: how much was left in the directory.
+  """
 
   how: str
   said: str
@@ -65,7 +88,7 @@ class DiskFull:
 
 
 def small_state(step: int) -> TrainState:
-  """A state that follows from its step alone: float32, bfloat16, int32 and bool leaves, an empty array, None and empty trees."""
+  """Makes a state from its step alone, with float32, bfloat16, int32 and bool leaves, an empty array, None and empty trees."""
   rng = np.random.default_rng(step)
   params = {
     "blocks": {"0": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 16, 64)), jnp.float32)}},
@@ -79,7 +102,7 @@ def small_state(step: int) -> TrainState:
     "hole": None,
     "empty": {},
   }
-  known = {
+  fields = {
     "step": jnp.int32(step),
     "params": params,
     "stats": {},
@@ -87,12 +110,12 @@ def small_state(step: int) -> TrainState:
     "ema": (jax.tree.map(lambda x: x + 1, params), {}),
     "halted": jnp.array(False),
   }
-  others = {field.name for field in dataclasses.fields(TrainState)} - set(known)
-  return TrainState(**known, **{name: jnp.asarray(step + number, jnp.int32) for number, name in enumerate(sorted(others))})
+  others = {field.name for field in dataclasses.fields(TrainState)} - set(fields)
+  return TrainState(**fields, **{name: jnp.asarray(step + number, jnp.int32) for number, name in enumerate(sorted(others))})
 
 
 def same(a: TrainState, b: TrainState) -> bool:
-  """Equal bits and dtypes, in one structure."""
+  """Says whether two states have the same structure, dtypes and bits; chex would hold NaNs and zeros of any sign for equal."""
   pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
   return jax.tree.structure(a) == jax.tree.structure(b) and all(
     x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs
@@ -100,7 +123,7 @@ def same(a: TrainState, b: TrainState) -> bool:
 
 
 def save(workdir: pathlib.Path, *steps: int, keep: int = 9, say: Callable[[str], None] = print) -> None:
-  """Saves these steps' states one after the other."""
+  """Saves the states of these steps, one after the other."""
   checkpoints = CheckpointWriter(str(workdir), FACTS, keep=keep, say=say)
   for step in steps:
     checkpoints.save(small_state(step))
@@ -108,15 +131,31 @@ def save(workdir: pathlib.Path, *steps: int, keep: int = 9, say: Callable[[str],
   checkpoints.close()
 
 
+def like(devices: int = 1, *, shard: bool = False) -> TrainState:
+  """Returns the shapes of a state, placed on the first `devices` devices, split among them or copied."""
+  return sharding.place(sharding.make_mesh(jax.devices()[:devices]), jax.eval_shape(lambda: small_state(0)), shard=shard)
+
+
+def read(workdir: pathlib.Path) -> CheckpointReader:
+  return CheckpointReader(str(workdir))
+
+
+def flip(path: pathlib.Path) -> None:
+  """Flips a bit in the middle of a file."""
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
 def leftovers(workdir: pathlib.Path) -> list[str]:
-  """What is in the directory and no checkpoint."""
+  """Returns what lies in the directory and is no checkpoint."""
   directory = workdir / "checkpoints"
   good = {str(step) for step in CheckpointReader(str(workdir)).steps()}
   return sorted(path.name for path in directory.iterdir() if path.name not in good)
 
 
 def kill_during_saves(workdir: pathlib.Path, kills: int, seed: int = 0) -> Kills:
-  """kill -9 at a random moment of a save, `kills` times in one workdir, each time going on from what was left."""
+  """Kills a process at a random moment of a save, `kills` times in one workdir; the next goes on from what is left."""
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["tests.faults.checkpoint_faults"])
   rng, restorable, wrong, unfinished = random.Random(seed), 0, 0, 0
@@ -125,7 +164,7 @@ def kill_during_saves(workdir: pathlib.Path, kills: int, seed: int = 0) -> Kills
     child = context.Process(target=_save_for_ever, args=(str(workdir), theirs))
     child.start()
     theirs.close()
-    took = ours.recv()  # seconds of a whole save; the next one begins now
+    took = ours.recv()  # the seconds of a whole save; the next save begins now
     time.sleep(rng.uniform(0, 1.1 * took))
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -134,9 +173,9 @@ def kill_during_saves(workdir: pathlib.Path, kills: int, seed: int = 0) -> Kills
     unfinished += bool(leftovers(workdir))
     reader = CheckpointReader(str(workdir), say=lambda line: None)
     step = reader.choose()
-    found = reader.restore(step, jax.eval_shape(lambda: small_state(0)))
+    restored = reader.restore(step, jax.eval_shape(lambda: small_state(0)))
     restorable += step >= finished and before == _listing(workdir)
-    wrong += not same(found, small_state(step))
+    wrong += not same(restored, small_state(step))
   opened = CheckpointWriter(str(workdir), FACTS, keep=2, say=lambda line: None)
   opened.close()
   return Kills(kills, restorable, wrong, len(leftovers(workdir)), unfinished)
@@ -160,7 +199,7 @@ def _save_for_ever(workdir: str, pipe) -> None:
 
 
 def _last(pipe) -> int:
-  """The newest step that the child said it had finished."""
+  """Returns the newest step that the child said it had finished."""
   newest = 0
   try:
     while True:
@@ -175,7 +214,7 @@ def _listing(workdir: pathlib.Path) -> list[str]:
 
 
 def flip_bits(workdir: pathlib.Path, count: int, seed: int = 0) -> Damage:
-  """One bit at `count` offsets that are spread over all files of the newest of two checkpoints."""
+  """Flips one bit at a time, at `count` offsets spread over all files of the newer of two checkpoints."""
   rng = random.Random(seed)
 
   def damages(files: list[pathlib.Path]) -> Iterator[tuple[pathlib.Path, bytes]]:
@@ -189,7 +228,7 @@ def flip_bits(workdir: pathlib.Path, count: int, seed: int = 0) -> Damage:
 
 
 def truncate_files(workdir: pathlib.Path) -> Damage:
-  """Each file cut by one byte, to half, to nothing."""
+  """Cuts each file by one byte, to its half, and to nothing."""
   return _damage(
     workdir,
     lambda files: (
@@ -201,7 +240,7 @@ def truncate_files(workdir: pathlib.Path) -> Damage:
 
 
 def delete_files(workdir: pathlib.Path) -> Damage:
-  """Each file gone."""
+  """Deletes each file, one at a time."""
   return _damage(workdir, lambda files: ((path, None) for path in files))
 
 
@@ -231,7 +270,7 @@ def _damage(
 
 
 def fill_disk(workdir: pathlib.Path) -> DiskFull:
-  """The disk is full while a checkpoint is written in the background; then it has space again."""
+  """Fills the disk while a checkpoint is written in the background, and then makes space again."""
   workdir.mkdir(parents=True, exist_ok=True)
   mounted = (
     os.geteuid() == 0
@@ -260,13 +299,13 @@ def fill_disk(workdir: pathlib.Path) -> DiskFull:
       raised = True
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (workdir / "ballast").unlink(missing_ok=True)
-    like = jax.eval_shape(lambda: small_state(0))
+    shapes = jax.eval_shape(lambda: small_state(0))
     reader = CheckpointReader(str(workdir))
-    intact = reader.choose() == 1 and same(reader.restore(1, like), small_state(1))
+    intact = reader.choose() == 1 and same(reader.restore(1, shapes), small_state(1))
     checkpoints.save(small_state(3))
     checkpoints.wait()
     later = CheckpointReader(str(workdir))
-    saved = later.choose() == 3 and same(later.restore(3, like), small_state(3))
+    saved = later.choose() == 3 and same(later.restore(3, shapes), small_state(3))
     return DiskFull("tmpfs" if mounted else "RLIMIT_FSIZE", "\n".join(said), raised, intact, saved, len(leftovers(workdir)))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -276,7 +315,7 @@ def fill_disk(workdir: pathlib.Path) -> DiskFull:
 
 
 def lost_manifests(workdir: pathlib.Path) -> list[int]:
-  """Two checkpoints, both without manifest: what a run that opens the directory leaves of them."""
+  """Takes the manifests of two checkpoints away; returns the steps that a run which opens the directory leaves."""
   save(workdir, 10, 20)
   for step in (10, 20):
     (workdir / "checkpoints" / str(step) / manifest.NAME).unlink()

@@ -9,7 +9,7 @@ from tests.faults import runs
 
 
 def pytest_collection_modifyitems(config, items):
-  """What is marked `long` belongs to the long form alone."""
+  """Leaves out the tests that are marked `long`, unless this is the long form."""
   long = [item for item in items if item.get_closest_marker("long")]
   if long and "NFNETS_CHAOS" not in os.environ:
     config.hook.pytest_deselected(items=long)
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def row(request):
-  """row(inject, shown): notes what was injected and what it showed, once the test's assertions are behind it."""
+  """Gives a function row(inject, shown) that notes what was injected and what it showed; call it after all assertions."""
 
   def note(inject: str, shown: str, **figures) -> None:
     if path := os.environ.get("NFNETS_CHAOS"):
@@ -30,13 +30,13 @@ def row(request):
 
 @pytest.fixture(scope="session")
 def full() -> bool:
-  """Whether this is the long form."""
+  """Says whether this is the long form."""
   return "NFNETS_CHAOS" in os.environ
 
 
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory):
-  """A run of 22 steps without faults."""
+  """Makes a run of 22 steps without faults."""
   workdir = tmp_path_factory.mktemp("clean")
   ended = runs.run(workdir)
   assert ended.status == 0, ended.output
@@ -45,7 +45,7 @@ def clean(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clean_pair(tmp_path_factory):
-  """The same on two processes."""
+  """Makes the same run with two processes."""
   workdir = tmp_path_factory.mktemp("clean-pair")
   ended = runs.run(workdir, processes=2)
   assert ended.status == 0, ended.output

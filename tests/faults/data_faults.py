@@ -1,4 +1,4 @@
-"""What can happen to data, made to happen: bits flipped in the payloads of TFRecord shards.
+"""Damages data as storage can: flips bits in the payloads of TFRecord shards.
 
 Each function needs an empty directory and returns what it counted; "silent" must be 0.
 """
@@ -16,7 +16,13 @@ from tests import shards
 
 @dataclasses.dataclass(frozen=True)
 class Flips:
-  """attempts, one bit flipped each. named: a CorruptRecord with the record's address; silent: the record was read."""
+  """What came of flipped bits.
+
+  Attributes:
+    attempts: bits flipped, one at a time.
+    named: how many of them led to a CorruptRecord with the record's address.
+    silent: how many of them were not noticed, so that the record was read.
+  """
 
   attempts: int
   named: int
@@ -24,7 +30,7 @@ class Flips:
 
 
 def flip_payload_bits(directory: pathlib.Path, flips: int = 200, seed: int = 0) -> Flips:
-  """Single bits of payloads, flipped one at a time and read by the source that training uses; every tenth in a label."""
+  """Flips single bits of payloads, one at a time, every tenth in a label, and reads them with the source that training uses."""
   version = shards.write_dataset(directory, {"train": [20, 20]})
   files = sorted(version.glob("*.tfrecord-*"))
   source = open_source(DataConfig(name="pictures", dir=str(directory), index_dir=str(directory / "index")), "train")

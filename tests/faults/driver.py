@@ -1,4 +1,4 @@
-"""launch.train with faults in it: NFNETS_FAULTS holds them as JSON, e.g. {"SIGKILL": {"process": 1, "step": 9}}.
+"""Runs launch.train and makes faults in it; NFNETS_FAULTS holds them as JSON, e.g. {"SIGKILL": {"process": 1, "step": 9}}.
 
 SIGKILL, SIGTERM, SIGINT, SIGSTOP: the signal, from itself, while `step` is computed, once in the workdir's life.
 nan: {"step"}, the batch whose loss is NaN. lr: {"first", "last", "factor"}, steps with another learning rate.
@@ -25,7 +25,7 @@ from nfnets.data.batches.training import TrainBatches
 from nfnets.train import run as training_run
 from nfnets.train.step import gradients
 
-POISON = 255  # an image of nothing else has a loss that is not a number
+POISON = 255  # the driver gives an image of nothing but this value a loss that is not a number
 
 
 def fill(ballast: pathlib.Path, full: bool) -> None:
@@ -69,7 +69,7 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     def faulty(state, batch):
       nonlocal at
       at = int(jax.device_get(state.step)) if at is None else at + 1
-      result = step(state, batch)  # under way now
+      result = step(state, batch)  # the step is under way from here on
       if "full" in faults and at in (faults["full"]["first"], faults["full"]["last"]):
         fill(workdir / "ballast", at == faults["full"]["first"])
       for name, fault in faults.items():

@@ -1,4 +1,4 @@
-"""A run of seconds for faults to be made in: 22 steps of a network of two blocks on the handwritten digits, two parts a batch."""
+"""The recipe of a run of seconds to make faults in: 22 steps of two blocks on the handwritten digits, a batch in two parts."""
 
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 
@@ -13,7 +13,7 @@ SMALL = {
 
 
 def get_config(arg: str = "") -> Config:
-  """arg: epochs of 11 steps, 2 unless given."""
+  """Makes the run's configuration. arg: how many epochs, of 11 steps each; 2 unless given."""
   return Config(
     model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(SMALL)),
     data=DataConfig(name="digits", shift=1),

@@ -1,4 +1,4 @@
-"""Training runs to make faults in, as their users start them, and what is left of them."""
+"""Starts training runs as users do, to make faults in them, and reads what they leave behind."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def run(
   grace: float = 60,
   timeout: float = 300,
 ) -> Ended:
-  """launch.train, with faults, on `processes` of `devices` CPU devices each; its last line of stderr is in the output too."""
+  """Runs launch.train, with faults, in `processes` processes of `devices` CPU devices each; the output includes stderr."""
   command = [
     sys.executable,
     "-m",
@@ -68,40 +68,40 @@ def run(
 
 
 def resumed(ended: Ended) -> int | None:
-  """The step that the run went on from."""
-  found = re.search(r"resumed from \S+/checkpoints/(\d+)", ended.output)
-  return found and int(found[1])
+  """Returns the step that the run went on from, None where it began anew."""
+  match = re.search(r"resumed from \S+/checkpoints/(\d+)", ended.output)
+  return match and int(match[1])
 
 
 def steps_lost(stopped: Ended, again: Ended) -> int:
-  """Between the step at which a run says that it was stopped and the one that the next run went on from."""
+  """Returns how many steps lie between the one at which a run says it was stopped and the one that the next run went on from."""
   return int(re.search(r"stopped by .* at step (\d+) of", stopped.output)[1]) - resumed(again)
 
 
 def weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """Parameters and their average of the newest checkpoint."""
+  """Returns the parameters and their averages in the newest checkpoint, and its step."""
   checkpoints = CheckpointReader(str(workdir))
   step = checkpoints.choose()
-  found = {
+  arrays = {
     f"{which}/{path}": array for which in ("params", "ema") for path, array in checkpoints.restore_weights(step, which).items()
   }
-  return found | {"step": np.int64(step)}
+  return arrays | {"step": np.int64(step)}
 
 
 def difference(a: pathlib.Path, b: pathlib.Path) -> float:
-  """The largest difference between two runs' last weights, which must be of one step."""
-  one, other = weights(a), weights(b)
-  assert one.keys() == other.keys() and one["step"] == other["step"]
-  return float(np.max([np.max(np.abs(one[path] - other[path])) for path in one]))  # not Python's max, which may miss a NaN
+  """Returns the largest difference between the last weights of two runs, which must be of the same step."""
+  first, second = weights(a), weights(b)
+  assert first.keys() == second.keys() and first["step"] == second["step"]
+  return float(np.max([np.max(np.abs(first[path] - second[path])) for path in first]))  # Python's max could miss a NaN
 
 
 def batches(workdir: pathlib.Path, process: int = 0) -> dict[int, set[str]]:
-  """The hashes of the batches that were made for each step; more than one where they were not the same."""
-  found: dict[int, set[str]] = {}
+  """Returns the hashes of the batches that were made for each step, several where they were not the same."""
+  hashes: dict[int, set[str]] = {}
   for line in (workdir / f"batches-{process}.jsonl").read_text().splitlines():
     entry = json.loads(line)
-    found.setdefault(entry["step"], set()).add(entry["batch"])
-  return found
+    hashes.setdefault(entry["step"], set()).add(entry["batch"])
+  return hashes
 
 
 def records(workdir: pathlib.Path, kind: str) -> list[dict]:
@@ -114,7 +114,7 @@ def records(workdir: pathlib.Path, kind: str) -> list[dict]:
 
 
 def mismatches(workdir: pathlib.Path, reference: pathlib.Path, process: int = 0) -> int:
-  """How many steps got a batch that is not the reference's; every step must have got one."""
+  """Returns how many steps got other batches than in the reference, and asserts that both runs made the same steps."""
   mine, expected = batches(workdir, process), batches(reference, process)
   assert mine.keys() == expected.keys()
   return sum(mine[step] != expected[step] for step in expected)

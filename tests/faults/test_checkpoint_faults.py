@@ -1,4 +1,4 @@
-"""Checkpoints killed, damaged and without a disk to lie on; python -m tests.faults prints the figures in its table."""
+"""Checkpoints survive kills, damage and full disks; python -m tests.faults prints the figures in its table."""
 
 import pytest
 
@@ -9,24 +9,24 @@ from tests.faults import checkpoint_faults as faults
 
 def test_killed_at_random_moments_of_a_save_the_newest_finished_step_is_there(tmp_path, full, row):
   attempts = 50 if full else 3
-  found = faults.kill_during_saves(tmp_path, attempts)
-  assert (found.attempts, found.restorable, found.wrong, found.litter) == (attempts, attempts, 0, 0)
+  kills = faults.kill_during_saves(tmp_path, attempts)
+  assert (kills.attempts, kills.restorable, kills.wrong, kills.litter) == (attempts, attempts, 0, 0)
   row(
     f"kill -9 at {attempts} random moments of a save",
-    f"{found.restorable}/{attempts} restorable, {found.wrong} wrong steps, "
-    f"{found.litter} litter left; {found.during_write} met a write",
-    silent=found.wrong,
+    f"{kills.restorable}/{attempts} restorable, {kills.wrong} wrong steps, "
+    f"{kills.litter} litter left; {kills.during_write} met a write",
+    silent=kills.wrong,
   )
 
 
 def test_one_flipped_bit_is_always_seen(tmp_path, full, row):
   attempts = 200 if full else 60
-  found = faults.flip_bits(tmp_path, attempts)
-  assert found.files >= 10 and (found.silent, found.fallbacks) == (0, attempts) and found.attempts == attempts
+  damage = faults.flip_bits(tmp_path, attempts)
+  assert damage.files >= 10 and (damage.silent, damage.fallbacks) == (0, attempts) and damage.attempts == attempts
   row(
-    f"1 bit flipped at {attempts} offsets of {found.files} files",
-    f"{found.silent} silent, {found.fallbacks} fallbacks",
-    silent=found.silent,
+    f"1 bit flipped at {attempts} offsets of {damage.files} files",
+    f"{damage.silent} silent, {damage.fallbacks} fallbacks",
+    silent=damage.silent,
   )
 
 
@@ -34,20 +34,20 @@ def test_one_flipped_bit_is_always_seen(tmp_path, full, row):
   "fault, name", [(faults.truncate_files, "cut short"), (faults.delete_files, "deleted")], ids=["truncate", "delete"]
 )
 def test_files_cut_short_or_gone_are_always_seen(tmp_path, fault, name, row):
-  found = fault(tmp_path)
-  assert found.attempts >= found.files >= 10 and (found.silent, found.fallbacks) == (0, found.attempts)
-  row(f"each of {found.files} files {name}", f"{found.silent} silent, {found.fallbacks} fallbacks", silent=found.silent)
+  damage = fault(tmp_path)
+  assert damage.attempts >= damage.files >= 10 and (damage.silent, damage.fallbacks) == (0, damage.attempts)
+  row(f"each of {damage.files} files {name}", f"{damage.silent} silent, {damage.fallbacks} fallbacks", silent=damage.silent)
 
 
-# Orbax's other writes, which end after the one that failed, find their event loop closed.
+# Orbax's other writes end after the one that failed, and then find their event loop closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_said_and_survived(tmp_path, row):
-  found = faults.fill_disk(tmp_path / "disk")
-  assert found.raised and found.old_intact and found.later_saved and found.litter == 0
-  reason = {"tmpfs": "No space left on device", "RLIMIT_FSIZE": "File too large"}[found.how]
-  assert found.said.count("\n") == 0 and found.said.startswith("checkpoint of step 2 could not be written to ")
-  assert str(tmp_path / "disk") in found.said and reason in found.said
-  row(f"disk full during a save ({found.how})", "said in a line, old checkpoint intact, a later save worked")
+  full_disk = faults.fill_disk(tmp_path / "disk")
+  assert full_disk.raised and full_disk.old_intact and full_disk.later_saved and full_disk.litter == 0
+  reason = {"tmpfs": "No space left on device", "RLIMIT_FSIZE": "File too large"}[full_disk.how]
+  assert full_disk.said.count("\n") == 0 and full_disk.said.startswith("checkpoint of step 2 could not be written to ")
+  assert str(tmp_path / "disk") in full_disk.said and reason in full_disk.said
+  row(f"disk full during a save ({full_disk.how})", "said in a line, old checkpoint intact, a later save worked")
 
 
 def test_checkpoints_that_all_lost_their_manifests_are_no_reason_to_start_anew(tmp_path):

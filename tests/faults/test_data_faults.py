@@ -1,4 +1,4 @@
-"""Images that cannot be decoded, and storage that fails: counted, replaced, tried again; the run goes on."""
+"""A run goes on where images cannot be decoded, which are counted and replaced, and where storage fails, which is tried again."""
 
 import dataclasses
 import io
@@ -24,7 +24,7 @@ BROKEN = {37: "cut short", 111: "empty", 222: "no image at all", 333: "corrupt"}
 
 
 class Failing(MemoryFileSystem):
-  """memory:// of which every fifth read fails, and every tenth stalls for a while."""
+  """A memory:// file system in which every fifth read fails and every tenth stalls for a while."""
 
   protocol = "failing"
   cachable = False
@@ -50,7 +50,7 @@ register_implementation("failing", Failing, clobber=True)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-  """IMAGES JPEGs as TFDS lays them out, in four shards, of which BROKEN cannot be decoded (1 %)."""
+  """Writes IMAGES JPEGs in four shards as TFDS does, of which those in BROKEN (1 %) cannot be decoded."""
   root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
   for name, broken in (("whole", {}), ("broken", BROKEN)):
     directory = root / name / "1.0.0"
@@ -119,8 +119,8 @@ def test_a_flipped_bit_of_a_payload_is_always_found(tmp_path, full, row):
 
 @pytest.mark.long
 def test_storage_that_fails_and_stalls_changes_nothing(dataset, tmp_path, monkeypatch, row):
-  """Every fifth read fails, some stall: the same losses as from the disk."""
-  monkeypatch.setattr(remote, "BLOCK", 4096)  # a few images a request
+  """Where every fifth read fails and some stall, the losses are the same as from the disk."""
+  monkeypatch.setattr(remote, "BLOCK", 4096)  # so that a request gets only a few images
   memory = MemoryFileSystem()
   for file in sorted((dataset / "whole" / "1.0.0").iterdir()):
     memory.pipe_file(f"/faults/whole/1.0.0/{file.name}", file.read_bytes())

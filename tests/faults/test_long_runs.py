@@ -1,4 +1,4 @@
-"""What takes minutes, for python -m tests.faults alone: other numbers of devices, every signal, ten minutes of faults."""
+"""Tests that take minutes, for python -m tests.faults only: other numbers of devices, every signal, ten minutes of faults."""
 
 import os
 import random
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.parametrize("processes, devices", [(1, 4), (2, 2), (4, 1)])
 def test_every_way_to_share_the_work_is_the_same_run(clean, tmp_path, processes, devices, row):
-  """Sharded state, four parts a batch instead of two, dropout and stochastic depth: parameters, averages and losses."""
+  """Compares parameters, averages and losses with a sharded state and four parts a batch instead of two."""
   ended = runs.run(
     tmp_path, processes=processes, devices=devices, overrides=("--config.shard=True", "--config.accumulate=4"), timeout=600
   )
   assert ended.status == 0, ended.output
   difference = runs.difference(tmp_path, clean)
-  losses = [[record["loss"] for record in runs.records(each, "train")] for each in (tmp_path, clean)]
+  losses = [[record["loss"] for record in runs.records(workdir, "train")] for workdir in (tmp_path, clean)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
   assert difference < 1e-5
   row(
@@ -41,7 +41,7 @@ def test_other_numbers_of_devices_go_on_with_the_same_run(clean, tmp_path, row):
     assert ended.status == (75 if step else 0), ended.output
     assert before is None or runs.steps_lost(before, ended) == 0
     before = ended
-  losses = [[record["loss"] for record in runs.records(each, "test")] for each in (tmp_path, clean)]
+  losses = [[record["loss"] for record in runs.records(workdir, "test")] for workdir in (tmp_path, clean)]
   np.testing.assert_allclose(*losses, rtol=1e-4)
   mismatches = runs.mismatches(tmp_path, clean)
   assert mismatches == 0
@@ -68,14 +68,14 @@ def test_sigterm_to_all_processes(clean_pair, tmp_path, row):
 
 
 def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):
-  """After the checkpoint of step 9 it ruins every attempt: ended after ten times; with the right one the run goes on."""
+  """The rate ruins every attempt after the checkpoint of step 9, so the run ends after ten; with the right rate it goes on."""
   policy = ("--config.on_bad_step=rollback", "--config.spike=2")
   ended = runs.run(tmp_path, {"lr": {"first": 9, "last": 12, "factor": 10.0}}, overrides=policy)
   last = ended.output.splitlines()[-1]
   assert ended.status == 1 and "is above config.spike=2 × its running mean" in last and "rolled back 10 times before" in last
   again = runs.run(tmp_path, overrides=policy)
   assert again.status == 0, again.output
-  end, usual = (runs.records(each, "test")[-1]["loss"] for each in (tmp_path, clean))
+  end, usual = (runs.records(workdir, "test")[-1]["loss"] for workdir in (tmp_path, clean))
   assert end == usual
   row(
     "10 × the learning rate, policy rollback",
@@ -84,7 +84,7 @@ def test_a_learning_rate_ten_times_too_high(clean, tmp_path, row):
 
 
 def test_a_run_on_a_full_disk(clean, tmp_path, row):
-  """Full from step 5 to 16: saves, records and an evaluation meet it. The run ends as if nothing had been."""
+  """The disk is full from step 5 to 16, while checkpoints and records are written; the run ends as if it had not been."""
   mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(tmp_path)], capture_output=True, text=True)
   if mount.returncode:
     pytest.skip(f"no tmpfs can be mounted: {mount.stderr}")
@@ -121,7 +121,7 @@ def test_a_process_that_does_not_come(tmp_path, row):
 
 
 def test_goodput_of_ten_minutes_with_faults(tmp_path, row):
-  """A kill or a SIGTERM of a random process every 40 to 80 seconds; launch.pods.local starts the run again."""
+  """A random process is killed or gets SIGTERM every 40 to 80 seconds, and launch.pods.local starts the run again."""
   rng, ended, faults = random.Random(0), threading.Event(), []
 
   def strike():

@@ -1,4 +1,4 @@
-"""Whole runs with faults in them: what is lost, how long it takes, and whether the end is the one of a run without."""
+"""Makes faults in whole runs: what is lost, how long it takes, and whether they end as a run without faults does."""
 
 import itertools
 import random
@@ -18,12 +18,12 @@ EVERY = 4  # steps between two checkpoints of the recipe
 
 @pytest.mark.long
 def test_stopped_five_times_and_resumed_equals_never_having_stopped(clean, tmp_path, row):
-  """At steps drawn anew each time, while the parts of one are computed; at 12 the first epoch has ended."""
+  """The steps are drawn anew each time, and the signal comes while one is computed; the first epoch ends at step 12."""
   stops, runs_of_it = sorted([10, *random.sample([0, 2, 4, 6, 8, 12, 14, 16, 18], 4)]), []
   for at in stops:
     runs_of_it.append(runs.run(tmp_path, {"SIGTERM": {"step": at}}))
     assert runs_of_it[-1].status == 75 and "the same command goes on from there" in runs_of_it[-1].output, runs_of_it[-1].output
-    assert runs.weights(tmp_path)["step"] == at + 2  # another one was under way
+    assert runs.weights(tmp_path)["step"] == at + 2  # one more step was under way
     (tmp_path / "done-SIGTERM-0").unlink()
   runs_of_it.append(runs.run(tmp_path))
   assert runs_of_it[-1].status == 0, runs_of_it[-1].output
@@ -41,7 +41,7 @@ def test_stopped_five_times_and_resumed_equals_never_having_stopped(clean, tmp_p
 def test_several_processes_are_one_run(clean, clean_pair, row):
   """Two processes train what one does: the same batches, parameters to 1e-5; only process 0 logs."""
   assert runs.difference(clean_pair, clean) < 1e-5
-  losses = [[record["loss"] for record in runs.records(each, "train")] for each in (clean_pair, clean)]
+  losses = [[record["loss"] for record in runs.records(workdir, "train")] for workdir in (clean_pair, clean)]
   np.testing.assert_allclose(*losses, rtol=1e-5)
   row("2 processes instead of 1", f"largest difference of a parameter {runs.difference(clean_pair, clean):.1e}")
 
@@ -49,13 +49,16 @@ def test_several_processes_are_one_run(clean, clean_pair, row):
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_killed_process_ends_all_and_a_restart_goes_on(clean_pair, tmp_path, rank, row):
-  faults = {"SIGKILL": {"process": rank, "step": 14}, "slow": {"seconds": 0.2}}  # steps that a write does not outlast
+  faults = {
+    "SIGKILL": {"process": rank, "step": 14},
+    "slow": {"seconds": 0.2},
+  }  # slow enough for a checkpoint to be written within a step
   ended = runs.run(tmp_path, faults, processes=2)
   seconds = time.time() - (tmp_path / f"done-SIGKILL-{rank}").stat().st_mtime
   assert ended.status in (76, 137) and seconds < 60, ended.output
   reached = max(runs.batches(tmp_path, 1 - rank))
   lost = reached - CheckpointReader(str(tmp_path)).choose()
-  assert lost <= EVERY + 4  # those that were on their way ahead
+  assert lost <= EVERY + 4  # some steps were already under way
   again = runs.run(tmp_path, processes=2)
   assert again.status == 0 and runs.difference(tmp_path, clean_pair) == 0, again.output
   assert reached - runs.resumed(again) == lost
@@ -64,7 +67,7 @@ def test_a_killed_process_ends_all_and_a_restart_goes_on(clean_pair, tmp_path, r
 
 @pytest.mark.long
 def test_a_stopped_process_is_noticed(tmp_path, row):
-  """SIGSTOP: nothing is closed, nothing answers."""
+  """After SIGSTOP a process closes nothing and answers nothing."""
   ended = runs.run(tmp_path, {"SIGSTOP": {"process": 1, "step": 14}}, processes=2, grace=2, overrides=("--config.watchdog=8",))
   seconds = time.time() - (tmp_path / "done-SIGSTOP-1").stat().st_mtime
   stacks = [path for path in tmp_path.glob("stacks-*.txt") if "loop.py" in path.read_text()]
@@ -97,7 +100,7 @@ def test_a_batch_that_is_not_a_number(clean, tmp_path, policy, row):
   assert ended.status == 0, ended.output
   assert ("step 10 skipped" in ended.output) == (policy == "skip")
   assert ("back to step 9, on with other images" in ended.output) == (policy == "rollback")
-  end, usual = (runs.records(each, "test")[-1]["loss"] for each in (tmp_path, clean))
+  end, usual = (runs.records(workdir, "test")[-1]["loss"] for workdir in (tmp_path, clean))
   assert end == pytest.approx(usual, rel=0.1) and runs.records(tmp_path, "train")[-1]["bad_steps"] == 1
   row(f"NaN batch, policy {policy}", f"final loss {end:.4f}, without the fault {usual:.4f}; 1 counted", steps_lost=1)
 

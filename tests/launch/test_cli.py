@@ -1,4 +1,4 @@
-"""What `launch.cli.main` makes of errors: a person's mistake is one line and status 2, a bug keeps its traceback."""
+"""`launch.cli.main` answers a person's mistake with one line and status 2, and keeps the traceback of a bug."""
 
 import os
 import pathlib
@@ -75,35 +75,3 @@ def test_errors_with_a_status_are_one_line(error, status, monkeypatch, capsys):
     run_main(monkeypatch, program)
   assert stopped.value.code == status
   assert capsys.readouterr().err == f"error: {str(error) or 'interrupted'}\n"
-
-
-@pytest.mark.parametrize(
-  "recipe, expected",
-  [
-    (
-      "from nfnets.errors import UserError\ndef get_config(arg):\n  raise UserError(f'takes a or b, got {arg!r}')",
-      "takes a or b, got 'x'",
-    ),
-    ("def get_config(arg):\n  raise ValueError(f'takes a or b, got {arg!r}')", "recipe.py, line 2: takes a or b, got 'x'"),
-    ("def get_config(arg):\n  raise ValueError('Error: of Error: kinds')", "recipe.py, line 2: Error: of Error: kinds"),
-    ("def get_config(arg):\n  return {'a': 1}[arg]", "recipe.py, line 2: KeyError: 'x'"),
-    ("\ndef get_config(arg):\n  return 1 / 0", "recipe.py, line 3: ZeroDivisionError: division by zero"),
-    ("from nfnets.config import Config\ndef get_config(arg):\n  return Config(bacth=1)", "recipe.py, line 3: TypeError: "),
-    ("import nothing_of_this_name\n", "recipe.py, line 1: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
-    ("def get_config(arg:\n", "recipe.py, line 1: SyntaxError: "),
-  ],
-)
-def test_mistakes_in_a_recipe_are_one_line(recipe, expected, tmp_path, monkeypatch, capsys):
-  file = tmp_path / "recipe.py"
-  file.write_text(recipe)
-  with pytest.raises(SystemExit) as stopped:
-    run_main(monkeypatch, cli.parse_config, f"--config={file}:x", define=cli.define_config)
-  said = capsys.readouterr().err
-  assert stopped.value.code == 2 and said.startswith("error: ") and expected in said and said.count("\n") == 1
-
-
-def test_a_bug_of_ours_that_a_recipe_meets_keeps_its_traceback(tmp_path, monkeypatch):
-  file = tmp_path / "recipe.py"
-  file.write_text(f"from {__name__} import raise_plain\ndef get_config(arg):\n  return raise_plain(arg)\n")
-  with pytest.raises(Exception, match="raise_plain"):
-    run_main(monkeypatch, cli.parse_config, f"--config={file}:x", define=cli.define_config)

@@ -1,4 +1,4 @@
-"""launch.checkpoint: listing, verifying and exporting what training left; mistakes in one line."""
+"""launch.checkpoint lists, verifies and exports what training left, and answers mistakes in one line."""
 
 import importlib
 import json
@@ -46,12 +46,12 @@ def test_list_shows_each_step_why_it_is_kept_and_what_counts_as_none(workdir, mo
   status, out, _ = call(monkeypatch, capsys, "list", workdir)
   (workdir / "checkpoints" / "30.orbax-checkpoint-tmp").rmdir()
   (workdir / "checkpoints" / "25").rmdir()
-  found = {row[0]: row for row in rows(out) if row[0]}
-  assert status == 0 and list(found) == ["5", "16", "20", "25"]
-  assert [row[-2:] for row in found.values()] == [["best", "good"], ["every", "good"], ["newest", "good"], ["", "no manifest"]]
+  listed = {row[0]: row for row in rows(out) if row[0]}
+  assert status == 0 and list(listed) == ["5", "16", "20", "25"]
+  assert [row[-2:] for row in listed.values()] == [["best", "good"], ["every", "good"], ["newest", "good"], ["", "no manifest"]]
   assert "│ ema_top1 0.9500 │" in out
   assert "\n25: has no manifest.json: unfinished, or the file is lost\n" in out
-  assert found["5"][1] == "1.28" and found["5"][3].endswith(" MB") and found["5"][4] == "top1 0.5000"
+  assert listed["5"][1] == "1.28" and listed["5"][3].endswith(" MB") and listed["5"][4] == "top1 0.5000"
   assert "30.orbax-checkpoint-tmp: no checkpoint (unfinished" in out
 
 
@@ -92,9 +92,9 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
   assert "jax" in json.loads(metadata["versions"])
   before = out.read_bytes()
   status, _, error = call(monkeypatch, capsys, "export", workdir, f"--out={out}")
-  assert status == 2 and "is there already; --force writes over it" in error and out.read_bytes() == before
-  one = workdir / "checkpoints" / "5"
-  assert call(monkeypatch, capsys, "export", one, f"--out={out}", "--weights=params", "--force")[0] == 0
+  assert status == 2 and "is already there; --force replaces it" in error and out.read_bytes() == before
+  step = workdir / "checkpoints" / "5"
+  assert call(monkeypatch, capsys, "export", step, f"--out={out}", "--weights=params", "--force")[0] == 0
   with safetensors.safe_open(out, framework="np") as file:
     np.testing.assert_array_equal(file.get_tensor("blocks/0/kernel"), small_state(5).params["blocks"]["0"]["kernel"])
 
@@ -102,10 +102,11 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
-    ([], "what to do: got nothing, expected: list, verify, export"),
-    (["lst", "x"], "got lst, expected: list; e.g. python -m launch.checkpoint list runs/first"),
+    ([], "subcommand: got nothing, expected list or verify or export"),
+    (["lst", "x"], "got lst, expected list; e.g. python -m launch.checkpoint list runs/first"),
     (["list"], "list: expected one directory, got none"),
     (["list", "a", "b"], "expected one directory, got a b"),
+    (["list", __file__], f"{__file__}: {__file__} is a file, expected a workdir, or WORKDIR/checkpoints/STEP"),
     (["verify", "/nowhere"], "/nowhere: no checkpoint there"),
     (["verify", "DIR/checkpoints/7"], "checkpoints/7: no checkpoint there"),
     (["verify", "DIR", "--force"], "--out, --weights and --force are for export"),

@@ -1,4 +1,4 @@
-"""launch.data: describing a dataset, finding what is damaged in it, and writing it smaller."""
+"""launch.data describes a dataset, finds what is damaged in it, and writes it smaller."""
 
 import contextlib
 import importlib
@@ -32,7 +32,7 @@ def jpeg(number: int, height: int = 40, width: int = 60) -> bytes:
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch) -> DataConfig:
-  """A dataset of 11 + 4 JPEGs, 40×60 pixels; record 3 of train is 20×30."""
+  """Writes a dataset of 11 and 4 JPEGs of 40×60 pixels, of which record 3 of train has 20×30."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   sizes = {("train", 3): (20, 30)}
   monkeypatch.setattr(shards, "image_of", lambda split, i: jpeg(i + len(split), *sizes.get((split, i), (40, 60))))
@@ -54,7 +54,7 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def flip_byte(path: pathlib.Path, number: int) -> int:
-  """Damages the middle of a record's payload; where the record begins."""
+  """Damages the middle of a record's payload; returns the byte at which the record begins."""
   data = bytearray(path.read_bytes())
   lengths = tfrecord.scan(str(path), len(data), lambda at, length: bytes(data[at : at + length]))
   begin = int(sum(lengths[:number] + tfrecord.HEADER + tfrecord.FOOTER))
@@ -76,7 +76,13 @@ def test_describe_draws_what_is_stored_and_what_training_sees(monkeypatch, capsy
   assert "height 8 / 8 / 8, width 8 / 8 / 8, mean 192 bytes" in said
   assert "10 classes: 0, 1, 2" in said and f"pictures: {out}" in said
   height, width = cv2.imread(str(out)).shape[:2]
-  assert height > 1.2 * width  # two grids
+  assert height > 1.2 * width  # it holds two grids
+
+
+def test_describe_writes_a_file_only_when_asked(monkeypatch, capsys, tmp_path):
+  monkeypatch.setattr(inspect, "draw", lambda out, grids: pytest.fail(f"drew {out}"))
+  status, said, _ = call(monkeypatch, capsys, "describe", DIGITS)
+  assert status == 0 and "10 classes: 0, 1, 2" in said and "pictures" not in said
 
 
 def test_summary_of_a_prepared_dataset(photos):
@@ -118,13 +124,13 @@ def test_prepared_dataset_has_the_same_records_smaller(photos, monkeypatch, caps
   small = DataConfig(name="pictures", dir=str(out), test_split="validation")
   for train in (True, False):
     before, after = images_of(photos, train), images_of(small, train)
-    assert [one.label for one in after] == [one.label for one in before]
+    assert [record.label for record in after] == [record.label for record in before]
     for old, new in zip(before, after, strict=True):
       pixels = decode.pixels(new.image)
       assert pixels.shape == (20, 30, 3)
       expected = cv2.resize(decode.pixels(old.image), (30, 20), interpolation=cv2.INTER_AREA)
-      assert np.abs(pixels.astype(int) - expected).mean() < 8  # colours at half the resolution
-  assert images_of(small)[3].image == images_of(photos)[3].image  # was small enough: not a byte is changed
+      assert np.abs(pixels.astype(int) - expected).mean() < 8  # JPEG stores colours at half the resolution
+  assert images_of(small)[3].image == images_of(photos)[3].image  # it was small enough, so not a byte is changed
   with contextlib.closing(open_source(small, small.train_split)) as source:
     assert source.class_names == tuple(f"class {i}" for i in range(5)) and not inspect.verify(source).corrupt
   import tensorflow_datasets as tfds
@@ -213,10 +219,11 @@ def test_prepared_name(name, expected):
 @pytest.mark.parametrize(
   "arguments, expected",
   [
-    ([], "what to do: got nothing, expected: describe, verify, prepare"),
-    (["prepar", DIGITS], "expected: prepare"),
+    ([], "subcommand: got nothing, expected describe or verify or prepare"),
+    (["prepar", DIGITS], "expected prepare"),
     (["describe", "stray", DIGITS], "unexpected argument 'stray'"),
     (["describe"], "--config is missing"),
+    (["describe", DIGITS, "--augmented"], "--augmented adds to the picture, but --out is missing"),
     (["describe", DIGITS, "--out=/no/such/grid.png"], "--out=/no/such/grid.png: there is no directory /no/such"),
     (["describe", DIGITS, "--out=configs"], "the picture configs cannot be written: Is a directory"),
     (["prepare", DIGITS], "--out is missing"),

@@ -1,4 +1,4 @@
-"""The files of launch/pods/ for engines that are not here, as far as stand-ins for their programs can show what they do."""
+"""Tests the files of launch/pods/ as far as stand-ins for the programs of engines that are not installed allow."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def test_every_file_says_how_it_is_used():
 
 
 def test_jobset_has_what_its_definition_asks_for():
-  """The definition itself (jobset.x-k8s.io_jobsets.yaml) is too large to keep here; docs/pods.md says what checked it."""
+  """Checks a few rules, since JobSet's whole definition is too large to be kept here; docs/pods.md says what checked that."""
   jobset = yaml.safe_load((PODS / "jobset.yaml").read_text())
   assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet") and jobset["metadata"]["name"]
   [job] = jobset["spec"]["replicatedJobs"]
@@ -36,7 +36,7 @@ def test_jobset_has_what_its_definition_asks_for():
   spec = job["template"]["spec"]
   assert spec["completions"] == spec["parallelism"] and spec["backoffLimit"] == 0
   pod = spec["template"]["spec"]
-  assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
+  assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
   [container] = pod["containers"]
   assert {"name", "image", "command", "resources"} <= set(container)
   [rule] = spec["podFailurePolicy"]["rules"]
@@ -59,23 +59,23 @@ STATUSES = (0, 1, 2, 75, 76, 130, 134, 137)
 
 
 def fake(path: pathlib.Path, text: str) -> None:
-  """Writes a program that stands in for one that is not here."""
+  """Writes a program that stands in for one that is not installed."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(f"#!/usr/bin/env bash\n{text}\n")
   path.chmod(0o755)
 
 
 def fake_python(path: pathlib.Path) -> None:
-  """A Python that runs launch.pods.local for real; for anything else it notes its arguments in COUNT and ends with STATUS."""
+  """Writes a Python that runs only launch.pods.local; else it adds its arguments to the file COUNT and ends with STATUS."""
   fake(path, f'case "$*" in "-m launch.pods.local "*) exec {sys.executable} "$@" ;; esac; echo "$*" >> "$COUNT"; exit "$STATUS"')
 
 
-def runs_by_status(command: list[str], tmp_path: pathlib.Path, **more: str) -> dict[int, int]:
-  """How often `command` runs a program that ends with the status, of at most 3 times."""
+def runs_by_status(command: list[str], tmp_path: pathlib.Path, **variables: str) -> dict[int, int]:
+  """Returns how often, of at most 3 times, `command` runs a program that ends with a status, by this status."""
   counts = {}
-  for status in (2, 75):  # all others have a test of the rule itself, in tests/distributed
+  for status in (2, 75):  # tests/distributed tests the rule with all other statuses
     count = tmp_path / f"count{status}"
-    environment = {**os.environ, **more, "PYTHONPATH": str(ROOT), "STATUS": str(status), "COUNT": str(count)}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT), "STATUS": str(status), "COUNT": str(count)}
     subprocess.run(command, env=environment, cwd=tmp_path, timeout=60, capture_output=True)
     counts[status] = len(count.read_text().splitlines())
     assert "-m launch.train --config=c" in count.read_text()
@@ -92,7 +92,7 @@ def test_skypilot_starts_again_by_the_rule(tmp_path):
 
 
 def test_a_tpu_worker_starts_again_by_the_rule(tmp_path):
-  """With a gcloud that runs here what a worker would run."""
+  """The stand-in for gcloud runs on this machine what a worker would run."""
   fake_python(tmp_path / "nfnets-run/.venv/bin/python")
   fake(
     tmp_path / "bin/gcloud",
@@ -106,7 +106,7 @@ def test_a_tpu_worker_starts_again_by_the_rule(tmp_path):
 
 
 def test_a_tpu_is_not_thrown_away_for_a_hiccup(tmp_path):
-  """gcloud fails once while the TPU is waited for, installing fails once; then all is well."""
+  """gcloud fails once while the TPU is awaited, and installing fails once; after that everything works."""
   fake(tmp_path / "bin/sleep", "echo sleep >> calls")
   fake(
     tmp_path / "bin/gcloud",
@@ -134,9 +134,11 @@ def test_a_tpu_is_not_thrown_away_for_a_hiccup(tmp_path):
 
 def test_what_a_tpu_is_asked_for(tmp_path):
   fake(tmp_path / "gcloud", "echo called; exit 1")
-  told = os.environ | TPU | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+  environment = os.environ | TPU | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
   command = ["bash", str(PODS / "tpu_vm.sh")]
-  done = subprocess.run([*command, "--dry-run", "--config=a", "--workdir=/mnt/b/a b"], env=told, text=True, capture_output=True)
+  done = subprocess.run(
+    [*command, "--dry-run", "--config=a", "--workdir=/mnt/b/a b"], env=environment, text=True, capture_output=True
+  )
   assert done.returncode == 0 and "called" not in done.stdout, done.stderr
   lines = done.stdout.splitlines()
   assert lines[0].startswith("gcloud compute tpus queued-resources create n --node-id=n --accelerator-type=v4-32")
@@ -144,12 +146,12 @@ def test_what_a_tpu_is_asked_for(tmp_path):
   assert all("--worker=all" in line for line in lines[1:3]) and "https://x/y" in lines[1]
   worker = next(word for word in shlex.split(lines[2]) if word.startswith("--command="))
   assert "launch.train --config=a --workdir=/mnt/b/a\\ b" in worker and "queued-resources delete n" in lines[3]
-  del told["ZONE"]
-  assert "e.g. us-central2-b" in subprocess.run(command, env=told, capture_output=True, text=True).stderr
+  del environment["ZONE"]
+  assert "e.g. us-central2-b" in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
 
 
 def test_slurm_requeues_by_the_rule(tmp_path):
-  """With an srun and an scontrol that are none."""
+  """srun and scontrol are stand-ins."""
   fake(tmp_path / "bin/srun", 'exit "$STATUS"')
   fake(tmp_path / "bin/scontrol", 'echo "$*" > requeued')
   path = f"{tmp_path}/bin:{os.environ['PATH']}"
@@ -166,7 +168,7 @@ def test_slurm_requeues_by_the_rule(tmp_path):
     assert done.returncode == status and f"srun ended with status {status}" in done.stdout
     requeued[status] = (tmp_path / "requeued").exists()
   assert requeued == {status: should_restart(status) for status in STATUSES}
-  assert (tmp_path / "requeued").read_text() == "requeue incomplete 7\n"  # not what scancel has ended
+  assert (tmp_path / "requeued").read_text() == "requeue incomplete 7\n"  # "incomplete" leaves out a job that scancel has ended
 
 
 def test_scripts_pass_shellcheck():

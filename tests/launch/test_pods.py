@@ -27,37 +27,37 @@ from nfnets.train.step import sharding
 
 def run(values):
   me = cli.start_processes(values)
-  what = os.environ.get("WHAT", "")
+  mode = os.environ.get("MODE", "")
   print("joined", me.index, "of", me.count, "by", me.engine, os.getpid())
   if me.count > 1:
-    distributed.require_equal({"config": '{"batch": %d, "seed": 0}' % (64 - 32 * me.index if what == "differ" else 64)})
+    distributed.require_equal({"config": '{"batch": %d, "seed": 0}' % (64 - 32 * me.index if mode == "differ" else 64)})
   mesh = sharding.make_mesh()
   x = sharding.put_batch(mesh, {"x": np.full(jax.local_device_count(), me.index + 1.0, np.float32)})["x"]
   total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P()))
   print("psum", float(total(x)[0]), "over", mesh.size)
-  if what == "bug in 0" and me.index == 0:
+  if mode == "bug in 0" and me.index == 0:
     {}["nothing here"]
-  if what == "bug" and me.index == 1:
+  if mode == "bug" and me.index == 1:
     {}["nothing here"]
-  if what == "apart":
+  if mode == "apart":
     from nfnets.train.checkpoints.writer import CheckpointWriter
     from tests.faults.checkpoint_faults import FACTS
     CheckpointWriter(f"{os.environ['MARK']}-{me.index}", FACTS, keep=1)
-  if what == "usage" and me.index == 1:
+  if mode == "usage" and me.index == 1:
     cli.run_subcommand({"list": None}, values, ("lst",), "NAME DIR")
-  if what.startswith("stop once") and not os.path.exists(os.environ["MARK"]):
-    distributed.shutdown()  # so that both have looked
+  if mode.startswith("stop once") and not os.path.exists(os.environ["MARK"]):
+    distributed.shutdown()  # so that both processes have looked for the mark
     if me.index == 0:
       open(os.environ["MARK"], "w").close()
     return distributed.STOPPED
-  while what == "on and on":
+  while mode == "on and on":
     total(x).block_until_ready()
     time.sleep(0.05)
-  if what.endswith("wait for TERM"):
-    got = []
-    signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+  if mode.endswith("wait for TERM"):
+    signals = []
+    signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
     print("listening")
-    while not got:
+    while not signals:
       time.sleep(0.05)
     return distributed.STOPPED
 
@@ -65,10 +65,10 @@ cli.main(run, cli.define_processes, "A run of several processes")
 """
 
 
-def environ(**more: str) -> dict[str, str]:
+def environ(**variables: str) -> dict[str, str]:
   others = ("JAX_NUM", "JAX_PROCESS", "JAX_COORD", "SLURM")
   kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-  return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", **more}
+  return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1", **variables}
 
 
 @pytest.fixture
@@ -78,13 +78,15 @@ def program(tmp_path) -> list[str]:
   return [sys.executable, str(path)]
 
 
-def local(program: list[str], *options: str, **more: str) -> subprocess.Popen:
+def local(program: list[str], *options: str, **variables: str) -> subprocess.Popen:
   command = [sys.executable, "-m", "launch.pods.local", "--processes=2", "--grace=20", *options, "--", *program]
-  return subprocess.Popen(command, cwd=ROOT, env=environ(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environ(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
 
 
 def finish(running: subprocess.Popen) -> tuple[int, str]:
-  """(status, what it printed that was not read yet)."""
+  """Waits for the end; returns (status, the output that was not read yet)."""
   try:
     out, _ = running.communicate(timeout=60)
     return running.returncode, out
@@ -93,7 +95,7 @@ def finish(running: subprocess.Popen) -> tuple[int, str]:
 
 
 def read_until(running: subprocess.Popen, pattern: str, times: int) -> str:
-  """What it printed until `pattern` had come `times` times."""
+  """Returns the output until `pattern` has come `times` times."""
   out = ""
   for line in running.stdout:
     out += line
@@ -103,8 +105,8 @@ def read_until(running: subprocess.Popen, pattern: str, times: int) -> str:
 
 
 def test_two_processes_of_two_devices_add_up_start_again_and_are_told_to_stop(program, tmp_path):
-  """Status 75 of their own starts them again; 75 after a signal that went to all is the end."""
-  running = local(program, "--devices=2", "--restarts=3", WHAT="stop once, then wait for TERM", MARK=str(tmp_path / "mark"))
+  """Processes that end with 75 by themselves start again; after a signal that went to all, 75 is the end."""
+  running = local(program, "--devices=2", "--restarts=3", MODE="stop once, then wait for TERM", MARK=str(tmp_path / "mark"))
   until = read_until(running, "listening", 2)
   running.send_signal(signal.SIGTERM)
   status, out = finish(running)
@@ -113,18 +115,18 @@ def test_two_processes_of_two_devices_add_up_start_again_and_are_told_to_stop(pr
   assert out.count("psum 6.0 over 4") == 4 and "[0] psum" in out and "[1] psum" in out
   assert out.count("status 75: starting again, 1 of 3") == 1 and "starting again, 2" not in out
   assert re.search(r"^\[0\] processes: 0 of 2 \(JAX_ variables\), coordinator 127\.0\.0\.1:\d+$", out, re.MULTILINE)
-  assert out.count("processes: all 2 agree on code, jax, config") == 2  # process 0, twice
+  assert out.count("processes: all 2 agree on code, jax, config") == 2  # process 0 says it in both runs
 
 
 @pytest.mark.parametrize(
-  "what, status, expected",
+  "mode, status, expected",
   [
     ("differ", 2, ["processes differ in config.batch: 64 in process 0, 32 in process 1"]),
     (
       "usage",
       2,
       [
-        "[1] process 1 of 2: error: what to do: got lst, expected: list",
+        "[1] process 1 of 2: error: subcommand: got lst, expected list",
         "[0] process 0 of 2: error: process 1 failed (status 2): ",
       ],
     ),
@@ -141,24 +143,24 @@ def test_two_processes_of_two_devices_add_up_start_again_and_are_told_to_stop(pr
     ("bug in 0", 1, ["[0] process 0 of 2: KeyError: 'nothing here'", "[1] process 1 of 2: error: process 0 failed (status 1): "]),
   ],
 )
-def test_a_failing_process_takes_the_others_along_with_its_status(program, tmp_path, what, status, expected):
-  found, out = finish(local(program, "--restarts=2", WHAT=what, MARK=str(tmp_path / "disk")))
-  assert found == status, out
+def test_a_failing_process_takes_the_others_along_with_its_status(program, tmp_path, mode, status, expected):
+  ended_with, out = finish(local(program, "--restarts=2", MODE=mode, MARK=str(tmp_path / "disk")))
+  assert ended_with == status, out
   assert all(text in out for text in expected) and "starting again" not in out and "status 134" not in out, out
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_at_once(program, victim):
-  running = local(program, WHAT="on and on")
+  running = local(program, MODE="on and on")
   out = read_until(running, "psum 3.0 over 2", 2)
   pids = {int(index): int(pid) for index, pid in re.findall(r"joined (\d) of 2 by .* (\d+)\n", out)}
   since = time.monotonic()
   os.kill(pids[victim], signal.SIGKILL)
   status, out = finish(running)
   assert time.monotonic() - since < 10
-  assert status == 137, out  # the first that failed
+  assert status == 137, out  # the status of the process that failed first
   lost = f"[{1 - victim}] process {1 - victim} of 2: error: process {victim} ("
-  # JAX's own abort (134) may come before ours where process 0 died; the launchers start again after both
+  # where process 0 died, JAX may abort (134) before our line is written; the launchers start again after both
   assert (lost in out and "was lost: its connection was closed; run the same command again" in out) or victim == 0, out
 
 
@@ -173,14 +175,14 @@ def test_who_is_not_there_is_waited_for_and_named(program):
   assert len(done.stderr.splitlines()) == 1
 
 
-# ---- engines that may be here
+# ---- engines that may be installed
 
 _SLURM_RUNS = shutil.which("sbatch") and subprocess.run(["sinfo"], capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not _SLURM_RUNS, reason="no SLURM: sbatch is not installed or slurmctld does not answer")
 def test_slurm_for_real(program, tmp_path):
-  """Two tasks by the sbatch file; and one task, which stays one process."""
+  """The sbatch file starts two tasks, or one, which is a process by itself."""
   options = ["--wait", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=none", f"--output={tmp_path}/log"]
   command = ["sbatch", *options, str(PODS / "slurm.sbatch"), *program]
   done = subprocess.run(command, cwd=ROOT, env=environ(), capture_output=True, text=True, timeout=120)
@@ -193,7 +195,7 @@ def test_slurm_for_real(program, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no Open MPI: mpirun is not installed")
 def test_open_mpi_for_real(program):
-  """Open MPI 5 must be told where process 0 listens."""
+  """JAX cannot tell from Open MPI 5 where process 0 listens, so it is given."""
   allowed = {f"{engine}_ALLOW_RUN_AS_ROOT{end}": "1" for engine in ("OMPI", "PRTE") for end in ("", "_CONFIRM")}
   version = subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
   if int(re.search(r"(\d+)\.\d", version)[1]) >= 5:

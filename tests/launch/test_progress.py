@@ -1,4 +1,4 @@
-"""The programs' progress meter: lines where there is no terminal, a bar where there is."""
+"""The programs' progress meter prints lines where there is no terminal, and shows a bar where there is one."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The figures of `launch.bench data` follow from what was counted; no test needs TensorFlow or looks at a duration."""
+"""The figures of `launch.bench data` follow from what was counted. No test needs TensorFlow or checks a duration."""
 
 import dataclasses
 import io
@@ -46,28 +46,28 @@ def report() -> DataReport:
   seen = []
   jobs = data.measurements(DIGITS, batch=50, images=1501, threads=2, seed=3)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(data, "measure_apart", data.measure)  # seconds less; a real process has its own test
-    found = data.compare(jobs, rounds=2, progress=lambda number, job, result: seen.append((number, job, result)))
-  # in turn, announced before and told after
+    patch.setattr(data, "measure_apart", data.measure)  # saves seconds; a real process has a test of its own
+    report = data.compare(jobs, rounds=2, progress=lambda number, job, result: seen.append((number, job, result)))
+  # in turn, each announced before and reported after
   assert [(number, job, result is None) for number, job, result in seen] == [
     (number, job, before) for number in range(2) for job in jobs for before in (True, False)
   ]
-  assert [result for _, _, result in seen if result] == [found.results[i][n] for n in range(2) for i in range(len(jobs))]
-  return found
+  assert [result for _, _, result in seen if result] == [report.results[i][n] for n in range(2) for i in range(len(jobs))]
+  return report
 
 
 def test_ours_makes_exactly_the_images_asked_for(report):
   assert [(job.group, job.data.mix, job.data.shift) for job in report.jobs] == [(CROP, "none", 0), (RECIPE, "mixup_cutmix", 1)]
   plain, whole = report.results
-  for each in (*plain, *whole):
-    assert each.images == 31 * 50
-    assert each.peak_bytes >= each.imported_bytes > 1e7
-    assert each.setup_s < each.first_batch_s < each.setup_s + each.wall_s
-    assert 0 < sum(each.times.values()) <= each.cpu_s
-    assert each.versions["opencv"]
+  for measured in (*plain, *whole):
+    assert measured.images == 31 * 50
+    assert measured.peak_bytes >= measured.imported_bytes > 1e7
+    assert measured.setup_s < measured.first_batch_s < measured.setup_s + measured.wall_s
+    assert 0 < sum(measured.times.values()) <= measured.cpu_s
+    assert measured.versions["opencv"]
   pixels = 50 * 8 * 8 * 3
-  assert plain[0].batch_bytes == pixels + 4 * 50  # label
-  assert whole[0].batch_bytes == pixels + 3 * 4 * 50  # and mix_label, ratio
+  assert plain[0].batch_bytes == pixels + 4 * 50  # the labels
+  assert whole[0].batch_bytes == pixels + 3 * 4 * 50  # also mix_label and ratio
   assert report.shares(0).keys() == set(PHASES)
   assert sum(report.shares(1).values()) == pytest.approx(1)
   assert report.shares(1)["augment"] > 0 == report.shares(0)["augment"]
@@ -78,20 +78,20 @@ def test_the_line_of_json_and_the_table_hold_what_was_measured(report):
   assert line["images"] == 1550 and line["threads"] == 2 and line["ratios"] == []
   for row, job, rounds in zip(line["rows"], report.jobs, report.results, strict=True):
     assert (row["pipeline"], row["group"]) == (job.pipeline, job.group)
-    assert row["images_per_s"] == pytest.approx(sum(1550 / each.wall_s for each in rounds) / 2)
-    assert [each["cpu_s"] for each in row["rounds"]] == [each.cpu_s for each in rounds]
+    assert row["images_per_s"] == pytest.approx(sum(1550 / measured.wall_s for measured in rounds) / 2)
+    assert [figures["cpu_s"] for figures in row["rounds"]] == [measured.cpu_s for measured in rounds]
   assert [column.header for column in report.table().columns][1:3] == ["images/s", "images per CPU-s"]
 
 
 def test_a_job_survives_json():
-  for each in data.measurements(PHOTOS, batch=8, images=20, threads=3, seed=7, against=True):
-    assert Measurement.from_json(each.to_json()) == each
-    assert each.steps == 3 and each.data.threads == 3
+  for measurement in data.measurements(PHOTOS, batch=8, images=20, threads=3, seed=7, against=True):
+    assert Measurement.from_json(measurement.to_json()) == measurement
+    assert measurement.steps == 3 and measurement.data.threads == 3
 
 
 def test_what_is_measured_beside_ours():
-  make = lambda config, **more: data.measurements(config, batch=8, images=8, threads=1, **more)
-  plan = lambda config, **more: [(job.pipeline, job.group) for job in make(config, **more)]
+  make = lambda config, **options: data.measurements(config, batch=8, images=8, threads=1, **options)
+  plan = lambda config, **options: [(job.pipeline, job.group) for job in make(config, **options)]
   tuned, official = PEERS
   assert plan(PHOTOS, against=True) == [(OURS, CROP), (tuned, CROP), (OURS, RECIPE), (official, RECIPE)]
   assert plan(dataclasses.replace(PHOTOS, augment="autoaugment"), against=True) == [(OURS, CROP), (tuned, CROP), (OURS, RECIPE)]
@@ -99,19 +99,19 @@ def test_what_is_measured_beside_ours():
   assert plan(bare, against=True) == [(OURS, CROP), (tuned, CROP)]
   assert plan(bare) == [(OURS, RECIPE)]
   ours, theirs, *_ = make(PHOTOS, against=True)
-  assert ours.data == theirs.data  # like for like
+  assert ours.data == theirs.data  # both do the same work
 
 
 def test_ratios_are_of_the_medians_and_of_each_round():
   jobs = (job(), job("tf.data, tuned"), job(group=RECIPE), job("tf.data, official structure", RECIPE))
   cpu = ((1.0, 2.0, 4.0), (2.0, 8.0, 5.0), (1.0, 1.0, 1.0), (5.0, 6.0, 10.0))
-  found = DataReport(jobs=jobs, results=tuple(tuple(result(cpu_s=s) for s in each) for each in cpu))
-  crop, recipe = found.ratios
+  report = DataReport(jobs=jobs, results=tuple(tuple(result(cpu_s=s) for s in rounds) for rounds in cpu))
+  crop, recipe = report.ratios
   assert (crop.peer, crop.ratio, crop.wanted) == ("tf.data, tuned", pytest.approx(5 / 2), 1.15)
   assert crop.rounds == pytest.approx((2, 4, 1.25))
   assert (recipe.ratio, recipe.wanted) == (pytest.approx(6), 5.0)
   assert "decode + crop + flip: 2.50 × the images per CPU-second of tf.data, tuned (1.25 to 4.00" in str(crop)
-  assert found.medians(0)["images_per_s"] == 50 and found.medians(0)["own_bytes"] == 200
+  assert report.medians(0)["images_per_s"] == 50 and report.medians(0)["own_bytes"] == 200
 
 
 def test_shares_are_of_the_work_of_all_rounds():
@@ -132,14 +132,14 @@ def test_what_cannot_be_measured_is_said_in_a_line():
 
 def test_a_process_of_its_own_gives_the_same_kind_of_result():
   job = data.measurements(DIGITS, batch=50, images=100, threads=1)[1]
-  found = data.measure_apart(job)
-  assert isinstance(found, Measured) and found.images == 100
-  assert found.peak_bytes > found.imported_bytes > 1e7
+  measured = data.measure_apart(job)
+  assert isinstance(measured, Measured) and measured.images == 100
+  assert measured.peak_bytes > measured.imported_bytes > 1e7
 
 
 def child(monkeypatch, *, status: int, stdout: str = "", stderr: str = ""):
   ended = subprocess.CompletedProcess([], status, stdout, stderr)
-  monkeypatch.setattr(data.subprocess, "run", lambda *arguments, **more: ended)
+  monkeypatch.setattr(data.subprocess, "run", lambda *arguments, **options: ended)
 
 
 def test_a_mistake_found_by_the_process_comes_back_as_one(monkeypatch, capsys):
@@ -160,10 +160,10 @@ def test_a_process_that_breaks_shows_its_last_words(monkeypatch):
 def values(*arguments: str):
   from absl import flags
 
-  found = flags.FlagValues()
-  launch_bench.define(found)
-  found(["bench", *arguments])
-  return found
+  parsed = flags.FlagValues()
+  launch_bench.define(parsed)
+  parsed(["bench", *arguments])
+  return parsed
 
 
 def test_without_tensorflow_the_extra_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""Plans hold the bytes that are known beforehand; arithmetic and advice are right on made-up figures."""
+"""Plans hold the bytes that can be computed beforehand; arithmetic and advice are tested on made-up figures."""
 
 import dataclasses
 import importlib.util
@@ -12,14 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from launch import cli, plan as launch_plan
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
+from nfnets.data.sources.open import open_source
 from nfnets.measure import hlo, plan, plan_report, program
 from nfnets.measure.chips import CHIPS, Chip, chip
 from nfnets.train.step import sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
-# A program that compiles in seconds; LLVM's expensive passes come after memory and communication are settled.
+# A network and options that compile in seconds; LLVM's expensive passes, which are skipped, come after memory and communication.
 ONE_BLOCK = {"depth": (1,), "width": (512,), "stage_strides": (1,), "stem_kernel": 3, "stem_pool": False}
-GAINS = 128 + 128 + 128 + 512 + 512  # of the stem, the block's three convolutions and its shortcut
+GAINS = 128 + 128 + 128 + 512 + 512  # those of the stem, of the block's three convolutions and of its shortcut
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -34,7 +35,7 @@ def tiny(**changes) -> Config:
 
 
 def test_memory_of_a_sharded_state_falls_as_devices_rise():
-  """By the compiled program's own memory analysis, what is split falls as 1/devices, and the little that is not split stays."""
+  """By the program's own memory analysis, what is split falls as 1/devices, and the little that is not split stays."""
   memory, copied = {}, 0
   for n in (1, 2, 4, 8):
     mesh = sharding.make_mesh(jax.devices()[:n])
@@ -52,18 +53,21 @@ def test_memory_of_a_sharded_state_falls_as_devices_rise():
 def test_program_end_to_end_on_this_machine(tmp_path, monkeypatch, capsys):
   recipe, file = tmp_path / "one_block.py", tmp_path / "plan.json"
   recipe.write_text("from tests.measure import test_plan\n\n\ndef get_config():\n  return test_plan.tiny()\n")
-  status, out, err = run_program(monkeypatch, capsys, f"--config={recipe}", f"--json={file}", f"--out={tmp_path / 'plan.png'}")
+  status, out, err = run_program(
+    monkeypatch, capsys, f"--config={recipe}", f"--json={file}", f"--out={tmp_path / 'plan.png'}", "--classes=6"
+  )
   assert status == 0, err
+  assert "6 classes, as config.data.num_classes or --classes says" in out
   read = json.loads(out.splitlines()[-1])
   assert read == json.loads(file.read_text()) and not (tmp_path / "plan.png").exists()
   (step,) = read["steps"]
   assert (read["devices"], read["device_kind"], read["topology"], read["batch"]) == (8, "cpu", None, 8)
   assert step["fits"] is None and step["roofline"] is None and read["chip"] is None and "unknown" in out
   memory = step["memory"]
-  assert memory["aliased"] > 3 * 4 * read["parameters"]  # parameters, momentum, EMA
+  assert memory["aliased"] > 3 * 4 * read["parameters"]  # it holds parameters, momentum and EMA
   assert memory["total"] == sum(memory[part] for part in ("arguments", "outputs", "temporaries", "code")) - memory["aliased"]
-  # Each gradient, float32, is summed over the devices once, but the gains', which are part of the standardized kernels by then.
-  # The loss and the counts are a few bytes more.
+  # Each gradient is summed over the devices once, in float32, except the gains', which are part of the standardized kernels.
+  # The loss and the counts add a few bytes.
   gradients = 4 * (read["parameters"] - GAINS)
   assert gradients < step["collectives"]["all-reduce"]["bytes"] <= gradients + 32
   assert 0.7 < step["flops"] / step["counted_flops"] < 2 and step["memory_bytes"] > memory["aliased"]
@@ -149,7 +153,7 @@ def made_up(name: str, gib: float, capacity: int | None, accumulate: int = 1) ->
 
 
 def plan_with(monkeypatch, needs, *, config=None, capacity=16 * plan_report.GIB, **arguments):
-  """Makes a plan from made-up compilations of `needs(config)` GiB each: (plan, printed lines)."""
+  """Makes a plan from made-up compilations of `needs(config)` GiB each; returns (plan, printed lines)."""
   monkeypatch.setattr(plan, "_capacity", lambda device, sold: capacity)
   monkeypatch.setattr(
     plan, "_compile", lambda name, config, setup, say: made_up(name, needs(config), setup.capacity, config.accumulate)
@@ -161,7 +165,18 @@ def plan_with(monkeypatch, needs, *, config=None, capacity=16 * plan_report.GIB,
 def test_nothing_else_is_compiled_if_it_fits(monkeypatch):
   planned, lines = plan_with(monkeypatch, lambda config: 15)
   assert [step.name for step in planned.steps] == ["as configured"] and planned.advice == "it fits as configured"
-  assert len(lines) == 1 and "fits" in lines[0]
+  assert len(lines) == 2 and "8 classes, as config.data.num_classes" in lines[0] and "fits" in lines[1]
+
+
+@pytest.mark.parametrize("name, classes", [("digits", 10), ("synthetic", 1000), ("imagenet2012", 1000), ("cifar10", 10)])
+def test_the_classes_are_those_of_the_dataset(name, classes, monkeypatch):
+  planned, lines = plan_with(monkeypatch, lambda config: 15, config=tiny(batch=64, data=DataConfig(name=name, image_size=8)))
+  assert planned.num_classes == classes and lines[0] == f"{classes} classes, as the dataset {name} has"
+
+
+def test_the_table_of_classes_agrees_with_the_data_that_needs_no_download():
+  for name in ("digits", "synthetic"):
+    assert open_source(DataConfig(name=name), "train").num_classes == program.CLASSES[name]
 
 
 def test_variants_are_tried_in_order_until_one_fits(monkeypatch):
@@ -242,6 +257,7 @@ DIGITS = "--config=configs/digits.py"
     ((DIGITS, "--json=no/such/dir/a.json"), "--json=no/such/dir/a.json: No such file"),
     ((DIGITS, "--out=no/such/dir/a.png"), "--out=no/such/dir/a.png: No such file"),
     (("--config=configs/synthetic.py:nfnet_f9",), "nfnet_f"),
+    ((DIGITS, "--config.data.name=pets"), "config.data.name='pets' has is not known without reading it; give --classes=N"),
   ],
 )
 def test_program_answers_a_mistake_in_one_line(arguments, message, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The benchmark's figures agree with each other and with the description of the model; no test looks at a duration."""
+"""The benchmark's figures agree with each other and with the description of the model. No test checks a duration."""
 
 import dataclasses
 import json
@@ -54,13 +54,13 @@ def test_flops_are_three_forward_passes_of_the_description(report):
   assert report.forward_macs_per_image == described.macs[16]
   assert report.flops_per_image == 6 * described.macs[16]
   assert report.parameters == described.parameters
-  # XLA also counts element-wise work and leaves out the padding's zeros and the images' gradient, so it is only near.
+  # XLA also counts element-wise work and leaves out the padding's zeros and the images' gradient, so the counts are only near.
   assert 0.7 < report.xla_flops_per_image / report.flops_per_image < 1.5
 
 
 def test_the_whole_state_is_donated(report):
   assert report.donated_bytes == report.state_bytes
-  assert report.state_bytes > 3 * 4 * report.parameters  # parameters, momentum, EMA, and the count of steps
+  assert report.state_bytes > 3 * 4 * report.parameters  # it holds parameters, momentum, EMA, and the count of steps
   compiled = report.memory.compiled
   assert compiled.aliased == report.state_bytes
   figures = report.memory.to_json()
@@ -101,11 +101,11 @@ def test_json_holds_every_figure(report):
 
 def test_a_known_chip_gets_its_mfu(report):
   mfu = report.tflops_per_device / 989
-  known = dataclasses.replace(
+  on_h200 = dataclasses.replace(
     report, device_kind="NVIDIA H200", dtype="bfloat16", peak_tflops_per_device=peak_tflops("NVIDIA H200"), mfu=mfu
   )
-  assert f"MFU {100 * mfu:.2f} % of 989 TFLOP/s" in str(known) and "own peak is lower" not in str(known)
-  assert "computes in float32, whose own peak is lower" in str(dataclasses.replace(known, dtype="float32"))
+  assert f"MFU {100 * mfu:.2f} % of 989 TFLOP/s" in str(on_h200) and "own peak is lower" not in str(on_h200)
+  assert "computes in float32, whose own peak is lower" in str(dataclasses.replace(on_h200, dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -239,19 +239,25 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
   last = done.stdout.splitlines()[-1]
   assert json.loads(last) == json.loads(file.read_text())
   read = json.loads(last)
-  assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 1000, 2)
+  assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 10, 2)
+  assert "10 classes, as the dataset digits has" in done.stdout
   assert read["clipping"] == digits.get_config().optim.clipping and read["agc_track"] is True and read["agc"] is None
 
 
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ((), "what to do: got nothing, expected: step"),
-    (("stp", "--config=configs/digits.py"), "got stp, expected: step"),
+    ((), "subcommand: got nothing, expected step or data"),
+    (("stp", "--config=configs/digits.py"), "got stp, expected step"),
     (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
     (("step",), "--config is missing"),
     (("step", "--config=configs/synthetic.py:nfnet_f9"), "nfnet_f"),
     (("step", "--config=configs/digits.py", "--steps=0"), "steps"),
+    (("step", "--config=configs/digits.py", "--classes=0"), "classes"),
+    (
+      ("step", "--config=configs/digits.py", "--config.data.name=pets"),
+      "config.data.name='pets' has is not known without reading",
+    ),
     (("step", "--config=configs/digits.py", "--image_size=0"), "image_size"),
     (("step", "--config=configs/digits.py", "--batch=12"), "config.batch=12 is not divisible by the 8 devices"),
     (("step", "--config=configs/digits.py", "--config.optim.clipping=inf", "--without-agc"), "config.optim.clipping=inf"),

@@ -1,4 +1,4 @@
-"""The workdir's lock: one run at a time; broken only when its holder is gone."""
+"""The lock of a workdir lets one run in at a time, and is broken only when its holder is gone."""
 
 import dataclasses
 import json

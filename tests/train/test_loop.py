@@ -1,4 +1,4 @@
-"""Training from end to end on the real digits: records, resume, signals, non-finite losses, refused workdirs."""
+"""Trains from end to end on the real digits: records, resuming, signals, losses that are not finite, refused workdirs."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ TINY = {
 
 
 def tiny_config(**changes) -> Config:
-  """11.2 steps an epoch, with everything on: two parts a batch, AGC, EMA, dropout, stochastic depth, shifts."""
+  """Makes a run of 11.2 steps an epoch with everything on: two parts a batch, AGC, EMA, dropout, stochastic depth, shifts."""
   config = Config(
     model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
     data=DataConfig(name="digits", shift=1),
@@ -58,12 +58,11 @@ def tiny_config(**changes) -> Config:
 
 
 def final_arrays(workdir) -> list[np.ndarray]:
-  """Everything a run's last checkpoint holds, in one order."""
+  """Returns the weights and averages of a run's last checkpoint, always in the same order."""
   config = tiny_config()
   graph, params, stats = states.split_network(states.build_network(config.model, 10))
   reader = CheckpointReader(str(workdir))
-  found = reader.restore_model(reader.choose(), params, stats)
-  return [np.asarray(x) for x in jax.tree.leaves(found)]
+  return [np.asarray(x) for x in jax.tree.leaves(reader.restore_model(reader.choose(), params, stats))]
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +91,11 @@ def test_a_run_learns_and_leaves_its_records(uninterrupted):
 
 
 def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, capsys):
-  """SIGTERM while the parts of a step are computed, at an epoch's edge too: same images, keys, state, metrics, to the bit."""
+  """After SIGTERM within a step, also at an epoch's end, images, keys, state and metrics go on to the bit."""
   original = TrainBatches.start
   one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
   monkeypatch.setattr(training_run, "prefetch", one_by_one)
-  stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # at 12 the first epoch is evaluated
+  stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # the first epoch is evaluated at step 12
   for at in stops:
 
     def interrupting(self, step, at=at):
@@ -116,7 +115,7 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
   records, reference = (read_jsonl(workdir / "metrics.jsonl") for workdir in (tmp_path, uninterrupted[0]))
   steps = [record["step"] for record in records if record["kind"] == "train"]
   assert steps == sorted(set(steps))
-  tests, expected = ([record for record in each if record["kind"] == "test"] for each in (records, reference))
+  tests, expected = ([record for record in log if record["kind"] == "test"] for log in (records, reference))
   assert tests == expected and [record["step"] for record in tests] == [12, 22]
 
 
@@ -161,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_checkpoint(tmp_path
 
 
 def test_an_update_that_overflows_is_never_saved(tmp_path):
-  """Finite loss and gradients, but a learning rate that makes the parameters infinite: the state before stays the last good."""
+  """Loss and gradients are finite, but the learning rate makes the parameters infinite: the state before is the last saved."""
   config = tiny_config(checkpoint_every=0.1, epochs=1)
   config.optim = OptimConfig(base_lr=3e38, scale_lr=False, warmup_epochs=0.1, clipping=None, ema_decay=None, momentum=0)
   with pytest.raises(loop.NonFiniteError, match="learning rate is too high|not finite"):
@@ -169,12 +168,11 @@ def test_an_update_that_overflows_is_never_saved(tmp_path):
   reader = CheckpointReader(str(tmp_path))
   graph, params, stats = states.split_network(states.build_network(config.model, 10))
   for step in reader.steps()[-1:]:
-    found = reader.restore_model(step, params, stats)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    chex.assert_tree_all_finite(reader.restore_model(step, params, stats))
 
 
 def test_the_logged_learning_rate_is_that_of_the_updates_made(tmp_path):
-  """A step that was skipped makes no update, one that was rolled back is made again: the optimizer's own count says which."""
+  """A skipped step makes no update and a rolled-back one is made again, as the optimizer's own count of updates shows."""
   config = tiny_config()
   schedule = optim.make_schedule(config.optim, batch=128, steps_per_epoch=11, total_steps=22)
   network = states.build_network(config.model, 10)
@@ -202,7 +200,7 @@ def test_clip_fractions_are_logged_where_agc_is_tracked(fields, logged):
 
 
 def test_an_evaluation_ends_early_when_a_signal_comes_and_is_made_by_the_next_run(uninterrupted, tmp_path, monkeypatch):
-  """A notice of 30 seconds is not lost to an evaluation that takes longer: the step is saved, its evaluation comes later."""
+  """A signal during an evaluation is not kept waiting for its end: the step is saved, and the next run evaluates it."""
   start = EvalBatches.start
 
   def interrupting(self, step):
@@ -212,7 +210,7 @@ def test_an_evaluation_ends_early_when_a_signal_comes_and_is_made_by_the_next_ru
 
   monkeypatch.setattr(EvalBatches, "start", interrupting)
   config = tiny_config(eval_batch=16)  # 23 batches
-  for _ in range(2):  # the second signal comes while the evaluation is made up for
+  for _ in range(2):  # the second signal comes while the next run makes that evaluation
     ended = loop.train(config, str(tmp_path))
     assert not ended.finished and ended.step == 12 and CheckpointReader(str(tmp_path)).metrics(12) is None
   monkeypatch.setattr(EvalBatches, "start", start)
@@ -232,7 +230,7 @@ def test_an_error_of_a_save_does_not_hide_why_the_run_ended(tmp_path, monkeypatc
 
 
 def test_a_process_that_cannot_look_for_the_bad_layer_keeps_the_others_from_waiting(monkeypatch):
-  """No process enters the program that looks at every layer unless all can."""
+  """A process enters the program that looks at every layer only if all processes can."""
   asked = []
   monkeypatch.setattr(recovery.distributed, "any_process", lambda flag: asked.append(flag) or True)
   config = tiny_config()
@@ -245,8 +243,8 @@ def test_a_process_that_cannot_look_for_the_bad_layer_keeps_the_others_from_wait
 
   assert recovery.first_nonfinite(config, graph, state, broken) == "the layer could not be found (the disk is gone)"
   batch = {"image": np.zeros((4, 8, 8, 3), np.uint8), "label": np.zeros(4, np.int32)}
-  found = recovery.first_nonfinite(config, graph, state, lambda: batch)
-  assert found == "the layer could not be found (another process could not look)" and asked == [True, False]
+  said = recovery.first_nonfinite(config, graph, state, lambda: batch)
+  assert said == "the layer could not be found (another process could not look)" and asked == [True, False]
 
 
 def test_waiting_for_data_is_hinted_at_once(tmp_path, capsys):
@@ -260,9 +258,9 @@ def test_waiting_for_data_is_hinted_at_once(tmp_path, capsys):
   assert said.count("the devices waited for data 50% of the time") == 1 and "data_wait 4%" in said
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored")  # tensorboardX leaves a file open that it could not flush
+@pytest.mark.filterwarnings("ignore:Exception ignored")  # tensorboardX leaves a file open that it cannot flush
 def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
-  """Files may not grow for a while (RLIMIT_FSIZE); what was not written is there as soon as they may."""
+  """While files cannot grow (RLIMIT_FSIZE) nothing is written; as soon as they can, what was missing is written too."""
   log = Logbook(str(tmp_path))
   log.begin(0, 10)
   scalars, clip = {"epoch": 0.1, "loss": 1.0, "top1": 0.5, "lr": 0.1}, {f"blocks/{i}/conv1": 0.25 for i in range(100)}
@@ -287,7 +285,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, capsys):
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
-  """As Ctrl-C does with `… | tee log`: the run still saves, and its status says "run me again"."""
+  """The output may close early, as Ctrl-C does it in `… | tee log`: the run still saves and ends with status 75."""
   program = (
     "import os, signal, sys; from nfnets.train.logs.logbook import Logbook\n"
     "from nfnets.distributed.signals import stop_on_signals\n"
@@ -307,11 +305,11 @@ def test_a_reader_that_has_gone_does_not_end_the_training(tmp_path, stream):
 
 
 def read_events(workdir) -> list[Event]:
-  """The last event file's content: records of length, its checksum, data, its checksum."""
+  """Reads the last event file, whose records are a length, its checksum, the data and their checksum."""
   path = max((workdir / "tensorboard").glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns)
-  data, found = path.read_bytes(), []
+  data, events = path.read_bytes(), []
   while data:
     end = 12 + struct.unpack("<Q", data[:8])[0]
-    found.append(Event.FromString(data[12:end]))
+    events.append(Event.FromString(data[12:end]))
     data = data[end + 4 :]
-  return found
+  return events

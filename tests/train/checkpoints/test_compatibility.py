@@ -1,4 +1,4 @@
-"""What a continuation must find as its checkpoint left it: configuration, images, their order, devices; an older nfnets' run."""
+"""A continued run must find what its checkpoint was written with: configuration, images, their order and devices."""
 
 import dataclasses
 import pathlib
@@ -72,7 +72,7 @@ def test_other_configurations_are_refused_and_what_changes_nothing_is_not():
 
 
 def old_config() -> Config:
-  """The recipe of the run in OLD: 11 steps, of which it had taken 7 when it was stopped."""
+  """Makes the recipe of the run in OLD, which has 11 steps and was stopped after 7 of them."""
   small = {
     "width": (8, 8),
     "group_width": 4,
@@ -96,7 +96,7 @@ def old_config() -> Config:
 
 
 def test_a_run_of_before_the_rooms_goes_on(tmp_path):
-  """Its checkpoint was written by commit c00e4ff on jax 0.10.2; `end.npz` is what that commit came to without a stop."""
+  """Goes on from a checkpoint that commit c00e4ff wrote with jax 0.10.2; `end.npz` holds that commit's weights without a stop."""
   workdir = shutil.copytree(OLD, tmp_path / "run")
   result = loop.train(old_config(), str(workdir))
   assert result.finished and result.step == 11

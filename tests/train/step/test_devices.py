@@ -1,4 +1,4 @@
-"""However the devices share the work, the step is the same: copied or split state, parts of a batch, a loop of one's own."""
+"""The step is the same however devices share the work: with the state copied or split, a batch in parts, or a user's own loop."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ TINY = {
 
 
 def make_config(**changes) -> Config:
-  """AGC, Nesterov, EMA, dropout and stochastic depth on."""
+  """Makes a run with AGC, Nesterov, EMA, dropout and stochastic depth."""
   config = Config(
     model=ModelConfig(name="nfnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=dict(TINY)),
     data=DataConfig(name="digits"),
@@ -57,7 +57,7 @@ def prepare(config: Config):
 
 
 def train(config: Config, devices: int, count: int = STEPS):
-  """(losses, state) after `count` steps on so many devices."""
+  """Returns (losses, state) after `count` steps on so many devices."""
   mesh = sharding.make_mesh(jax.devices()[:devices])
   graph, optimizer, state = prepare(config)
   like = sharding.place(mesh, state, shard=config.shard)
@@ -74,11 +74,12 @@ def train(config: Config, devices: int, count: int = STEPS):
 
 
 def same(a, b, tolerance: float = 1e-5) -> None:
+  """Asserts that two trees differ by at most `tolerance`, relative or absolute."""
   chex.assert_trees_all_close(*jax.device_get((a, b)), rtol=tolerance, atol=tolerance)
 
 
 def furthest(a, b) -> float:
-  """The largest absolute difference between two trees."""
+  """Returns the largest absolute difference between two trees."""
   return max(float(np.max(np.abs(x - y))) for x, y in zip(*map(jax.tree.leaves, jax.device_get((a, b))), strict=True))
 
 
@@ -94,16 +95,16 @@ def test_the_reference_learns(one_device):
 
 @pytest.mark.parametrize("devices, shard, accumulate", [(2, True, 1), (8, False, 2)])
 def test_shared_work_is_the_same_work(one_device, devices, shard, accumulate):
-  """Losses, parameters, momentum, AGC's statistics and averages after 20 steps."""
+  """Compares losses, parameters, momentum, AGC's statistics and averages after 20 steps."""
   losses, state = train(make_config(shard=shard, accumulate=accumulate), devices)
   np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
   same((state.params, state.ema), (one_device[1].params, one_device[1].ema))
-  same(state.opt_state, one_device[1].opt_state, 1e-4)  # AGC's largest ratios, of 40 and more, among them
+  same(state.opt_state, one_device[1].opt_state, 1e-4)  # among it are AGC's largest ratios, which are 40 and more
 
 
 @pytest.mark.parametrize("wrap", ["pmap", "shard_map"])
 def test_a_loop_of_ones_own(one_device, wrap):
-  """The pure step inside a user's jax.pmap or jax.shard_map, each device with its part of the batch."""
+  """Runs the pure step inside a user's jax.pmap or jax.shard_map, where each device has its part of the batch."""
   config, devices = make_config(), jax.devices()[:2]
   graph, optimizer, state = prepare(config)
   core = make_train_step(config, graph, optimizer, axis="replicas")
@@ -125,7 +126,7 @@ def test_a_loop_of_ones_own(one_device, wrap):
 
 
 def test_weights_are_standardized_once_however_many_parts(monkeypatch):
-  """Counted in the traced program: a standardization is the one rsqrt of a convolution."""
+  """Counts in the traced program, where each convolution's standardization has exactly one rsqrt."""
   counts = []
   for accumulate in (1, 4):
     config = make_config(accumulate=accumulate)
@@ -145,7 +146,7 @@ def test_statistics_of_each_device():
   """batch_stats="device": the gradient is the mean of what each half of the batch gives, and so are the statistics."""
   small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
   config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small), batch_stats="device")
-  config.optim = dataclasses.replace(config.optim, warmup_epochs=0)  # else the first learning rate is 0
+  config.optim = dataclasses.replace(config.optim, warmup_epochs=0)  # with a warm-up the first learning rate would be 0
   graph, optimizer, state = prepare(config)
   mesh, batch = sharding.make_mesh(jax.devices()[:2]), batch_of(0)
   like = sharding.place(mesh, state)
@@ -158,7 +159,8 @@ def test_statistics_of_each_device():
   ]
   grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
   updates, _ = optimizer.update(grads, state.opt_state, state.params)
-  assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5 and furthest(after.stats, stats) < 1e-5
+  expected = jax.tree.map(jnp.add, state.params, updates), stats
+  chex.assert_trees_all_close(jax.device_get((after.params, after.stats)), jax.device_get(expected), rtol=0, atol=1e-5)
   other = train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
     sharding.put(state, like), sharding.put_batch(mesh, batch_of(0))
   )[0]
@@ -173,7 +175,7 @@ def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
 
 
 def test_a_loop_of_ones_own_refuses_batchnorm_over_the_global_batch():
-  """Each device of a pmap has its own images alone."""
+  """Each device of a pmap has only its own images, so that no batch statistics are global."""
   small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
   config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small))
   graph, optimizer, state = prepare(config)
@@ -194,15 +196,17 @@ def test_a_second_trace_of_a_compiled_step_is_an_error():
   step = train_step_over(config, mesh, graph, optimizer, like)
   shapes = {name: jax.ShapeDtypeStruct(rows.shape, rows.dtype) for name, rows in batch_of(0).items()}
   step.lower(like, shapes)
-  train_step_over(config, mesh, graph, optimizer, like).lower(like, shapes)  # another step may be traced too
+  train_step_over(config, mesh, graph, optimizer, like).lower(
+    like, shapes
+  )  # a second step is counted by itself, and may be traced too
   with pytest.raises(AssertionError, match="traced > 1 times"):
     step.lower(like, {name: jax.ShapeDtypeStruct((16, *x.shape[1:]), x.dtype) for name, x in shapes.items()})
 
 
 def test_sharpness_aware_steps():
-  """SAM by hand, on two devices: each climbs by itself on the first quarter of its rows; the gradients there are averaged."""
+  """Does SAM by hand on two devices: each ascends alone on a quarter of its rows, and the gradients there are averaged."""
   plain = make_config()
-  plain.optim = dataclasses.replace(plain.optim, warmup_epochs=0)  # else the first learning rate is 0
+  plain.optim = dataclasses.replace(plain.optim, warmup_epochs=0)  # with a warm-up the first learning rate would be 0
   config = dataclasses.replace(plain, optim=dataclasses.replace(plain.optim, sam_rho=0.1, sam_share=0.25))
   graph, optimizer, state = prepare(config)
   mesh, batch = sharding.make_mesh(jax.devices()[:2]), batch_of(0)
@@ -213,19 +217,23 @@ def test_sharpness_aware_steps():
   descents = []
   for rows in (slice(0, 16), slice(16, 32)):
     mine = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-    first = {**jax.tree.map(lambda x: x[:4], mine), "key": layers.fold_in(mine["key"][:4], 1 << 31)}  # a dropout of its own
+    first = {
+      **jax.tree.map(lambda x: x[:4], mine),
+      "key": layers.fold_in(mine["key"][:4], 1 << 31),
+    }  # the ascent has dropout masks of its own
     ascent = gradients(state.params, first)
     norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(jax.device_get(ascent))))
     descents.append(gradients(jax.tree.map(lambda p, g, norm=norm: p + 0.1 / norm * g, state.params, ascent), mine))
   updates, _ = optimizer.update(jax.tree.map(lambda a, b: (a + b) / 2, *descents), state.opt_state, state.params)
-  assert furthest(after.params, jax.tree.map(jnp.add, state.params, updates)) < 1e-5
+  expected = jax.tree.map(jnp.add, state.params, updates)
+  chex.assert_trees_all_close(jax.device_get(after.params), jax.device_get(expected), rtol=0, atol=1e-5)
   batch = sharding.put_batch(mesh, batch_of(0))
   without, _ = train_step_over(plain, mesh, graph, optimizer, like)(sharding.put(state, like), batch)
   assert furthest(after.params, without.params) > 1e-3 and furthest(after.params, state.params) > 1e-3
 
 
 def test_bad_steps_are_left_out_and_counted():
-  """A loss of eight times its running mean, where the policy is to skip; for "stop" see test_step.py."""
+  """Skips a step whose loss is eight times its running mean; test_step.py has the policy "stop"."""
   config = make_config(on_bad_step="skip", spike=3.0)
   graph, optimizer, state = prepare(config)
   step = jax.jit(make_train_step(config, graph, optimizer))
@@ -245,6 +253,6 @@ def test_standardized_kernels_are_not_standardized_again():
   expected = conv.weight()
   layers.standardize(conv)
   np.testing.assert_array_equal(conv.weight(), expected)
-  again = nnx.merge(*nnx.split(conv))  # the mark is in the graph definition
+  again = nnx.merge(*nnx.split(conv))  # the mark is kept in the graph definition
   layers.standardize(again)
   np.testing.assert_array_equal(again.weight(), expected)

@@ -1,4 +1,4 @@
-"""Losses and metrics against float64 numpy references and the published definitions."""
+"""Compares losses and metrics with float64 NumPy references and the published definitions."""
 
 import operator
 
@@ -116,7 +116,7 @@ def test_a_label_outside_the_classes_shows_as_nan_and_is_never_correct(batch, la
 
 
 def reference_topk(logits, labels, k):
-  """The published definition: the label is among the last k of an argsort."""
+  """Follows the published definition: the label is among the last k of an argsort."""
   orders = np.argsort(logits, axis=-1, kind="stable")
   return sum(label in order[-k:] for order, label in zip(orders, labels, strict=True))
 

@@ -1,4 +1,4 @@
-"""The step: the same on 1 and 8 devices, nothing changes once a number is not finite, exact evaluation on any batch."""
+"""The step is the same on 1 and 8 devices and changes nothing once a number is not finite; evaluation is exact with any batch."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def make_config(model: str) -> Config:
 
 
 def prepare(config: Config, devices: int):
-  """(mesh, step, evaluation step, state, batches) on the first `devices` devices."""
+  """Returns (mesh, step, evaluation step, state, batches) on the first `devices` devices."""
   mesh = sharding.make_mesh(jax.devices()[:devices])
   data = open_source(config.data, config.data.train_split)
   graph, params, stats = split_network(build_network(config.model, 10))
@@ -50,7 +50,7 @@ def prepare(config: Config, devices: int):
 
 
 def test_eight_devices_equal_one():
-  """Losses, parameters, running statistics and EMA after 4 steps, with the global batch's BatchNorm; without: test_devices.py."""
+  """Compares losses, weights, statistics and EMA after 4 steps with BatchNorm; test_devices.py compares networks without it."""
   assert jax.device_count() == 8
   finals = []
   for devices in (1, 8):
@@ -111,25 +111,25 @@ def test_the_state_is_donated():
 def test_evaluation_is_exact_on_any_devices_and_batch():
   config = make_config("nf_resnet_tiny")
   data = open_source(config.data, config.data.test_split)
-  found = []
+  results = []
   for devices, batch in ((1, 360), (8, 50), (3, 7)):
     mesh, _, eval_step, state, _ = prepare(config, devices)
-    heard = []
+    progress = []
     batches = EvalBatches(data, config.data, batch=sharding.whole_batch(batch, mesh))
     weights = {"params": (state.params, state.stats), "again": (state.params, state.stats)}
-    both = evaluate.evaluate(eval_step, mesh, weights, batches, progress=heard.append)
+    both = evaluate.evaluate(eval_step, mesh, weights, batches, progress=progress.append)
     assert both["params"] == both["again"]
-    found.append(both["params"])
+    results.append(both["params"])
     batches.close()
-    assert heard[-1] == found[-1]["count"] == 360
-  assert found[0]["top1"] == found[1]["top1"] == found[2]["top1"] and found[0]["top5"] == found[1]["top5"]
-  assert [each["loss"] for each in found] == pytest.approx([found[0]["loss"]] * 3, rel=1e-5)
+    assert progress[-1] == results[-1]["count"] == 360
+  assert results[0]["top1"] == results[1]["top1"] == results[2]["top1"] and results[0]["top5"] == results[1]["top5"]
+  assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * 3, rel=1e-5)
   network = build_network(config.model, 10)
   images, labels = (np.stack(part) for part in zip(*((data[i].image, data[i].label) for i in range(360)), strict=True))
   logits = np.asarray(network(normalise(jnp.asarray(images), config.data)), np.float64)
-  assert found[0]["top1"] == (logits.argmax(-1) == labels).mean()
+  assert results[0]["top1"] == (logits.argmax(-1) == labels).mean()
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  assert found[0]["loss"] == pytest.approx(-logp[np.arange(360), labels].mean(), rel=1e-5)
+  assert results[0]["loss"] == pytest.approx(-logp[np.arange(360), labels].mean(), rel=1e-5)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():
