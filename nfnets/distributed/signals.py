@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT
 GRACE_S = 3.0  # that the main thread has to take a KeyboardInterrupt and clean up, before the process ends without it
@@ -42,7 +43,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
   handled: list[int] = []  # by the main thread
   heard: list[int] = []  # by the watching thread
 
-  def on_signal(number: int, frame: object) -> None:
+  def on_signal(number: int, frame: FrameType | None) -> None:
     handled.append(number)
     request.name = request.name or signal.Signals(number).name
     if handled.count(signal.SIGINT) > 1:
@@ -79,7 +80,7 @@ def prompt_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _listening(
-  handlers: dict[signal.Signals, Callable[[int, object], None]], on_heard: Callable[[int, threading.Event], None]
+  handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]], on_heard: Callable[[int, threading.Event], None]
 ) -> Iterator[None]:
   """Sets handlers, and calls `on_heard(number, left)` in a thread for each signal; `left` is set when the context is left."""
   if threading.current_thread() is not threading.main_thread():

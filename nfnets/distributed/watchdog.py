@@ -10,7 +10,7 @@ import time
 from nfnets.distributed import processes
 from nfnets.distributed.exit_status import LOST
 
-FIRST_STEP_S = 3600.0  # seconds that the first step gets beyond the usual ones, because it compiles
+FIRST_STEP_S = 3600.0  # seconds beyond the usual ones for what compiles, or reads a whole dataset for its index
 
 
 class Watchdog:
@@ -22,12 +22,12 @@ class Watchdog:
     seconds: how long one piece of work may take; 0 means no limit.
     directory: where the stacks of all threads are written, as stacks-PROCESS.txt; stderr gets them too.
     process: the number of this process.
-    first: additional seconds for the first piece of work.
+    first: additional seconds for the first piece of work, which is to open the run.
   """
 
   def __init__(self, seconds: float, directory: str, process: int = 0, *, first: float = FIRST_STEP_S):
     self._seconds, self._file, self._closed = seconds, pathlib.Path(directory, f"stacks-{process}.txt"), threading.Event()
-    self._awaited, self._deadline = "the first step", time.monotonic() + seconds + first
+    self._awaited, self._deadline = "what the run opens", time.monotonic() + seconds + first
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
     if seconds:
       self._thread.start()
@@ -52,7 +52,7 @@ class Watchdog:
     """Prints the error, writes the stacks and ends the process, whatever fails on the way."""
     try:
       print(
-        f"{processes.label()}error: {self._awaited} was not finished within config.watchdog={self._seconds:g} s; stacks in "
+        f"{processes.label()}error: {self._awaited} took longer than config.watchdog={self._seconds:g} s; stacks in "
         f"{self._file}; the same command goes on from the last checkpoint",
         file=sys.stderr,
         flush=True,

@@ -65,8 +65,11 @@ def train(config: Config, workdir: str) -> Result:
 def _take_steps(run: Run, results: Results | None) -> tuple[Ended, Results | None]:
   """Steps until the end, a signal or a rollback; and the last evaluation, `results` if there was none."""
   config = run.config
+  run.watchdog.expect(f"the images of step {run.step + 1}")
   with contextlib.closing(Window()) as window, contextlib.closing(run.batches_from_here()) as ahead:
     for batch in window.batches(ahead):
+      if not run.has_compiled:
+        run.watchdog.expect("the first step", FIRST_STEP_S)
       run.wait_for_room()
       stopping = run.is_stopping()
       window.add(run.take_step(batch))
@@ -103,7 +106,6 @@ def _make_up_evaluation(run: Run) -> Results | None:
   results = run.evaluate()
   if results is not None:
     run.writer.add_metrics(run.step, results)
-  run.watchdog.expect("the first step", FIRST_STEP_S)
   return results
 
 

@@ -195,6 +195,8 @@ def open_run(config: Config, workdir: str) -> Iterator[Run]:
 def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> Run:
   config.validate()
   process, count = jax.process_index(), jax.process_count()
+  watchdog = Watchdog(config.watchdog, workdir, process)
+  opened.callback(watchdog.close)
   mesh = sharding.make_mesh()
   sharding.check_batch(config.batch, mesh, config.accumulate)
   data_config = resolve.data_config(config)
@@ -235,8 +237,6 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
     check_same_order(meta, batches.order_digest(meta["data"]["next_step"]), workdir)
   test_batches = EvalBatches(test_data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), **rows)
   opened.callback(test_batches.close)
-  watchdog = Watchdog(config.watchdog, workdir, process)
-  opened.callback(watchdog.close)
   if last is None:
     state = _first_state(config, data.num_classes, optimizer, like)
   else:

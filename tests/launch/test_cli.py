@@ -71,6 +71,10 @@ def test_errors_with_a_status_are_one_line(error, status, monkeypatch, capsys):
   def program(values):
     raise error
 
+  def end_process(status):
+    raise SystemExit(status)
+
+  monkeypatch.setattr(os, "_exit", end_process)  # Ctrl-C ends the process without the interpreter's own end
   with pytest.raises(SystemExit) as stopped:
     run_main(monkeypatch, program)
   assert stopped.value.code == status

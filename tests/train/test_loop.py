@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import random
 import re
 import resource
@@ -22,6 +23,7 @@ from nfnets import optim
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.data.batches.evaluation import EvalBatches
 from nfnets.data.batches.training import TrainBatches
+from nfnets.distributed import LOST
 from nfnets.train import loop, recovery, run as training_run
 from nfnets.train.checkpoints import manifest
 from nfnets.train.checkpoints.errors import CheckpointError
@@ -29,6 +31,8 @@ from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.logs import window
 from nfnets.train.logs.logbook import Logbook, read_jsonl
 from nfnets.train.step import state as states
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 TINY = {
   "width": (16, 16),
@@ -313,3 +317,18 @@ def read_events(workdir) -> list[Event]:
     events.append(Event.FromString(data[12:end]))
     data = data[end + 4 :]
   return events
+
+
+def test_the_watchdog_ends_a_run_that_waits_for_its_first_image(tmp_path):
+  """A disk that never answers: the first batch gets the usual seconds, and not those of a compilation."""
+  program = (
+    "import sys, time\nfrom nfnets.train import loop\nfrom nfnets.data.batches.training import TrainBatches\n"
+    "from tests.train.test_loop import tiny_config\n"
+    "TrainBatches.start = lambda self, step: time.sleep(60)\n"
+    "loop.train(tiny_config(watchdog=1.0), sys.argv[1])"
+  )
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  ended = subprocess.run(
+    [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+  )
+  assert ended.returncode == LOST and "error: the images of step 1 took longer than config.watchdog=1 s" in ended.stderr
