@@ -12,6 +12,10 @@ def reason(error: BaseException) -> str:
   return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+class UnreadableImage(ValueError):
+  """The bytes are no image, not a whole one, or one that would take more memory or time than is allowed."""
+
+
 class NoSuchSplit(DataError):
   """The dataset has no split of this name, or fewer records in it than were asked for."""
 
