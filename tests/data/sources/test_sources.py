@@ -113,7 +113,7 @@ def test_a_bucket_gives_the_same(root):
 
 
 def test_what_is_wrong_with_the_request(root):
-  fails(r"no split 'test' .*; it has: train \(12\), validation \(4\)", root, "test")
+  fails(r"^pictures in .*/pictures/1.0.0 has no split 'test'; it has: train \(12\), validation \(4\)", root, "test")
   fails(r"no split 'train\[:13\]' \(Requested slice \[:13\] incompatible with 12", root, "train[:13]")
   fails(r"no split 'train\[' .*\(config.data.train_split\)$", root, "train[")
   with pytest.raises(DataError, match="validation .4.$"):

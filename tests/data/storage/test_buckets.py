@@ -246,7 +246,7 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
   newest = remote.find_version(root + "/", "photos")
   assert newest == f"{root}/photos/10.0.0" and remote.find_version(root, "photos:9.*.*") == f"{root}/photos/9.1.0"
   assert remote.list_files(newest) == [f"{newest}/{name}" for name in ("dataset_info.json", "label.labels.txt", "x-00000")]
-  local = remote.copy_metadata(newest)
+  local = remote.copy_metadata(newest, 1 << 20)
   assert sorted(os.listdir(local)) == ["dataset_info.json", "label.labels.txt"]
   assert [len(block) for block in remote.stream(f"{newest}/x-00000", block=100)] == [100, 100, 50]
   assert b"".join(remote.stream(f"{newest}/x-00000", block=7)) == bytes(range(250))
@@ -264,7 +264,7 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=message):
       remote.find_version(root, wrong)
   with pytest.raises(DataError, match="not a prepared TFDS dataset"):
-    remote.copy_metadata(f"{root}/sets/b/1.0.0")
+    remote.copy_metadata(f"{root}/sets/b/1.0.0", 1 << 20)
   with pytest.raises(DataError, match="no such file"):
     remote.stat_files([f"{newest}/x-00001"])
 
