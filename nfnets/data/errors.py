@@ -4,7 +4,18 @@ from nfnets.errors import UserError
 
 
 class DataError(UserError):
-  """The data is missing, cannot be read, or is not what the configuration says."""
+  """The data is missing, cannot be read, or is not what the configuration says.
+
+  Names of files and classes may hold anything, line breaks and bytes that no terminal takes included: they are escaped.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+  """Returns a text with what cannot be printed in a line, such as a line break or a surrogate, as Python escapes it."""
+  return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def reason(error: BaseException) -> str:

@@ -6,12 +6,12 @@ run any code. Here a feature is a name and a table of facts, and of dataset_info
 
 import json
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nfnets.config import DataConfig
-from nfnets.data.errors import DataError
+from nfnets.data.errors import DataError, reason
+from nfnets.data.storage.regular import read_regular
 
 FEATURES, INFO = "features.json", "dataset_info.json"
 LARGEST = 1 << 26  # bytes of a file of metadata; ImageNet's have some kilobytes, and the names of 21,841 classes half a megabyte
@@ -102,16 +102,9 @@ def class_names(config: DataConfig, metadata: Metadata) -> Sequence[str]:
 def read_text(path: str) -> str:
   """Reads a file of metadata; raises DataError when it is none that can be read, or too large."""
   try:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer must not be waited for
-    with open(descriptor, encoding="utf-8") as stream:
-      status = os.fstat(descriptor)
-      if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path} is no regular file")
-      if status.st_size > LARGEST:
-        raise DataError(f"{path} has {status.st_size:,} bytes; expected metadata of at most {LARGEST:,}")
-      return stream.read()
+    return read_regular(path, LARGEST).decode()
   except OSError as error:
-    raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    raise DataError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _splits(info: dict[str, Any], copy: str, file_format: str) -> Any:
