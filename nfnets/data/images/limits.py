@@ -1,6 +1,5 @@
 """Refuses images that would take more memory or time than their size warrants, from their headers and before they are decoded."""
 
-import math
 from typing import Any, NamedTuple
 
 import simplejpeg
@@ -17,9 +16,7 @@ PIXELS_FOR_NOTHING = 1 << 22
 START_OF_SCAN = b"\xff\xda"
 _MAX_MARKERS = 1000  # that are looked at before the first scan; an ICC profile and EXIF take some dozens at most
 _SEQUENTIAL, _FRAMES = (0xC0, 0xC1), (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
-_TIFF_JPEG = ("jpeg", "tiff_jpeg")
-_ROWS_PER_STRIP, _TILE_SIDES = 278, (322, 323)  # tags of TIFF 6.0
-_BYTE_COUNTS = (279, 325)  # of the strips, of the tiles
+_TILE_SIDES = (322, 323)  # tags of TIFF 6.0
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -49,8 +46,12 @@ def check_jpeg(data: bytes, max_pixels: int) -> None:
 def check_jpeg_bytes(data: bytes, width: int, height: int) -> None:
   """Raises UnreadableImage when a JPEG of this size has too few bytes to be whole, or too many scans."""
   check_bytes(len(data), width, height, allowance=0)
-  if jpeg_header(data).many_scans:
-    _check_scans(data, width * height)
+  if not jpeg_header(data).many_scans:
+    return
+  scans = data.count(START_OF_SCAN)  # within a scan's own bytes the marker does not occur
+  most = max(LEAST_SCANS, min(MOST_SCANS, SCANNED_PIXELS // (width * height)))
+  if scans > most:
+    raise UnreadableImage(f"{scans:,} scans are more than the {most:,} that an image of its size is decoded with")
 
 
 class JpegHeader(NamedTuple):
@@ -83,30 +84,15 @@ def jpeg_header(data: bytes) -> JpegHeader:
 
 
 def check_tiff(data: bytes, image: Any, max_pixels: int) -> None:
-  """Raises UnreadableImage when the strips or tiles of an open TIFF would take more than its size warrants.
+  """Raises UnreadableImage when the tiles of an open TIFF are too large: libtiff makes room for a whole one.
+
+  The scans of JPEGs within a TIFF are limited by libtiff itself, to a hundred.
 
   Args:
     data: the bytes of the file.
     image: PIL's TiffImageFile of them, of which nothing but the tags has been read.
-    max_pixels: the most pixels of a tile, which libtiff makes room for.
+    max_pixels: the most pixels of a tile.
   """
-  tags, (width, height) = image.tag_v2, image.size
-  across, down = (int(tags.get(tag, 0)) for tag in _TILE_SIDES)
-  check_size(across, down, max_pixels)
-  check_bytes(len(data), across, down)
-  # libtiff reads the whole of a strip's bytes, so that strips which lie on top of each other multiply the file.
-  stored = sum(sum(map(int, tags.get(tag, ()))) for tag in _BYTE_COUNTS)
-  if stored > 2 * len(data):
-    raise UnreadableImage(f"its strips claim {stored:,} bytes, but the file has {len(data):,}")
-  if image.info.get("compression") in _TIFF_JPEG:
-    rows = int(tags.get(_ROWS_PER_STRIP, 0)) or height
-    parts = math.ceil(width / across) * math.ceil(height / down) if across and down else math.ceil(max(width, height) / rows)
-    _check_scans(data, width * height, parts)
-
-
-def _check_scans(data: bytes, pixels: int, parts: int = 1) -> None:
-  """Raises UnreadableImage when a file of so many pixels has too many scans for its parts, each of which is a JPEG."""
-  scans = data.count(START_OF_SCAN)  # within a scan's own bytes the marker does not occur
-  most = parts * max(LEAST_SCANS, min(MOST_SCANS, SCANNED_PIXELS // pixels))
-  if scans > most:
-    raise UnreadableImage(f"{scans:,} scans are more than the {most:,} that an image of its size is decoded with")
+  width, height = (int(image.tag_v2.get(tag, 0)) for tag in _TILE_SIDES)
+  check_size(width, height, max_pixels)
+  check_bytes(len(data), width, height)

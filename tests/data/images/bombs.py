@@ -25,7 +25,7 @@ BOMBS = {
   "PNG, 8,192² black, 16 bits": lambda: hostile.png(8192, 8192, bits=16),
   "PNG, 67,108,864×1 black": lambda: hostile.png(1 << 26, 1),
   "PNG with 256 MB of text in 261 kB": lambda: hostile.png(8, 8, extra=hostile.png_text(1 << 28)),
-  "TIFF, 60,000 strips that lie on each other": hostile.tiff_of_overlapping_strips,
+  "TIFF of a JPEG of 3,006 scans, 1,024²": lambda: hostile.tiff_of_a_jpeg(3000),
   "TIFF, 64² in a tile of 65,488²": lambda: hostile.tiff_of_one_tile(65488),
   "TIFF, 64² in a tile of 8,192²": lambda: hostile.tiff_of_one_tile(8192),
   "TIFF, 13,000² black": lambda: hostile.tiff_bomb(13000),

@@ -33,9 +33,9 @@ def plain_jpeg(side: int, mode: str = "RGB", **options) -> bytes:
   return out.getvalue()
 
 
-def jpeg_of_scans(scans: int, side: int = 2048) -> bytes:
+def jpeg_of_scans(scans: int, side: int = 2048, mode: str = "RGB") -> bytes:
   """A progressive JPEG whose last scan stands there many times: each is a pass over all its pixels."""
-  data = plain_jpeg(side, progressive=True)
+  data = plain_jpeg(side, mode, progressive=True)
   last = data.rindex(b"\xff\xda")
   # The last scan refines one component; the same one is read again and again.
   return data[:-2] + data[last:-2] * scans + data[-2:]
@@ -79,11 +79,10 @@ def tiff_tags(width: int, height: int, compression: int) -> dict[int, list[int]]
   return {256: [width], 257: [height], 258: [8], 259: [compression], 262: [1], 277: [1]}
 
 
-def tiff_of_overlapping_strips(strips: int = 60_000, size: int = 1_000_000) -> bytes:
-  """A strip a row, and all of them the same compressed bytes, most of which no row needs."""
-  content = zlib.compress(bytes(4)) + bytes(size)
-  tags = tiff_tags(4, strips, 8) | {278: [1], 273: [8] * strips, 279: [len(content)] * strips}
-  return tiff(tags, content)
+def tiff_of_a_jpeg(scans: int, side: int = 1024) -> bytes:
+  """A grey TIFF whose only strip is a progressive JPEG of many scans."""
+  content = jpeg_of_scans(scans, side, "L")
+  return tiff(tiff_tags(side, side, 7) | {278: [side], 273: [8], 279: [len(content)]}, content)
 
 
 def tiff_of_one_tile(side: int) -> bytes:

@@ -132,11 +132,11 @@ def test_a_window_larger_than_the_buffer_is_not_fetched_twice(reader, shard, mon
 def test_many_threads_read_what_is_still_on_its_way(reader, shard):
   keys = [(0, int(i) * 4000, 3999) for i in np.random.default_rng(1).permutation(1000)]
   Flaky.gate.clear()
-  found = {}
+  parts = {}
 
   def read(part):
     for key in part:
-      found[key] = reader.read(*key)
+      parts[key] = reader.read(*key)
 
   reader.prefetch(keys[:600])
   threads = [threading.Thread(target=read, args=(keys[i::8],)) for i in range(8)]
@@ -146,7 +146,7 @@ def test_many_threads_read_what_is_still_on_its_way(reader, shard):
   Flaky.gate.set()
   for thread in threads:
     thread.join(10)
-  assert found == {key: shard[1][key[1] : key[1] + key[2]] for key in keys}
+  assert parts == {key: shard[1][key[1] : key[1] + key[2]] for key in keys}
   assert reader._bytes == 0
 
 

@@ -198,10 +198,10 @@ def test_damaged_bytes_raise_nothing_but_value_error(data):
     )
   )
   try:
-    found = parse_example(damaged, ("image", "label"))
+    features = parse_example(damaged, ("image", "label"))
   except ValueError:
     return
-  assert isinstance(found["image"], bytes | int) and isinstance(found["label"], bytes | int)
+  assert isinstance(features["image"], bytes | int) and isinstance(features["label"], bytes | int)
 
 
 @pytest.mark.parametrize(
