@@ -48,6 +48,12 @@ def choice(*values: str) -> Rule:
   return rule
 
 
+def names(*values: str) -> Rule:
+  """A tuple, not empty, of some names."""
+  fits = lambda chosen: isinstance(chosen, tuple | list) and len(chosen) > 0 and all(name in values for name in chosen)
+  return lambda chosen: "" if fits(chosen) else f"a tuple of one or more of {', '.join(map(repr, values))}"
+
+
 def number(expected: str, accepts: Callable[[float], bool]) -> Rule:
   """A number, whole or not, for which `accepts` is true; NaN fails every comparison, so it never is."""
   return lambda value: "" if _is_number(value) and accepts(value) else expected

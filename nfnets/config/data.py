@@ -64,6 +64,12 @@ class DataConfig:
   # Records that lie together and are read together; their blocks are shuffled, then records among 16 blocks. None = 1 (a
   # full shuffle) on disks, 32 in buckets.
   shuffle_block: int | None = None
+  # Pillow's names of the image formats that are opened, whatever a file is called; no others, because Pillow would start
+  # Ghostscript for an EPS. "AVIF", "JPEG2000" and "PPM" may be added.
+  formats: tuple[str, ...] = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+  # An image of more pixels is a corrupt record. The largest of ImageNet that is reported has 61 million (9331×6530); one at
+  # the limit takes 0.2 GB (baseline JPEG) to 1 GB (WebP) while it is decoded, in each of the threads that meets one.
+  max_pixels: int = 1 << 26
   # Training stops when more than this share of the dataset's records is found corrupt; fewer are replaced and counted.
   max_corrupt: float = 0.01
   # Per channel, on the scale 0-255; subtracted and divided by on the device. ImageNet's.
@@ -104,6 +110,8 @@ _RULES: dict[str, checks.Rule] = {
   "repeats": checks.whole(1),
   "threads": checks.optional(checks.whole(1)),
   "shuffle_block": checks.optional(checks.whole(1)),
+  "formats": checks.names("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"),
+  "max_pixels": checks.whole(1, 178_956_971),  # from there on Pillow refuses by itself
   "max_corrupt": checks.number("a share in [0, 1]", lambda value: 0 <= value <= 1),
   "mean": checks.numbers(3, "three numbers", lambda *values: all(map(math.isfinite, values))),
   "std": checks.numbers(3, "three numbers > 0", lambda *values: all(0 < value < math.inf for value in values)),

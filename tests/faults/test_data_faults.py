@@ -16,6 +16,7 @@ from nfnets.data.storage import remote
 from nfnets.train import loop
 from nfnets.train.logs.logbook import read_jsonl
 from tests import shards
+from tests.data.images import fuzz
 from tests.faults import data_faults
 from tests.faults.recipe import SMALL
 
@@ -115,6 +116,18 @@ def test_a_flipped_bit_of_a_payload_is_always_found(tmp_path, full, row):
   flips = data_faults.flip_payload_bits(tmp_path, attempts)
   assert (flips.attempts, flips.named, flips.silent) == (attempts, attempts, 0)
   row(f"1 bit flipped in {attempts} payloads of TFRecord shards", f"{flips.named} found and named", silent=flips.silent)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::UserWarning")  # with which Pillow tells of damaged tags
+def test_mutated_images_are_decoded_or_refused(row):
+  """The short form is tests/data/images/test_fuzz.py."""
+  outcome = fuzz.fuzz(500_000, seed=1)
+  row(
+    f"{outcome.decoded + outcome.refused:,} mutated images of {len(fuzz.FORMATS)} formats",
+    f"decoded {outcome.decoded:,}, refused {outcome.refused:,}, anything else {len(outcome.other)}",
+  )
+  assert outcome.other == ()
 
 
 @pytest.mark.long

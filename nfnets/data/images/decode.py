@@ -1,15 +1,21 @@
 """Decodes bytes to uint8 pixels, and crops pixels to the square that the network sees.
 
-Pixels are those of TensorFlow's accurate JPEG decoder, bit for bit; EXIF orientation is not applied, as in TFDS.
+Pixels are those of TensorFlow's accurate JPEG decoder, bit for bit. The bytes may come from anyone: docs/security.md.
 """
 
+import dataclasses
 import functools
 import io
+import warnings
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from nfnets.data.errors import UnreadableImage
+from nfnets.data.images import limits
 
 Box = tuple[int, int, int, int]  # top, left, height, width, pixels
 
@@ -18,40 +24,110 @@ Box = tuple[int, int, int, int]  # top, left, height, width, pixels
 LEAST_COVER = 0.1
 ATTEMPTS = 10  # random boxes that are tried
 PADDING = 32  # pixels; evaluation takes the central size / (size + 32) of the image
+_JPEG = b"\xff\xd8\xff"  # how every JPEG begins
+
+# Pillow warns of images that are large, but not larger than config.data.max_pixels has been set to, or that we refuse.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# ---- from bytes to pixels
 
 
-class UnreadableImage(ValueError):
-  """The bytes are no image, or not a whole one."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rules:
+  """Which images are decoded, and how.
+
+  formats: Pillow's names of the formats that are opened at all; max_pixels: the most pixels of an image; upright: whether the
+  orientation that EXIF tells is applied. The defaults are those of config.data.
+  """
+
+  formats: tuple[str, ...] = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+  max_pixels: int = 1 << 26
+  upright: bool = False
 
 
-def pixels(data: bytes) -> np.ndarray:
-  """Decodes JPEG, PNG or any other format of Pillow: uint8 [H, W, 3]; grey is repeated, CMYK converted, alpha dropped.
+DEFAULT_RULES = Rules()
+
+
+def pixels(data: bytes, rules: Rules = DEFAULT_RULES) -> np.ndarray:
+  """Decodes the first picture of a file: uint8 [H, W, 3]; grey is repeated, CMYK converted, alpha dropped, 16 bits become 8.
 
   Raises:
-    UnreadableImage: the bytes are empty, truncated, or not an image.
+    UnreadableImage: the bytes are empty, truncated, no image, or one that the rules or `limits` refuse.
   """
-  if data[:3] == b"\xff\xd8\xff":
-    try:
-      return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-      pass  # CMYK, or libjpeg gave a warning: Pillow distinguishes harmless warnings from truncated files
-  return _decode_with_pillow(data)
-
-
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-  from PIL import Image
-
   if not data:
     raise UnreadableImage("no bytes at all")
   try:
-    with Image.open(io.BytesIO(data)) as image:
-      if image.mode.startswith("I"):  # 16 bits, of which TensorFlow keeps the upper eight
-        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-      return np.array(image.convert("RGB"))
-  except (OSError, SyntaxError, ValueError, OverflowError, Image.DecompressionBombError) as error:
-    text = str(error)
+    if data[:3] == _JPEG and "JPEG" in rules.formats:
+      try:
+        limits.check_jpeg(data, rules.max_pixels)
+        image = simplejpeg.decode_jpeg(data, "RGB")
+        return turned(image, orientation(data, rules))
+      except UnreadableImage:
+        raise
+      except ValueError:
+        pass  # CMYK, or libjpeg gave a warning: Pillow distinguishes harmless warnings from truncated files
+    return _decode_with_pillow(data, rules)
+  except UnreadableImage:
+    raise
+  except Image.DecompressionBombError as error:
+    raise UnreadableImage(f"more pixels than config.data.max_pixels={rules.max_pixels:,} allows") from error
+  except Exception as error:  # of any kind: decoders raise what they like for hostile bytes
+    text = " ".join(str(error).split())
     raise UnreadableImage("not an image" if "cannot identify" in text else text or type(error).__name__) from error
+
+
+def _decode_with_pillow(data: bytes, rules: Rules) -> np.ndarray:
+  with Image.open(io.BytesIO(data), formats=rules.formats) as image:
+    limits.check_size(*image.size, rules.max_pixels)
+    if data[:3] == _JPEG:
+      limits.check_jpeg_bytes(data, *image.size)
+    else:
+      limits.check_bytes(len(data), *image.size)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+      limits.check_tiff(data, image, rules.max_pixels)
+    # Pillow turns a TIFF when it reads the pixels, always.
+    turn = _orientation(image) if rules.upright and image.format != "TIFF" else 1
+    if image.mode.startswith("I"):  # 16 bits, of which TensorFlow keeps the upper eight
+      grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+      return turned(np.repeat(grey[..., None], 3, axis=-1), turn)
+    image.load()
+    image.info.pop("transparency", None)  # alpha is dropped, of which Pillow would warn
+    return turned(np.array(image if image.mode == "RGB" else image.convert("RGB")), turn)
+
+
+# ---- EXIF orientation
+
+
+def orientation(data: bytes, rules: Rules) -> int:
+  """Returns the orientation, 1 to 8, that EXIF tells of an image that can be decoded; 1 where the rules leave it as it is."""
+  if not rules.upright:
+    return 1
+  if data[:3] == _JPEG:  # Pillow is slow: it is asked only about those JPEGs that may have another orientation than 1
+    end = limits.jpeg_header(data).end
+    if data.find(b"Exif\0\0", 0, end) < 0 and data.find(b"tiff:Orientation", 0, end) < 0:
+      return 1
+  with Image.open(io.BytesIO(data), formats=rules.formats) as image:
+    return _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+  """Returns the orientation in the EXIF data of an open image, 1 to 8; 1 where there is none, or none that can be read."""
+  try:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # Pillow's parser raises errors of many kinds for damaged EXIF data, which are no reason to lose the image
+    return 1
+  return value if value in range(1, 9) else 1
+
+
+def turned(image: np.ndarray, orientation: int) -> np.ndarray:
+  """Returns an image as it is meant to be seen: [H, W, 3], or [W, H, 3] for orientations 5 to 8 (EXIF 2.32, tag 274)."""
+  if orientation == 1:
+    return image
+  if orientation >= 5:
+    image = image.transpose(1, 0, 2)
+  rows = -1 if orientation in (3, 4, 7, 8) else 1
+  columns = -1 if orientation in (2, 3, 6, 7) else 1
+  return np.ascontiguousarray(image[::rows, ::columns])
 
 
 # ---- training
@@ -154,15 +230,19 @@ def bicubic(image: np.ndarray, resized: tuple[int, int], offset: tuple[int, int]
     offset: (row, column) of the square in the resized image.
     size: side of the square.
   """
-  rows = _resample(image.astype(np.float32), _taps(image.shape[0], resized[0], offset[0], size))
-  out = cv2.transpose(_resample(cv2.transpose(rows), _taps(image.shape[1], resized[1], offset[1], size)))
+  rows, *row_taps = _taps(image.shape[0], resized[0], offset[0], size, 4)
+  columns, *column_taps = _taps(image.shape[1], resized[1], offset[1], size, 32)
+  # Of an image that is much larger than the result, few pixels are looked at: the others must take no memory as floats. To
+  # choose columns is slow, and left to images of extreme shapes.
+  image = image if rows is None else image[rows]
+  image = image if columns is None else image[:, columns]
+  out = cv2.transpose(_resample(cv2.transpose(_resample(image.astype(np.float32), *row_taps)), *column_taps))
   out += 0.5
   return np.clip(out, 0, 255, out=out).astype(np.uint8)
 
 
-def _resample(image: np.ndarray, taps: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-  """Resizes the first axis, along which whole rows are copied: float32 [n, …] → [size, …]. taps: from `_taps`."""
-  positions, weights = taps
+def _resample(image: np.ndarray, positions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Resizes the first axis, along which whole rows are copied: float32 [n, …] → [size, …]. The rest is from `_taps`."""
   tap = np.empty((len(positions), *image.shape[1:]), np.float32)
   out = np.zeros_like(tap)
   for k in range(4):
@@ -173,8 +253,12 @@ def _resample(image: np.ndarray, taps: tuple[np.ndarray, np.ndarray]) -> np.ndar
 
 
 @functools.lru_cache(maxsize=512)
-def _taps(before: int, after: int, offset: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the four source pixels of each resized pixel, and their weights: int [size, 4], float32 [size, 4]."""
+def _taps(before: int, after: int, offset: int, size: int, factor: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+  """Returns what makes the resized pixels of an axis.
+
+  They are: the pixels that are needed, int [n], or None where all are kept, because they are at most `factor` · size; the
+  places among them of the four for each resized pixel, int [size, 4]; and the weights of these, float32 [size, 4].
+  """
   position = (np.arange(offset, offset + size) + 0.5) * (before / after) - 0.5
   base = np.floor(position).astype(np.int64)
   taps = base[:, None] + np.arange(-1, 3)
@@ -183,4 +267,8 @@ def _taps(before: int, after: int, offset: int, size: int) -> tuple[np.ndarray, 
   weights = np.where(x <= 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
   weights = np.where((taps >= 0) & (taps < before), weights, 0)
   weights /= weights.sum(axis=1, keepdims=True)
-  return np.clip(taps, 0, before - 1), weights.astype(np.float32)
+  taps, weights = np.clip(taps, 0, before - 1), weights.astype(np.float32)
+  if before <= factor * size:
+    return None, taps, weights
+  needed, places = np.unique(taps, return_inverse=True)
+  return needed, places.reshape(taps.shape), weights

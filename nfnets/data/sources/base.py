@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nfnets.data.errors import CorruptRecord
+from nfnets.data.errors import CorruptRecord, UnreadableImage
 from nfnets.data.images import decode
 
 
@@ -32,9 +32,11 @@ class Source(abc.ABC):
 
   Attributes:
     remote: whether reading waits for a network, so that `prefetch` pays.
+    rules: which images are decoded, and how; `open_source` sets them.
   """
 
   remote: bool = False
+  rules: decode.Rules = decode.DEFAULT_RULES
 
   def __init__(self, name: str, split: str, class_names: Sequence[str]):
     self.name, self.split, self.class_names = name, split, tuple(class_names)
@@ -64,8 +66,8 @@ class Source(abc.ABC):
     if isinstance(record.image, np.ndarray):
       return record.image
     try:
-      return decode.pixels(record.image)
-    except decode.UnreadableImage as error:
+      return decode.pixels(record.image, self.rules)
+    except UnreadableImage as error:
       raise CorruptRecord(self.address(index), str(error)) from error
 
   # ---- the three parts of source[index], separate so that each can be timed

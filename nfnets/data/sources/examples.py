@@ -14,6 +14,8 @@ from nfnets.data.storage.example import parse_example
 from nfnets.data.storage.index import RecordIndex
 from nfnets.data.storage.tfrecord import FileReader
 
+LARGEST = 1 << 30  # bytes of a record, of which there is one in memory for each thread
+
 
 class Piece(NamedTuple):
   """A part of a shard. first: the number of its first record; taken: how many follow; count: how many the shard holds."""
@@ -112,6 +114,8 @@ class TFRecordSource(_ExampleSource):
   def raw(self, index: int) -> bytes:
     """Reads the whole record: header, payload and footer."""
     file, offset, length = int(self._file[index]), int(self._offset[index]), int(self._length[index])
+    if length > LARGEST:
+      raise CorruptRecord(self.address(index), f"it has {length:,} bytes, more than the {LARGEST:,} that are read")
     try:
       return self._reader.read(file, offset - tfrecord.HEADER, tfrecord.HEADER + length + tfrecord.FOOTER)
     except OSError as error:

@@ -2,16 +2,31 @@
 
 import concurrent.futures
 import csv
+import io
 import os
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from nfnets.data.errors import CorruptRecord, DataError, NoSuchSplit, reason
+from nfnets.data.errors import CorruptRecord, DataError, NoSuchSplit, printable, reason
 from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import remote
+from nfnets.data.storage.regular import read_regular
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = {
+  "JPEG": (".jpg", ".jpeg"),
+  "PNG": (".png",),
+  "GIF": (".gif",),
+  "WEBP": (".webp",),
+  "BMP": (".bmp",),
+  "TIFF": (".tif", ".tiff"),
+  "AVIF": (".avif",),
+  "JPEG2000": (".jp2",),
+  "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+LARGEST = 1 << 30  # bytes of an image file, of which there is one in memory for each thread
+_LARGEST_TABLE = 1 << 26  # bytes; Kaggle's has 2 MB
 SOLUTION = "LOC_val_solution.csv"  # lines of ImageId,PredictionString; the latter is "CLASS x y x y", further boxes follow
 _KAGGLE = os.path.join("ILSVRC", "Data", "CLS-LOC")
 _HELD_OUT = ("val", "validation", "test")
@@ -32,8 +47,7 @@ class FolderSource(Source):
 
   def __getitem__(self, index: int) -> Record:
     try:
-      with open(os.path.join(self._root, self._files[index]), "rb") as stream:
-        return Record(stream.read(), int(self._labels[index]))
+      return Record(read_regular(os.path.join(self._root, self._files[index]), LARGEST), int(self._labels[index]))
     except OSError as error:
       raise CorruptRecord(self.address(index), f"cannot be read: {reason(error)}") from error
 
@@ -41,7 +55,14 @@ class FolderSource(Source):
     return os.path.join(self._root, self._files[index])
 
 
-def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> Source:
+class _Images(NamedTuple):
+  """The images of a folder. files: their names; skipped: names of what is none, by its suffix or because it is no file."""
+
+  files: list[str]
+  skipped: list[str]
+
+
+def open_folder(directory: str, split: str, progress: Callable[[str], None], formats: Sequence[str]) -> Source:
   """Opens the images of a split expression of TFDS over the folders train and val (or validation, test).
 
   The label of an image is the place of its class folder among train's, sorted by name.
@@ -49,11 +70,12 @@ def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> 
   Args:
     directory: the folder that holds train/ and val/, or that Kaggle's archive of ImageNet was unpacked in.
     split: a split expression such as "train[:98%]".
-    progress: called with one line about each step that takes long.
+    progress: called with one line about each step that takes long, and about what is skipped.
+    formats: Pillow's names of the formats whose files are images.
 
   Raises:
-    DataError: there is no such folder, it has no classes, a class is missing in train/, or the flat val/ does not agree
-      with its table.
+    DataError: there is no such folder, it has no classes, a class has no images or is missing in train/, or the flat val/ does
+      not agree with its table.
   """
   if remote.is_url(directory):
     raise DataError(f"config.data.dir={directory!r}: a folder of images is read from disks only; in buckets, use a TFDS dataset")
@@ -70,11 +92,12 @@ def open_folder(directory: str, split: str, progress: Callable[[str], None]) -> 
   classes = _subfolders(os.path.join(root, folders.get("train") or next(iter(folders.values()))))
   if not classes:
     raise DataError(f"{root}/train has no class folders, which {SOLUTION}'s classes are numbered by")
+  suffixes = tuple(suffix for name in formats for suffix in SUFFIXES[name])
   scanned: dict[str, tuple[list[str], np.ndarray]] = {}
 
   def images_of(folder: str) -> tuple[list[str], np.ndarray]:
     if folder not in scanned:
-      scanned[folder] = _scan(root, folder, classes, table, progress)
+      scanned[folder] = _scan(root, folder, classes, table, progress, suffixes)
     return scanned[folder]
 
   parts = _slices(split, {name: lambda folder=folder: len(images_of(folder)[0]) for name, folder in folders.items()}, root)
@@ -111,29 +134,41 @@ def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[
 
 
 def _scan(
-  root: str, folder: str, classes: list[str], table: str | None, progress: Callable[[str], None]
+  root: str, folder: str, classes: list[str], table: str | None, progress: Callable[[str], None], suffixes: tuple[str, ...]
 ) -> tuple[list[str], np.ndarray]:
   """Lists the images of a folder: (paths below root, sorted by class and name; labels, int32 [n])."""
   labels_by_class = {name: label for label, name in enumerate(classes)}
   path = os.path.join(root, folder)
   subfolders = _subfolders(path)
   if not subfolders and table is not None:  # `_folder_of` returns a folder without classes only where there is a table
-    return _scan_flat(path, folder, labels_by_class, table)
+    return _scan_flat(path, folder, labels_by_class, table, progress, suffixes)
   unknown = [name for name in subfolders if name not in labels_by_class]
   if unknown:
     raise DataError(f"{path}/{unknown[0]} is a class that train/ has not ({len(unknown)} of {len(subfolders)} classes)")
   if len(subfolders) >= 100:
     progress(f"listing the {len(subfolders):,} class folders of {path}")
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    images = list(pool.map(lambda name: _images(os.path.join(path, name)), subfolders))
-  files = [os.path.join(folder, name, file) for name, names in zip(subfolders, images, strict=True) for file in names]
-  labels = np.repeat(np.asarray([labels_by_class[name] for name in subfolders], np.int32), [len(names) for names in images])
-  return files, labels
+    listed = list(pool.map(lambda name: _images(os.path.join(path, name), suffixes), subfolders))
+  skipped = [entry.name for entry in _entries(path) if not _is(entry.is_dir)]
+  skipped += [f"{name}/{file}" for name, (_, others) in zip(subfolders, listed, strict=True) for file in others]
+  _say_skipped(path, skipped, progress)
+  for name, (images, others) in zip(subfolders, listed, strict=True):
+    if not images:
+      raise DataError(
+        f"the class {path}/{name} has no images: it is empty, or has {len(others):,} others than {' '.join(suffixes)} "
+        "(config.data.formats); remove it, or add its images"
+      )
+  files = [os.path.join(folder, name, file) for name, (images, _) in zip(subfolders, listed, strict=True) for file in images]
+  labels = np.asarray([labels_by_class[name] for name in subfolders], np.int32)
+  return files, np.repeat(labels, [len(images) for images, _ in listed])
 
 
-def _scan_flat(path: str, folder: str, labels_by_class: dict[str, int], table: str) -> tuple[list[str], np.ndarray]:
+def _scan_flat(
+  path: str, folder: str, labels_by_class: dict[str, int], table: str, progress: Callable[[str], None], suffixes: tuple[str, ...]
+) -> tuple[list[str], np.ndarray]:
   """Lists the images of a folder without class folders, sorted by name; `table` has their classes."""
-  files = _images(path)
+  files, skipped = _images(path, suffixes)
+  _say_skipped(path, [name for name in skipped if name != SOLUTION], progress)
   labels_by_image = _read_table(table, labels_by_class)
   images = [os.path.splitext(file)[0] for file in files]
   missing = [file for file, image in zip(files, images, strict=True) if image not in labels_by_image]
@@ -142,11 +177,22 @@ def _scan_flat(path: str, folder: str, labels_by_class: dict[str, int], table: s
   return [os.path.join(folder, file) for file in files], np.asarray([labels_by_image[image] for image in images], np.int32)
 
 
+def _say_skipped(path: str, skipped: list[str], progress: Callable[[str], None]) -> None:
+  """Says in one line how much below a folder is no image, if anything is."""
+  if skipped:
+    progress(
+      printable(
+        f"{len(skipped):,} of what is in {path} is skipped, because it is no file, or none whose name ends as images of "
+        f"config.data.formats do; the first: {skipped[0]}"
+      )
+    )
+
+
 def _read_table(path: str, labels_by_class: dict[str, int]) -> dict[str, int]:
   """Reads Kaggle's table of the flat val/: the label of each image, by its name without suffix."""
   try:
-    with open(path, newline="") as stream:
-      rows = [row for row in csv.reader(stream) if row]
+    text = read_regular(path, _LARGEST_TABLE).decode()
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     classes = {row[0]: row[1].split()[0] for row in rows[1:]}
   except (OSError, IndexError, UnicodeDecodeError, csv.Error) as error:
     why = getattr(error, "strerror", None) or "expected lines of ImageId,CLASS x y x y"
@@ -166,12 +212,24 @@ def _entries(path: str) -> list[os.DirEntry]:
     raise DataError(f"{path} cannot be listed: {error.strerror}") from error
 
 
+def _is(kind: Callable[[], bool]) -> bool:
+  """Returns what `entry.is_file` or `entry.is_dir` says; a link that leads round in a circle is neither."""
+  try:
+    return kind()
+  except OSError:
+    return False
+
+
 def _subfolders(path: str) -> list[str]:
-  return [entry.name for entry in _entries(path) if entry.is_dir()]
+  return [entry.name for entry in _entries(path) if _is(entry.is_dir)]
 
 
-def _images(path: str) -> list[str]:
-  return [entry.name for entry in _entries(path) if entry.name.lower().endswith(SUFFIXES)]
+def _images(path: str, suffixes: tuple[str, ...]) -> _Images:
+  """Lists the images directly in a folder: regular files, and links to some, whose names end in one of the suffixes."""
+  images = _Images([], [])
+  for entry in _entries(path):
+    (images.files if entry.name.lower().endswith(suffixes) and _is(entry.is_file) else images.skipped).append(entry.name)
+  return images
 
 
 def _listing(path: str) -> str:

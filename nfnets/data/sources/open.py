@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from nfnets.config import DataConfig
 from nfnets.data.errors import DataError, NoSuchSplit
+from nfnets.data.images import decode
 from nfnets.data.sources.base import Source
 from nfnets.data.sources.builtin import digits, synthetic
 
@@ -25,6 +26,8 @@ def open_source(config: DataConfig, split: str, *, progress: Callable[[str], Non
     source = _open(config, split, progress)
   except NoSuchSplit as error:
     raise DataError(f"{error}{_field_of(config, split)}") from error
+  # A TFDS dataset is read as TFDS reads it, for which published accuracies were measured: without EXIF's orientation.
+  source.rules = decode.Rules(tuple(config.formats), config.max_pixels, upright=config.name == "folder")
   if not len(source):
     raise DataError(f"split {split!r} of {config.name} is empty{_field_of(config, split)}")
   if config.num_classes not in (None, source.num_classes):
@@ -43,7 +46,7 @@ def _open(config: DataConfig, split: str, progress: Callable[[str], None]) -> So
   if config.name == "folder":
     from nfnets.data.sources.folder import open_folder
 
-    return open_folder(config.dir, split, progress)
+    return open_folder(config.dir, split, progress, config.formats)
   from nfnets.data.sources.tfds import open_tfds
 
   return open_tfds(config, split, progress)

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,52 +14,63 @@ from nfnets.config import DataConfig
 from nfnets.data.errors import DataError, NoSuchSplit, reason
 from nfnets.data.sources.base import ArraySource, Source
 from nfnets.data.sources.examples import ArrayRecordSource, Piece, TFRecordSource
+from nfnets.data.sources.metadata import INFO, LARGEST, Metadata, class_names, read_metadata
 from nfnets.data.storage import buckets, remote, tfrecord
 from nfnets.data.storage.index import default_cache_dir, load_index
+
+Value = TypeVar("Value")
 
 
 def open_tfds(config: DataConfig, split: str, progress: Callable[[str], None]) -> Source:
   """Opens a split of a prepared dataset. Nothing is downloaded: without a network TFDS would retry for minutes."""
   in_bucket = remote.is_url(config.dir)
-  builder, directory = open_builder(config)
-  class_names = _class_names(config, builder.info.features)
+  metadata = open_metadata(config)
+  directory, kind = metadata.directory, metadata.file_format
+  names = class_names(config, metadata)
   try:
-    instructions = [part for part in builder.info.splits[split].file_instructions if part.take > 0]
+    instructions = [part for part in metadata.splits[split].file_instructions if part.take > 0]
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise NoSuchSplit(
-      f"{config.name} has no split {split!r} ({reason(error)}); it has: "
-      f"{', '.join(f'{name} ({info.num_examples:,})' for name, info in builder.info.splits.items())}"
-    ) from error
-  # The builder of a bucket knows the local copy of the metadata, not the directory of the shards.
-  file_of = lambda part: directory + str(part.filename).removeprefix(str(builder.data_path))
-  pieces = [Piece(file_of(part), part.skip, part.take, part.examples_in_shard) for part in instructions]
-  kind = builder.info.file_format.value if builder.info.file_format else None
+    raise _no_such_split(config, split, metadata, error) from error
+  pieces = [Piece(_shard_of(part, metadata), part.skip, part.take, part.examples_in_shard) for part in instructions]
   if not pieces:
-    return ArraySource(config.name, split, class_names, np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32))
+    return ArraySource(config.name, split, names, np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32))
   if kind == "tfrecord":
-    return _open_tfrecord(config, split, class_names, pieces, in_bucket, progress)
+    return _open_tfrecord(config, split, names, pieces, in_bucket, progress)
   if kind != "array_record":
     raise DataError(f"{directory} is stored as {kind}, not as tfrecord or array_record; {_how_to_prepare(config)}")
   if in_bucket:
     raise DataError(f"{directory} is stored as array_record, which is read from disks only; in buckets use tfrecord, or copy it")
-  return _open_array_record(config, split, class_names, pieces, instructions)
+  return _open_array_record(config, split, names, pieces, instructions)
 
 
-def open_builder(config: DataConfig) -> tuple[Any, str]:
-  """Returns (TFDS's builder, which has splits and features, and the version's directory or URL). Raises DataError."""
+def open_metadata(config: DataConfig) -> Metadata:
+  """Reads the splits and features of a prepared dataset, on a disk or in a bucket. Raises DataError."""
   os.environ.setdefault("NO_GCE_CHECK", "true")
   logging.getLogger("absl").setLevel(logging.ERROR)  # TFDS recommends OpenCV at every start
-  import tensorflow_datasets as tfds
-
   if not remote.is_url(config.dir):
-    builder = _local_builder(config)
-    return builder, str(builder.data_path)
+    directory = _local_directory(config)
+    return _read_metadata(config, directory, lambda: read_metadata(config, directory, directory))
   url = remote.find_version(config.dir, config.name)
-  metadata = remote.copy_metadata(url)
+  copy = remote.copy_metadata(url, LARGEST)
   try:
-    return _read_metadata(config, url, lambda: tfds.builder_from_directory(metadata)), url
+    return _read_metadata(config, url, lambda: read_metadata(config, copy, url))
   finally:
-    shutil.rmtree(metadata)
+    shutil.rmtree(copy)
+
+
+def _shard_of(part: Any, metadata: Metadata) -> str:
+  """Returns the path or URL of the shard that a FileInstruction of TFDS names, which lies beside the metadata."""
+  directory, name = os.path.split(str(part.filename))
+  if directory != str(metadata.copy):
+    raise DataError(f"{metadata.directory}/{INFO} names the shard {part.filename}, which is not in that directory")
+  return f"{metadata.directory}/{name}"
+
+
+def _no_such_split(config: DataConfig, split: str, metadata: Metadata, error: Exception) -> NoSuchSplit:
+  """Returns the error for a split expression; TFDS's own words are added where the split itself exists."""
+  known = ", ".join(f"{name} ({info.num_examples:,})" for name, info in metadata.splits.items())
+  why = "" if not known or reason(error).startswith("Unknown split") else f" ({reason(error)})"
+  return NoSuchSplit(f"{config.name} in {metadata.directory} has no split {split!r}{why}; it has: {known or 'none at all'}")
 
 
 def _open_tfrecord(
@@ -114,10 +125,10 @@ def _check_count(file: str, count: int, expected: int) -> None:
     )
 
 
-def _local_builder(config: DataConfig) -> Any:
-  """Returns TFDS's builder of a dataset on a disk; the error of a missing one tells the nearest names."""
-  import tensorflow_datasets as tfds
-  from tensorflow_datasets.core.read_only_builder import builder_from_files
+def _local_directory(config: DataConfig) -> str:
+  """Returns the version's directory of a dataset on a disk; the error of a missing one tells the nearest names."""
+  from tensorflow_datasets.core import read_only_builder
+  from tensorflow_datasets.core.utils import error_utils
 
   directory = os.path.abspath(os.path.expanduser(config.dir)) if config.dir else None
   if directory and not os.path.isdir(directory):
@@ -125,47 +136,38 @@ def _local_builder(config: DataConfig) -> Any:
   if directory and not os.access(directory, os.R_OK | os.X_OK):
     raise DataError(f"config.data.dir={config.dir!r} cannot be read: Permission denied")
   place = directory or os.path.join("~", "tensorflow_datasets")
-  try:
-    return _read_metadata(config, place, lambda: builder_from_files(config.name, data_dir=directory))
-  except tfds.core.registered.DatasetNotFoundError as error:
-    prepared = [entry.name for entry in os.scandir(directory) if entry.is_dir()] if directory else []
-    datasets = {*tfds.list_builders(with_community_datasets=False), *prepared}
-    if config.name.partition(":")[0].partition("/")[0] in datasets:
-      raise DataError(
-        f"{config.name} is not prepared under {place}; set config.data.dir to where it is, or {_how_to_prepare(config)}"
-      ) from error
-    similar = difflib.get_close_matches(config.name, {*datasets, "digits", "folder", "synthetic"}, n=4, cutoff=0.5)
-    raise DataError(f"unknown dataset config.data.name={config.name!r}; near: {', '.join(similar) or 'none'}") from error
+  with error_utils.record_error_context():  # which TFDS adds hints to, and fails without
+    found = _read_metadata(config, place, lambda: read_only_builder._find_builder_dir(config.name, data_dir=directory))
+  if found is None:
+    raise _not_prepared(config, directory, place)
+  return str(found)
 
 
-def _read_metadata(config: DataConfig, place: str, make: Callable[[], Any]) -> Any:
-  """Returns the builder that `make` makes of the files under `place`; raises DataError when they cannot be read."""
+def _not_prepared(config: DataConfig, directory: str | None, place: str) -> DataError:
+  """Returns the error for a dataset that is not there; `place` is `directory`, or where TFDS looks without one."""
   import tensorflow_datasets as tfds
 
+  prepared = [entry.name for entry in os.scandir(directory) if entry.is_dir()] if directory else []
+  datasets = {*tfds.list_builders(with_community_datasets=False), *prepared}
+  if config.name.partition(":")[0].partition("/")[0] in datasets:
+    return DataError(
+      f"{config.name} is not prepared under {place}; set config.data.dir to where it is, or {_how_to_prepare(config)}"
+    )
+  similar = difflib.get_close_matches(config.name, {*datasets, "digits", "folder", "synthetic"}, n=4, cutoff=0.5)
+  return DataError(f"unknown dataset config.data.name={config.name!r}; near: {', '.join(similar) or 'none'}")
+
+
+def _read_metadata(config: DataConfig, place: str, read: Callable[[], Value]) -> Value:
+  """Returns what `read` makes of the files under `place`; raises DataError when they cannot be read."""
   try:
-    return make()
-  except tfds.core.registered.DatasetNotFoundError:
+    return read()
+  except DataError:
     raise
-  except Exception as error:  # TFDS's parsers raise errors of many kinds for damaged files
+  except Exception as error:  # the parsers raise errors of many kinds for damaged files
     raise DataError(
       f"the metadata of {config.name} under {place} cannot be read ({type(error).__name__}: "
       f"{reason(error) if str(error) else ''}); {_how_to_prepare(config)}"
     ) from error
-
-
-def _class_names(config: DataConfig, features: Any) -> Sequence[str]:
-  """Returns the names of the classes; raises DataError when the dataset has no such image or label feature."""
-  import tensorflow_datasets as tfds
-
-  kinds = {key: type(feature).__name__ for key, feature in features.items()} if hasattr(features, "items") else {}
-  available = ", ".join(f"{key} ({kind})" for key, kind in sorted(kinds.items())) or "none by name"
-  for field, kind in (("image_key", tfds.features.Image), ("label_key", tfds.features.ClassLabel)):
-    key = getattr(config, field)
-    if key not in kinds or not isinstance(features[key], kind):
-      raise DataError(f"config.data.{field}={key!r} is no {kind.__name__} feature of {config.name}; it has: {available}")
-  if np.dtype(features[config.image_key].np_dtype).kind != "u":
-    raise DataError(f"the images of {config.name} are {features[config.image_key].np_dtype}, not encoded as uint8 or uint16")
-  return features[config.label_key].names
 
 
 def _how_to_prepare(config: DataConfig) -> str:

@@ -6,6 +6,7 @@ https://protobuf.dev/programming-guides/encoding/
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 
 _NO_EXAMPLE = "its bytes are no tf.Example"
@@ -90,24 +91,28 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 def _value(data: bytes, at: int, end: int, key: str) -> bytes | int:
   """Returns the only value of the Feature in data[at:end]; key: its name, for messages."""
-  values = []
+  values = [*itertools.islice(_values(data, at, end, key), 2)]  # a hostile record may hold millions
+  if len(values) != 1:
+    raise ValueError(f"its feature {key!r} holds {'more than one value' if values else 'no value'}, not one")
+  value = values[0]
+  return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
+def _values(data: bytes, at: int, end: int, key: str) -> Iterator[bytes | int]:
+  """Yields the values of the Feature in data[at:end], bytes or unsigned numbers."""
   for kind, start, stop in _fields(data, at, end):
     if kind == 0o12:
-      values += [data[a:b] for tag, a, b in _fields(data, start, stop) if tag == 0o12]
+      yield from (data[a:b] for tag, a, b in _fields(data, start, stop) if tag == 0o12)
     elif kind == 0o32:
       for tag, a, b in _fields(data, start, stop):
         if tag == 0o10:
-          values.append(a)
+          yield a
         elif tag == 0o12:
           while a < b:
             number, a = _read_varint(data, a)
-            values.append(number)
+            yield number
     elif kind == 0o22:
       raise ValueError(f"its feature {key!r} holds floats, not bytes or integers")
-  if len(values) != 1:
-    raise ValueError(f"its feature {key!r} holds {len(values)} values, not one")
-  value = values[0]
-  return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
 def serialize_example(features: dict[str, bytes | int]) -> bytes:

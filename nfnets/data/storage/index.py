@@ -7,6 +7,7 @@ import io
 import os
 import re
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from nfnets.data.errors import reason
 from nfnets.data.storage import remote, tfrecord
+from nfnets.data.storage.regular import READ_ONLY, read_regular
 from nfnets.files import whole_file
 
+_LARGEST = 1 << 32  # bytes of a kept index, which has eight for each record
 _PROGRESS_SECONDS = 10.0  # between two progress lines
 _Stamp = tuple[int, str]  # size in bytes, and the time of change or tag of a file
 
@@ -120,7 +123,7 @@ def _scan_file(file: str, size: int) -> np.ndarray:
   if remote.is_url(file):
     return tfrecord.scan(file, size, _read_ascending(remote.stream(file)))
   try:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(file, READ_ONLY)
     try:
       if hasattr(os, "posix_fadvise"):  # the headers are far apart: reading ahead would read the whole file
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -161,21 +164,37 @@ def _cache_path(files: list[str], cache_dir: str) -> str:
 def _open(path: str) -> BinaryIO:
   if remote.is_url(path):
     return io.BytesIO(remote.read_file(path))
-  return open(path, "rb")
+  return io.BytesIO(read_regular(path, _LARGEST))
 
 
 def _read_cache(path: str, files: list[str], stamps: list[_Stamp]) -> tuple[RecordIndex | None, str]:
   """Returns (the kept index, "") or (None, why it must be built)."""
   try:
     with _open(path) as stream, np.load(stream, allow_pickle=False) as arrays:
+      if any(entry.compress_type != zipfile.ZIP_STORED for entry in arrays.zip.infolist()):
+        raise ValueError("its arrays are compressed")  # ours are not; those of others could be far larger than the file
       kept_stamps = [*zip(arrays["sizes"].tolist(), arrays["stamps"].tolist(), strict=True)]
       if arrays["files"].tolist() != files or kept_stamps != stamps:
         return None, "a shard has changed since the index was made"
-      return RecordIndex.of(files, np.split(arrays["lengths"], np.cumsum(arrays["counts"])[:-1])), ""
+      return RecordIndex.of(files, _checked_lengths(arrays["lengths"], arrays["counts"], stamps)), ""
   except Exception as error:  # of any kind: building the index anew mends a damaged one
     if isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError):
       return None, "once"
     return None, f"the index in {path} cannot be read: {reason(error)}"
+
+
+def _checked_lengths(lengths: np.ndarray, counts: np.ndarray, stamps: list[_Stamp]) -> list[np.ndarray]:
+  """Returns the lengths of each file's payloads, int64 [records]; raises ValueError unless they fill the files exactly."""
+  if any(array.dtype != np.int64 or array.ndim != 1 for array in (lengths, counts)):
+    raise ValueError("its arrays are of the wrong kind")
+  if len(counts) != len(stamps) or counts.min(initial=0) < 0 or lengths.min(initial=0) < 0:
+    raise ValueError("its numbers are out of range")
+  by_file = np.split(lengths, np.cumsum(counts)[:-1]) if len(counts) else []
+  frame = tfrecord.HEADER + tfrecord.FOOTER
+  for in_file, count, (size, _) in zip(by_file, counts.tolist(), stamps, strict=True):
+    if len(in_file) != count or in_file.max(initial=0) > size or int(in_file.sum()) + frame * count != size:
+      raise ValueError("its records do not fill the shards")
+  return by_file
 
 
 def _write_cache(path: str, index: RecordIndex, stamps: list[_Stamp]) -> None:

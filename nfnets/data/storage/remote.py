@@ -250,15 +250,18 @@ def write_file(url: str, data: bytes) -> None:
   _calls(filesystem, url, "pipe_file", path, data)
 
 
-def copy_metadata(url: str) -> str:
+def copy_metadata(url: str, largest: int) -> str:
   """Copies the small files (*.json, *.txt) of a TFDS version directory to a new local one, which the caller removes.
 
-  `tfds.builder_from_directory` reads splits, shards and features from it. Raises DataError when `url` is not such a
-  directory.
+  `nfnets.data.sources.metadata` reads splits, shards and features from it. Raises DataError when `url` is not such a
+  directory, or one of the files has more than `largest` bytes.
   """
   files = [file for file in list_files(url) if file.endswith((".json", ".txt"))]
   if not any(file.endswith("/dataset_info.json") for file in files):
     raise DataError(f"{url}: not a prepared TFDS dataset (no dataset_info.json)")
+  for file, (size, _) in zip(files, stat_files(files), strict=True):
+    if size > largest:
+      raise DataError(f"{file} has {size:,} bytes; expected metadata of at most {largest:,}")
   contents = [(file.rpartition("/")[2], read_file(file)) for file in files]
   target = tempfile.mkdtemp(prefix="nfnets-")
   for name, data in contents:

@@ -7,6 +7,7 @@ A shard is a sequence of: length (uint64), masked CRC-32C of the length, payload
 import array
 import errno
 import os
+import stat
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import google_crc32c
 import numpy as np
 
 from nfnets.data.errors import DataError, reason
+from nfnets.data.storage.regular import READ_ONLY
 
 HEADER, FOOTER = 12, 4  # bytes before and after a payload
 
@@ -74,7 +76,7 @@ class FileReader:
       descriptor = self._open_if_allowed(file)
     if descriptor is not None:
       return _pread(descriptor, offset, length)
-    descriptor = os.open(self.files[file], os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(self.files[file], READ_ONLY)
     try:
       return _pread(descriptor, offset, length)
     finally:
@@ -96,7 +98,7 @@ class FileReader:
       if self._closed:
         raise OSError(f"{self.files[file]} is read after its reader was closed")
       if file not in self._open and len(self._open) < self._max_open:
-        self._open[file] = os.open(self.files[file], os.O_RDONLY | os.O_CLOEXEC)
+        self._open[file] = os.open(self.files[file], READ_ONLY)
       return self._open.get(file)
 
 
@@ -130,14 +132,16 @@ def check_crc(record: bytes) -> None:
 
 
 def check_readable(file: str) -> os.stat_result:
-  """Returns the stat of a local file; raises DataError when it is missing or may not be read."""
+  """Returns the stat of a local file; raises DataError when it is missing, no regular file, or may not be read."""
   try:
-    stat = os.stat(file)
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+      raise OSError(errno.EINVAL, "it is no regular file")
     if not os.access(file, os.R_OK):
       raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
   except OSError as error:
     raise unreadable(file, error) from error
-  return stat
+  return status
 
 
 def unreadable(file: str, error: OSError) -> DataError:

@@ -81,10 +81,9 @@ def known_splits(config: DataConfig) -> dict[str, int]:
   """Returns the number of records of each split in the metadata; empty for datasets that TFDS has not prepared."""
   if config.name in ("digits", "synthetic", "folder"):
     return {}
-  from nfnets.data.sources.tfds import open_builder
+  from nfnets.data.sources.tfds import open_metadata
 
-  splits = open_builder(config)[0].info.splits
-  return {name: info.num_examples for name, info in splits.items()}
+  return {name: info.num_examples for name, info in open_metadata(config).splits.items()}
 
 
 def summarize(source: Source) -> Summary:

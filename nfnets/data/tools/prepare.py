@@ -31,6 +31,7 @@ from nfnets.files import remove_unfinished, whole_file, write_file
 VERSION = "1.0.0"
 SETTINGS = "prepared.json"
 PER_SHARD = 2048  # records, where the number of shards is not given
+LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
 _AHEAD = 8  # records for each thread that are encoded before they are written
 
 
@@ -230,10 +231,10 @@ class Preparation:
     source = self._sources[split]
     try:
       record = source[index]
-      try:
-        image = smaller(record.image, short_side=self._short_side, quality=self._quality)
-      except decode.UnreadableImage as error:
-        raise CorruptRecord(source.address(index), str(error)) from error
+      pixels = source.pixels(index, record)
+      # The new dataset is read without regard to EXIF, so that bytes which need turning are not kept.
+      keep = not isinstance(record.image, bytes) or decode.orientation(record.image, source.rules) == 1
+      image = smaller(record.image if keep else pixels, pixels, short_side=self._short_side, quality=self._quality)
     except CorruptRecord as error:
       return error
     return serialize_example({self._config.image_key: image, self._config.label_key: record.label})
@@ -292,25 +293,29 @@ def named_splits(config: DataConfig) -> list[str]:
   return list(dict.fromkeys(re.sub(r"\[.*", "", term).strip() for term in terms))
 
 
-def smaller(image: bytes | np.ndarray, *, short_side: int, quality: int) -> bytes:
-  """Returns a JPEG whose shorter side has `short_side` pixels; smaller images keep their bytes, and pixels become a PNG.
+def smaller(image: bytes | np.ndarray, pixels: np.ndarray, *, short_side: int, quality: int) -> bytes:
+  """Returns a JPEG whose shorter side has `short_side` pixels; smaller ones keep their bytes. What is stored as pixels,
+  or is too long for a JPEG, becomes a PNG.
 
   Args:
-    image: the bytes of an image, or uint8 [height, width, 3].
+    image: the bytes of an image, or its pixels where it is stored as such.
+    pixels: its pixels, uint8 [height, width, 3].
     short_side: pixels.
     quality: of the JPEG, 1 to 100.
-
-  Raises:
-    decode.UnreadableImage: the bytes are no image, or not a whole one.
   """
-  pixels = decode.pixels(image) if isinstance(image, bytes) else image
   height, width = pixels.shape[:2]
   if min(height, width) <= short_side:
-    return image if isinstance(image, bytes) else cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
+    return image if isinstance(image, bytes) else _png(pixels)
   scale = short_side / min(height, width)
   size = max(short_side, round(width * scale)), max(short_side, round(height * scale))
   pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+  if max(size) > LONGEST_JPEG:
+    return _png(pixels)
   return simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
+
+
+def _png(pixels: np.ndarray) -> bytes:
+  return cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 class _OrderedResults:

@@ -82,8 +82,8 @@ def batches():
     return made[-1]
 
   yield make
-  for each in made:
-    each.close()
+  for training in made:
+    training.close()
 
 
 def digest(*parts: dict[str, np.ndarray]) -> str:

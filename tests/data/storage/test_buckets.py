@@ -132,11 +132,11 @@ def test_a_window_larger_than_the_buffer_is_not_fetched_twice(reader, shard, mon
 def test_many_threads_read_what_is_still_on_its_way(reader, shard):
   keys = [(0, int(i) * 4000, 3999) for i in np.random.default_rng(1).permutation(1000)]
   Flaky.gate.clear()
-  found = {}
+  parts = {}
 
   def read(part):
     for key in part:
-      found[key] = reader.read(*key)
+      parts[key] = reader.read(*key)
 
   reader.prefetch(keys[:600])
   threads = [threading.Thread(target=read, args=(keys[i::8],)) for i in range(8)]
@@ -146,7 +146,7 @@ def test_many_threads_read_what_is_still_on_its_way(reader, shard):
   Flaky.gate.set()
   for thread in threads:
     thread.join(10)
-  assert found == {key: shard[1][key[1] : key[1] + key[2]] for key in keys}
+  assert parts == {key: shard[1][key[1] : key[1] + key[2]] for key in keys}
   assert reader._bytes == 0
 
 
@@ -246,7 +246,7 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
   newest = remote.find_version(root + "/", "photos")
   assert newest == f"{root}/photos/10.0.0" and remote.find_version(root, "photos:9.*.*") == f"{root}/photos/9.1.0"
   assert remote.list_files(newest) == [f"{newest}/{name}" for name in ("dataset_info.json", "label.labels.txt", "x-00000")]
-  local = remote.copy_metadata(newest)
+  local = remote.copy_metadata(newest, 1 << 20)
   assert sorted(os.listdir(local)) == ["dataset_info.json", "label.labels.txt"]
   assert [len(block) for block in remote.stream(f"{newest}/x-00000", block=100)] == [100, 100, 50]
   assert b"".join(remote.stream(f"{newest}/x-00000", block=7)) == bytes(range(250))
@@ -264,7 +264,7 @@ def test_directories_metadata_and_streams(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=message):
       remote.find_version(root, wrong)
   with pytest.raises(DataError, match="not a prepared TFDS dataset"):
-    remote.copy_metadata(f"{root}/sets/b/1.0.0")
+    remote.copy_metadata(f"{root}/sets/b/1.0.0", 1 << 20)
   with pytest.raises(DataError, match="no such file"):
     remote.stat_files([f"{newest}/x-00001"])
 
