@@ -1,7 +1,7 @@
 """Lists checkpoints, checks them, or exports the network of one:
   python -m launch.checkpoint list DIR
   python -m launch.checkpoint verify DIR
-  python -m launch.checkpoint export DIR --out=FILE.safetensors [--weights=params] [--force]
+  python -m launch.checkpoint export DIR --out=FILE.safetensors [--weights=params] [--best] [--force]
 
 DIR is a workdir or, to verify or export one checkpoint, WORKDIR/checkpoints/STEP.
 list: prints steps, epochs, dates, sizes, metrics, why each checkpoint is kept, and what does not count as a checkpoint.
@@ -33,6 +33,7 @@ def define(values: flags.FlagValues) -> None:
     "export: the parameters or their average; by default the average where it was kept.",
     flag_values=values,
   )
+  flags.DEFINE_boolean("best", False, "export: the best step by the run's own evaluations.", flag_values=values)
   flags.DEFINE_boolean("force", False, "export: replace a file that is already there.", flag_values=values)
 
 
@@ -43,8 +44,8 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
       raise cli.UsageError(
         f"{name}: expected one directory, got {' '.join(rest) or 'none'}; e.g. python -m launch.checkpoint {name} runs/first"
       )
-    if name != "export" and (values.out or values.weights or values.force):
-      raise cli.UsageError(f"{name}: --out, --weights and --force are for export")
+    if name != "export" and (values.out or values.weights or values.best or values.force):
+      raise cli.UsageError(f"{name}: --out, --weights, --best and --force are for export")
   return cli.run_subcommand(
     {key: lambda values, program=program: program(values, rest[0]) for key, program in SUBCOMMANDS.items()},
     values,
@@ -143,19 +144,23 @@ def export(values: flags.FlagValues, where: str) -> int:
     raise cli.UsageError(f"--out={out} is already there; " + ("it is a directory" if out.is_dir() else "--force replaces it"))
   import safetensors.numpy
 
+  from nfnets.config.text import from_json
+  from nfnets.train import resolve
   from nfnets.train.checkpoints import retention
   from nfnets.train.checkpoints.reader import CheckpointReader
 
   directory, _ = _steps(where)
   _, asked = retention.locate(where)
   reader = CheckpointReader(str(directory))
-  step = reader.choose(asked)
+  step = reader.choose(retention.best_step(directory, asked) if values.best else asked)
   if step is None:
     raise cli.UsageError(f"{where}: no checkpoint there; give a workdir that training has written to")
   meta: dict[str, Any] = {**reader.meta(step), "metrics": reader.metrics(step)}
   weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
   arrays = reader.restore_weights(step, weights)
   facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}
+  facts["class_names"] = meta["data"].get("class_names", [])
+  facts["preprocessing"] = resolve.preprocessing(from_json(meta["config"]))
   metadata = {
     "format": "nfnets",
     "weights": weights,

@@ -17,6 +17,8 @@ def define(values: flags.FlagValues) -> None:
   recipe.define(values)
   cli.define_processes(values)
   flags.DEFINE_string("checkpoint", None, "A workdir, or WORKDIR/checkpoints/STEP.", flag_values=values)
+  flags.DEFINE_boolean("best", False, "Take the best step by the run's own evaluations, not the newest.", flag_values=values)
+  flags.DEFINE_boolean("other_class_names", False, "The data may name the classes otherwise; labels count.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
@@ -28,7 +30,9 @@ def run(values: flags.FlagValues) -> int:
   from nfnets.train.evaluate import evaluate_checkpoint, results_table
 
   say = print if process.index == 0 else lambda line: None
-  evaluated = evaluate_checkpoint(config, values.checkpoint, say=say)
+  evaluated = evaluate_checkpoint(
+    config, values.checkpoint, best=values.best, other_class_names=values.other_class_names, say=say
+  )
   if process.index == 0:
     rich.console.Console().print(results_table(evaluated.title, evaluated.results))
     print(json.dumps({"checkpoint": evaluated.path, "step": evaluated.step, **evaluated.results}))

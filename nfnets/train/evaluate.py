@@ -18,7 +18,7 @@ from nfnets.data.batches.evaluation import EvalBatches
 from nfnets.data.sources.open import open_source
 from nfnets.train import resolve
 from nfnets.train.checkpoints import retention
-from nfnets.train.checkpoints.compatibility import check_same_run
+from nfnets.train.checkpoints.compatibility import check_same_run, class_difference
 from nfnets.train.checkpoints.errors import CheckpointError
 from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.step import losses, sharding
@@ -80,13 +80,22 @@ class Evaluated:
   results: Results
 
 
-def evaluate_checkpoint(config: Config | None, checkpoint: str, *, say: Callable[[str], None] = print) -> Evaluated:
+def evaluate_checkpoint(
+  config: Config | None,
+  checkpoint: str,
+  *,
+  best: bool = False,
+  other_class_names: bool = False,
+  say: Callable[[str], None] = print,
+) -> Evaluated:
   """Evaluates the parameters of a checkpoint, and their average if it was kept, over config.data's test split.
 
   Args:
     config: the network must be the checkpoint's; the data may be others. None takes the configuration that the checkpoint was
       trained with.
     checkpoint: a workdir, of which the newest good step is taken, or WORKDIR/checkpoints/STEP.
+    best: of a workdir, take the step whose evaluation was the best (`retention.best_step`).
+    other_class_names: the data set may call the classes by other names; labels are compared by number alone.
     say: gets a line about whatever takes long or goes wrong.
 
   Raises:
@@ -95,6 +104,8 @@ def evaluate_checkpoint(config: Config | None, checkpoint: str, *, say: Callable
   """
   where = pathlib.Path(checkpoint).resolve()
   reader, (_, asked) = CheckpointReader(str(where), say=say), retention.locate(str(where))
+  if best:
+    asked = retention.best_step(reader.directory, asked)
   step = reader.choose(asked) if asked is None or reader.path(asked).is_dir() else None
   if step is None:
     raise CheckpointError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
@@ -108,6 +119,12 @@ def evaluate_checkpoint(config: Config | None, checkpoint: str, *, say: Callable
       raise CheckpointError(
         f"config.data.name={config.data.name!r} has {data.num_classes:,} classes, the checkpoint {reader.path(step)} "
         f"{meta['num_classes']:,}; expected the classes that it was trained on"
+      )
+    difference = class_difference(meta["data"].get("class_names", data.class_names), data.class_names)
+    if difference and not other_class_names:
+      raise CheckpointError(
+        f"config.data.name={config.data.name!r} has other classes than the checkpoint {reader.path(step)}: {difference}; "
+        "expected the names that it was trained on, or --other_class_names where the same classes only have other names"
       )
     batches = EvalBatches(
       data,

@@ -34,3 +34,20 @@ def data_config(config: Config) -> DataConfig:
     filled["randaugment_layers"] = data.randaugment_layers or layers
     filled["randaugment_magnitude"] = magnitude if data.randaugment_magnitude is None else data.randaugment_magnitude
   return dataclasses.replace(data, **filled)
+
+
+def preprocessing(config: Config) -> dict[str, Any]:
+  """What turns a photograph into the network's input at an evaluation, as JSON has it, so that no recipe is needed.
+
+  Returns:
+    {"crop": config.data.test_crop, "size": side of the square image, pixels, or None as it is stored, "interpolation": of the
+    resizing, "mean", "std": per channel, on the scale 0-255}.
+  """
+  data = data_config(config)
+  return {
+    "crop": data.test_crop,
+    "size": data.test_image_size,
+    "interpolation": "bicubic",
+    "mean": list(data.mean),
+    "std": list(data.std),
+  }

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -210,7 +209,8 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   like = sharding.place(mesh, abstract, shard=config.shard)
   facts = RunFacts(
     config=config,
-    num_classes=data.num_classes,
+    class_names=data.class_names,
+    fingerprint=data.fingerprint(),
     records=len(data),
     shuffle_block=shuffle_block(data_config, data),
     rows_normalized=rows_normalized(config, stats, mesh.size),
@@ -233,6 +233,8 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   opened.callback(batches.close)
   if last is not None:
     check_same_run(meta["config"], config, workdir)
+    if (before := meta["config"]["epochs"]) != config.epochs:
+      log.say(f"config.epochs was {before:g}, is {config.epochs:g}: the learning rate follows the schedule of the new length")
     check_same_data(meta, facts, workdir)
     check_same_order(meta, batches.order_digest(meta["data"]["next_step"]), workdir)
   test_batches = EvalBatches(test_data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), **rows)
@@ -279,16 +281,10 @@ def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitS
     opened.enter_context(contextlib.closing(open_source(data_config, split, progress=tell)))
     for split in (data_config.train_split, data_config.test_split)
   )
-  facts = {"config": json.dumps(to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}
+  describe = lambda data: f"{data.name} {data.split}, {len(data):,} images, fingerprint {data.fingerprint()}"
+  facts = {"config": json.dumps(to_json(config)), "data": describe(data), "test data": describe(test_data)}
   distributed.require_equal(facts, tell)
   return data, test_data
-
-
-def _fingerprint(data: Source) -> str:
-  """What the processes' data must have in common, as JSON: names and lengths; the images are not looked at."""
-  classes = hashlib.sha256("\n".join(data.class_names).encode()).hexdigest()[:12]
-  first = data.address(0).rpartition(os.sep)[2]
-  return json.dumps({"name": data.name, "split": data.split, "records": len(data), "classes": classes, "first record": first})
 
 
 def _first_state(config: Config, num_classes: int, optimizer: optax.GradientTransformation, like: TrainState) -> TrainState:

@@ -27,7 +27,7 @@ from nfnets.train.checkpoints.writer import CheckpointWriter
 from nfnets.train.step import sharding
 from nfnets.train.step.state import TrainState
 
-FACTS = RunFacts(config=Config(), num_classes=10, records=1000)
+FACTS = RunFacts(config=Config(), class_names=tuple("0123456789"), records=1000)
 
 
 @dataclasses.dataclass(frozen=True)

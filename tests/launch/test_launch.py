@@ -13,6 +13,7 @@ from configs import digits
 from launch import cli
 from nfnets import models
 from nfnets.config import Config
+from nfnets.data.sources import builtin
 from nfnets.train.checkpoints.errors import CheckpointError
 from nfnets.train.evaluate import evaluate_checkpoint
 
@@ -121,7 +122,7 @@ def data_of(name: str) -> Config:
   return config
 
 
-def test_the_main_job(tmp_path):
+def test_the_main_job(tmp_path, monkeypatch):
   """Runs what `make digits` runs, a quarter as long: its checkpoint is right about at least 90 % of the test images."""
   environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
@@ -147,3 +148,15 @@ def test_the_main_job(tmp_path):
     CheckpointError, match=r"name='synthetic' has 1,000 classes, the checkpoint .*/checkpoints/123 10; expected"
   ):
     evaluate_checkpoint(data_of("synthetic"), str(tmp_path))
+
+  def open_renamed(config, split, **_):
+    source = builtin.digits(split)
+    source.class_names = tuple("1023456789")
+    return source
+
+  monkeypatch.setattr("nfnets.train.evaluate.open_source", open_renamed)
+  message = r"name='digits' has other classes than .*: the same classes in another order: class 0 was '0', is '1' \(and 1 more\)"
+  with pytest.raises(CheckpointError, match=message):
+    evaluate_checkpoint(None, str(tmp_path))
+  renamed = evaluate_checkpoint(None, str(tmp_path), other_class_names=True)
+  assert renamed.results["params"]["top1"] == evaluated["params"]["top1"]

@@ -90,6 +90,14 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
     and metadata["weights"] == "ema"
   )
   assert "jax" in json.loads(metadata["versions"])
+  assert json.loads(metadata["class_names"]) == list("0123456789")
+  assert json.loads(metadata["preprocessing"]) == {
+    "crop": "none",
+    "size": None,
+    "interpolation": "bicubic",
+    "mean": [123.675, 116.28, 103.53],
+    "std": [58.395, 57.12, 57.375],
+  }
   before = out.read_bytes()
   status, _, error = call(monkeypatch, capsys, "export", workdir, f"--out={out}")
   assert status == 2 and "is already there; --force replaces it" in error and out.read_bytes() == before
@@ -97,6 +105,20 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
   assert call(monkeypatch, capsys, "export", step, f"--out={out}", "--weights=params", "--force")[0] == 0
   with safetensors.safe_open(out, framework="np") as file:
     np.testing.assert_array_equal(file.get_tensor("blocks/0/kernel"), small_state(5).params["blocks"]["0"]["kernel"])
+
+
+def test_the_best_step_is_exported_when_asked_for(workdir, tmp_path, monkeypatch, capsys):
+  out = tmp_path / "network.safetensors"
+  assert call(monkeypatch, capsys, "export", workdir, f"--out={out}", "--best")[0] == 0
+  with safetensors.safe_open(out, framework="np") as file:
+    assert file.metadata()["step"] == "5"
+  status, _, error = call(monkeypatch, capsys, "export", workdir / "checkpoints" / "16", f"--out={out}", "--best", "--force")
+  assert status == 2 and "--best and step 16: expected a workdir with --best, or a step without it" in error
+  never = CheckpointWriter(str(tmp_path / "never evaluated"), FACTS, keep=1)
+  never.save(small_state(3))
+  never.close()
+  status, _, error = call(monkeypatch, capsys, "export", tmp_path / "never evaluated", f"--out={out}", "--best", "--force")
+  assert status == 2 and "no checkpoint in" in error and "has an evaluation with ema_top1 or top1" in error
 
 
 @pytest.mark.parametrize(
@@ -109,7 +131,7 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
     (["list", __file__], f"{__file__}: {__file__} is a file, expected a workdir, or WORKDIR/checkpoints/STEP"),
     (["verify", "/nowhere"], "/nowhere: no checkpoint there"),
     (["verify", "DIR/checkpoints/7"], "checkpoints/7: no checkpoint there"),
-    (["verify", "DIR", "--force"], "--out, --weights and --force are for export"),
+    (["verify", "DIR", "--force"], "--out, --weights, --best and --force are for export"),
     (["export", "DIR"], "--out is missing"),
     (["export", "DIR", "--out=/nowhere/x"], "there is no directory /nowhere"),
     (["export", "DIR", "--out=DIR"], "it is a directory"),

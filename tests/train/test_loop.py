@@ -7,6 +7,7 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -148,6 +149,16 @@ def test_fields_that_change_nothing_may_differ(uninterrupted):
   again = loop.train(config, str(workdir))
   assert again.results["params"]["top1"] == result.results["params"]["top1"]
   assert again.results["params"]["loss"] == pytest.approx(result.results["params"]["loss"], rel=1e-5)
+
+
+def test_a_finished_run_can_be_prolonged(uninterrupted, tmp_path, capsys):
+  shutil.copytree(uninterrupted[0], tmp_path / "run")
+  longer = loop.train(tiny_config(epochs=3), str(tmp_path / "run"))
+  assert longer.finished and longer.step == 34
+  said = capsys.readouterr().out
+  assert (
+    "config.epochs was 2, is 3: the learning rate follows the schedule of the new length" in said and "checkpoints/22" in said
+  )
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_layer_and_checkpoint(tmp_path):

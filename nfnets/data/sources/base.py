@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,17 @@ class Source(abc.ABC):
   def address(self, index: int) -> str:
     """Returns the file and the position of a record, for messages: "PATH at byte N (record I of M)", I from 1."""
 
+  @abc.abstractmethod
+  def content(self) -> Iterable[bytes]:
+    """Yields what tells these records from others without reading them all: names of files below the dataset's, lengths …"""
+
+  def fingerprint(self) -> str:
+    """Returns 16 hex digits of the classes, the number of records and `content`: the same wherever the dataset lies."""
+    digest = hashlib.sha256("\0".join([*self.class_names, str(len(self))]).encode(errors="surrogateescape"))
+    for part in self.content():
+      digest.update(part)
+    return digest.hexdigest()[:16]
+
   def pixels(self, index: int, record: Record) -> np.ndarray:
     """Decodes the record's image: uint8 [height, width, 3]. Raises CorruptRecord."""
     if isinstance(record.image, np.ndarray):
@@ -108,3 +120,6 @@ class ArraySource(Source):
 
   def address(self, index: int) -> str:
     return f"{self.name} {self.split} (record {index + 1} of {len(self)})"
+
+  def content(self) -> Iterable[bytes]:
+    return self._images.tobytes(), self._labels.astype("<i4").tobytes()

@@ -1,7 +1,8 @@
 """Records that are serialized tf.Examples, in TFRecord shards or in array_record files."""
 
 import abc
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,6 +107,10 @@ class TFRecordSource(_ExampleSource):
       f"(record {self._number[index] + 1} of {self._counts[file]})"
     )
 
+  def content(self) -> Iterable[bytes]:
+    yield "\0".join(os.path.basename(file) for file in self._files).encode(errors="surrogateescape")
+    yield from (array.astype("<i8").tobytes() for array in (self._file, self._offset, self._length))
+
   def prefetch(self, indices: np.ndarray) -> None:
     offsets = self._offset[indices] - tfrecord.HEADER  # exactly the ranges that `raw` reads
     lengths = self._length[indices] + (tfrecord.HEADER + tfrecord.FOOTER)
@@ -160,6 +165,10 @@ class ArrayRecordSource(_ExampleSource):
     number = int(np.searchsorted(self._ends, index, side="right"))
     piece = self._pieces[number]
     return f"{piece.file} (record {piece.first + index - (self._ends[number] - piece.taken) + 1} of {piece.count})"
+
+  def content(self) -> Iterable[bytes]:
+    for piece in self._pieces:
+      yield f"{os.path.basename(piece.file)} {piece.first} {piece.taken} {piece.count}\0".encode(errors="surrogateescape")
 
   def close(self) -> None:
     self._source.__exit__(None, None, None)

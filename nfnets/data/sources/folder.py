@@ -4,7 +4,7 @@ import concurrent.futures
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,10 @@ class FolderSource(Source):
 
   def address(self, index: int) -> str:
     return os.path.join(self._root, self._files[index])
+
+  def content(self) -> Iterable[bytes]:
+    yield "\0".join(self._files).replace(os.sep, "/").encode(errors="surrogateescape")
+    yield self._labels.astype("<i4").tobytes()
 
 
 class _Images(NamedTuple):

@@ -7,6 +7,7 @@ import json
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,7 +50,8 @@ class RunFacts:
 
   Attributes:
     config: the configuration, see `check_same_run` for the fields that may change.
-    num_classes: classes of the data set.
+    class_names: the name of each class, by label.
+    fingerprint: of the training set (`Source.fingerprint`).
     records: length of the training set, which the order of the images follows from.
     shuffle_block: records that stay together in that order, which follows from it too.
     rows_normalized: images that BatchNorm normalizes together; None without it. Changes with the devices and config.accumulate.
@@ -57,8 +59,9 @@ class RunFacts:
   """
 
   config: Config
-  num_classes: int
+  class_names: tuple[str, ...]
   records: int
+  fingerprint: str = ""
   shuffle_block: int = 1
   rows_normalized: int | None = None
   rows_ascended: int | None = None
@@ -67,6 +70,8 @@ class RunFacts:
     """What a checkpoint's "data" says of it, beside the position in the stream of images."""
     return {
       "seed": self.config.seed,
+      "class_names": list(self.class_names),
+      "fingerprint": self.fingerprint,
       "records": self.records,
       "shuffle_block": self.shuffle_block,
       "rows": self.rows_normalized,
@@ -90,13 +95,31 @@ def check_same_run(saved: dict[str, Any], config: Config, workdir: str, *, only:
   saved = {key: {**defaults[key], **value} if isinstance(defaults.get(key), dict) else value for key, value in saved.items()}
   before, now = _flat({**defaults, **saved}), _flat(to_json(config))
   compared = [key for key in sorted(before | now) if key not in MAY_DIFFER and key.startswith(only)]
-  differing = [key for key in compared if before.get(key) != now.get(key)]
+  differing = [key for key in compared if before.get(key) != now.get(key) and not _is_longer(key, before, now)]
   if differing:
     lines = ", ".join(f"config.{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing[:4])
     raise CheckpointError(
       f"{workdir} belongs to another configuration: {lines}{' …' if len(differing) > 4 else ''}; take another "
       "directory, or the configuration it was started with"
     )
+
+
+def _is_longer(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+  """Whether a run is only prolonged."""
+  return key == "epochs" and now[key] > before.get(key, now[key])
+
+
+def class_difference(before: Sequence[str], now: Sequence[str]) -> str:
+  """Says how the classes of a data set differ from those before, by label; empty if they do not."""
+  if tuple(before) == tuple(now):
+    return ""
+  if len(before) != len(now):
+    return f"classes {len(before):,}, now {len(now):,}"
+  differing = [label for label, names in enumerate(zip(before, now, strict=True)) if names[0] != names[1]]
+  label = differing[0]
+  order = "the same classes in another order: " if sorted(before) == sorted(now) else ""
+  others = f" (and {len(differing) - 1:,} more)" if len(differing) > 1 else ""
+  return f"{order}class {label} was {before[label]!r}, is {now[label]!r}{others}"
 
 
 def check_same_data(meta: dict[str, Any], facts: RunFacts, workdir: str) -> None:
@@ -119,9 +142,14 @@ def check_same_data(meta: dict[str, Any], facts: RunFacts, workdir: str) -> None
   }
   before, now = meta["data"], facts.data()
   pairs = {label: (before.get(name, now[name]), now[name]) for name, label in names.items()}
-  pairs["classes"] = meta["num_classes"], facts.num_classes
   pairs["jax_default_prng_impl"] = meta["rng"]["implementation"], random_numbers(facts.config)["implementation"]
   differing = [f"{label} {old}, now {new}" for label, (old, new) in pairs.items() if old != new]
+  if "class_names" not in before and meta["num_classes"] != len(facts.class_names):
+    differing.append(f"classes {meta['num_classes']}, now {len(facts.class_names)}")
+  if difference := class_difference(before.get("class_names", facts.class_names), facts.class_names):
+    differing.append(difference)
+  if not differing and before.get("fingerprint", facts.fingerprint) != facts.fingerprint:
+    differing.append(f"files of other names or lengths (fingerprint {before['fingerprint']}, now {facts.fingerprint})")
   if differing:
     raise CheckpointError(
       f"{workdir} saw other data: {'; '.join(differing)}; take another directory, or the data it was started with"

@@ -65,12 +65,37 @@ def kept(manifests: Iterable[dict[str, Any]], *, newest: int, every: float = 0.0
   for number, step in first_of_period.items():
     if number:
       reasons.setdefault(step, []).append("every")
-  sign = -1 if best.endswith("loss") else 1
-  values = [((body["metrics"] or {}).get(best, math.nan), body["step"]) for body in manifests]
-  scores = [(sign * value, step) for value, step in values if math.isfinite(value)]
-  if scores:
-    reasons.setdefault(max(scores)[1], []).append("best")
+  best_of_all = _best(manifests, best)
+  if best_of_all is not None:
+    reasons.setdefault(best_of_all, []).append("best")
   return reasons
+
+
+def best_step(directory: pathlib.Path, asked: int | None = None) -> int:
+  """The finished step whose evaluation was the best, by config.keep_best of the run; else by "ema_top1", or by "top1".
+
+  asked: a step that was named too, which is a mistake.
+
+  Raises:
+    CheckpointError: no step has an evaluation with that metric, or a step was named.
+  """
+  if asked is not None:
+    raise CheckpointError(f"--best and step {asked}: expected a workdir with --best, or a step without it")
+  bodies = [body for step in steps(directory) if (body := manifest.readable(directory / str(step)))]
+  wanted = [bodies[-1]["keep"].get("best")] if bodies and bodies[-1]["keep"].get("best") else ["ema_top1", "top1"]
+  for metric in wanted:
+    step = _best(bodies, metric)
+    if step is not None:
+      return step
+  raise CheckpointError(f"--best: no checkpoint in {directory} has an evaluation with {' or '.join(wanted)}; see `list`")
+
+
+def _best(manifests: list[dict[str, Any]], metric: str) -> int | None:
+  """The step with the largest value of a metric, or the smallest where it is a loss; None if no step has one."""
+  sign = -1 if metric.endswith("loss") else 1
+  values = [((body["metrics"] or {}).get(metric, math.nan), body["step"]) for body in manifests]
+  scores = [(sign * value, step) for value, step in values if math.isfinite(value)]
+  return max(scores)[1] if scores else None
 
 
 def remove(path: pathlib.Path) -> None:

@@ -113,7 +113,7 @@ class CheckpointWriter:
       "schema": manifest.SCHEMA,
       **summary,
       "previous_step": self._previous_step(),
-      "num_classes": self._facts.num_classes,
+      "num_classes": len(self._facts.class_names),
       "config": compatibility.to_json(config),
       "shapes": {item: arrays.shapes(tree) for item, tree in trees.items()},
       "data": {

@@ -58,6 +58,9 @@ class Photos(Source):
   def address(self, index):
     return f"photos, record {index}"
 
+  def content(self):
+    return self.files
+
   def prefetch(self, indices):
     self.hints.append(indices)
 

@@ -21,7 +21,8 @@ from nfnets.train.checkpoints.compatibility import (
 from nfnets.train.checkpoints.errors import CheckpointError
 from nfnets.train.checkpoints.reader import CheckpointReader
 
-FACTS = RunFacts(config=Config(), num_classes=10, records=1000)
+NAMES = tuple("abcdefghij")
+FACTS = RunFacts(config=Config(), class_names=NAMES, records=1000, fingerprint="0123456789abcdef")
 OLD = pathlib.Path(__file__).parent / "written_before_the_rooms"
 
 
@@ -32,10 +33,22 @@ def meta(**data) -> dict:
 @pytest.mark.parametrize(
   "before, now, message",
   [
-    ({}, {"records": 999, "num_classes": 11}, "runs/a saw other data: training images 1000, now 999; classes 10, now 11"),
+    (
+      {},
+      {"records": 999, "class_names": (*NAMES, "k")},
+      "runs/a saw other data: training images 1000, now 999; classes 10, now 11",
+    ),
     ({"shuffle_block": 32}, {}, "config.data.shuffle_block .* 32, now 1"),
     ({"rows": 256}, {"rows_normalized": 64}, "images normalized together .* 256, now 64"),
     ({"ascent_rows": 32}, {"rows_ascended": 16}, "ascent of SAM is taken on .* 32, now 16"),
+    ({"class_names": ["x", *NAMES[1:]]}, {}, "saw other data: class 0 was 'x', is 'a'; take"),
+    ({"class_names": [*NAMES[::-1]]}, {}, "the same classes in another order: class 0 was 'j', is 'a' .and 9 more."),
+    ({"class_names": ["x"]}, {}, "classes 1, now 10"),
+    (
+      {"fingerprint": "fedcba9876543210"},
+      {},
+      "files of other names or lengths .fingerprint fedcba9876543210, now 0123456789abcdef",
+    ),
   ],
 )
 def test_other_data_are_refused_naming_what_differs(before, now, message):
@@ -69,6 +82,12 @@ def test_other_configurations_are_refused_and_what_changes_nothing_is_not():
   check_same_run(to_json(Config()), harmless, "runs/a")
   with pytest.raises(CheckpointError, match="config.batch was 256, is 128"):
     check_same_run(to_json(Config()), Config(batch=128), "runs/a")
+
+
+def test_a_run_can_be_prolonged_and_not_shortened():
+  check_same_run(to_json(Config(epochs=10)), Config(epochs=12.5), "runs/a")
+  with pytest.raises(CheckpointError, match="config.epochs was 10, is 5"):
+    check_same_run(to_json(Config(epochs=10)), Config(epochs=5), "runs/a")
 
 
 def old_config() -> Config:
