@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig, text
+from nfnets.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig, text
 from nfnets.errors import UserError
 
-SECTIONS = {"run": Config, "data": DataConfig, "model": ModelConfig, "optim": OptimConfig}
+SECTIONS = {"run": Config, "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "init": InitConfig}
 FIELDS = [(name, field.name) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
 
 
@@ -20,7 +20,7 @@ def test_every_field_has_a_rule(name):
   assert set(rules) == {field.name for field in dataclasses.fields(SECTIONS[name])}
 
 
-@pytest.mark.parametrize("name, field", [pair for pair in FIELDS if pair[1] not in ("model", "data", "optim")])
+@pytest.mark.parametrize("name, field", [pair for pair in FIELDS if pair[1] not in ("model", "data", "optim", "init")])
 def test_no_field_takes_nan_or_what_is_of_no_use(name, field):
   for value in (math.nan, object()):
     with pytest.raises(UserError, match=rf"{SECTIONS[name].__name__}.{field} = .*: expected "):
@@ -86,4 +86,4 @@ def test_every_field_has_a_comment_of_its_own_or_shares_one(name):
     "label_key",
   }
   shared |= {"test_image_size", "crop_aspect", "flip", "augment_before_mix", "randaugment_magnitude", "std", "sam_share"}
-  assert {field for field, comment in comments.items() if not comment} <= shared | {"model", "data", "optim"}
+  assert {field for field, comment in comments.items() if not comment} <= shared | {"model", "data", "optim", "init"}

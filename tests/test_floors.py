@@ -27,7 +27,7 @@ MAY_IMPORT = {
   "nfnets.data.batches": (*BASE, "nfnets.config", "nfnets.data.errors", "nfnets.data.images", "nfnets.data.sources"),
   "nfnets.data.tools": (*BASE, "nfnets.config", "nfnets.data"),
   "nfnets.data": (),
-  "nfnets.weights": (*BASE, "nfnets.config", "nfnets.models"),
+  "nfnets.weights": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models"),
   "nfnets.train.step": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim"),
   "nfnets.train.checkpoints": (*BASE, "nfnets", "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
   "nfnets.train.logs": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "nfnets.data",
     "nfnets.weights",
   ),
+  "nfnets.predict": (*BASE, "nfnets.config", "nfnets.models", "nfnets.data", "nfnets.weights", "nfnets.train"),
   "nfnets.measure": (
     *BASE,
     "nfnets.agc",

@@ -5,8 +5,9 @@ is made and again, by `validate`, when it is read: an override on the command li
 """
 
 from nfnets.config.data import DataConfig
+from nfnets.config.init import InitConfig
 from nfnets.config.model import ModelConfig
 from nfnets.config.optim import OptimConfig
 from nfnets.config.run import Config
 
-__all__ = ["Config", "DataConfig", "ModelConfig", "OptimConfig"]
+__all__ = ["Config", "DataConfig", "InitConfig", "ModelConfig", "OptimConfig"]

@@ -4,6 +4,7 @@ import dataclasses
 
 from nfnets.config import checks
 from nfnets.config.data import DataConfig
+from nfnets.config.init import InitConfig
 from nfnets.config.model import ModelConfig
 from nfnets.config.optim import OptimConfig
 
@@ -20,6 +21,7 @@ class Config:
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  init: InitConfig = dataclasses.field(default_factory=InitConfig)
 
   # Images a training step, over all devices; and images an evaluation step (any number: the last batch is padded).
   batch: int = 256
@@ -75,6 +77,7 @@ _RULES: dict[str, checks.Rule] = {
   "model": checks.section,
   "data": checks.section,
   "optim": checks.section,
+  "init": checks.section,
   "batch": checks.whole(1),
   "eval_batch": checks.whole(1),
   "accumulate": checks.whole(1),

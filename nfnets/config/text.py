@@ -50,6 +50,8 @@ def from_json(saved: dict[str, Any]) -> Config:
 def _read_section(kind: type, saved: dict[str, Any], path: str) -> Any:
   types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
   values = {}
+  if not isinstance(saved, dict):
+    raise UserError(f"{path} = {saved!r:.80}: expected a mapping from fields to values, as a run saves it")
   for name, value in saved.items():
     if name not in types:
       raise UserError(f"{path}.{name} = {value!r} is no field of this nfnets, another one has saved it; expected --config=FILE")

@@ -32,6 +32,7 @@ from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.checkpoints.retention import period
 from nfnets.train.checkpoints.writer import CheckpointWriter
 from nfnets.train.evaluate import Results, evaluate
+from nfnets.train.initial import initial_network
 from nfnets.train.lock import workdir_lock
 from nfnets.train.logs.logbook import Logbook
 from nfnets.train.logs.window import Metrics
@@ -240,7 +241,8 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   test_batches = EvalBatches(test_data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), **rows)
   opened.callback(test_batches.close)
   if last is None:
-    state = _first_state(config, data.num_classes, optimizer, like)
+    network = initial_network(config, data.num_classes, log.warn)
+    state = sharding.put(init_state(*split_network(network)[1:], optimizer, config), like)
   else:
     state = reader.restore(last, like)
     writer.go_on_from(last)
@@ -285,11 +287,6 @@ def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitS
   facts = {"config": json.dumps(to_json(config)), "data": describe(data), "test data": describe(test_data)}
   distributed.require_equal(facts, tell)
   return data, test_data
-
-
-def _first_state(config: Config, num_classes: int, optimizer: optax.GradientTransformation, like: TrainState) -> TrainState:
-  network = build_network(config.model, num_classes, seed=config.seed)
-  return sharding.put(init_state(*split_network(network)[1:], optimizer, config), like)
 
 
 def _write_config(run: Run) -> None:

@@ -27,6 +27,8 @@ MAY_DIFFER = (
   "data.test_split",
   "data.test_crop",
   "data.test_image_size",
+  "init.weights",
+  "init.new_head",
   "eval_batch",
   "log_every",
   "eval_every",

@@ -123,7 +123,7 @@ class CheckpointReader:
     wanted = {arrays.name(path): np.empty(shape, jnp.dtype(dtype)) for path, (dtype, shape) in shapes.items()}
     restored = self._read(step, {item: wanted})[item]
     # without the "params/" and "stats/" that paths begin with
-    return {path.partition("/")[2]: np.ascontiguousarray(restored[arrays.name(path)]) for path in shapes}
+    return {path.partition("/")[2]: np.array(restored[arrays.name(path)]) for path in shapes}
 
   def _restore(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
     self._require_good(step)

@@ -97,7 +97,7 @@ class CheckpointWriter:
     """
     step = int(state.step)
     already_saved = self._has_saved(step)
-    if jax.process_index() == 0 and not already_saved:
+    if jax.process_index() == 0 and not already_saved and self.path(step).is_dir():
       self._delete(self.path(step))  # there only if a run left it that this one did not go on from
     if distributed.broadcast_from_first(already_saved):
       return

@@ -1,0 +1,93 @@
+"""A network with the preprocessing that it was evaluated with, and the names of its classes."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nfnets import models
+from nfnets.config import DataConfig
+from nfnets.data.errors import UnreadableImage
+from nfnets.data.images import decode
+from nfnets.errors import UserError
+from nfnets.train.step.gradients import normalise
+
+Photo = str | os.PathLike[str] | bytes | np.ndarray  # a file, its bytes, or uint8 [height, width, 3]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+  """Turns photographs into probabilities of classes.
+
+  Attributes:
+    network: an nnx module; gives logits for prepared images.
+    class_names: by label; empty where they are not known.
+    preprocessing: test_crop, test_image_size, mean and std; formats and max_pixels say which images are decoded at all.
+    loss: "softmax" or "sigmoid", which the probabilities follow from.
+    source: where the weights come from.
+  """
+
+  network: models.Network
+  class_names: tuple[str, ...]
+  preprocessing: DataConfig
+  loss: str
+  source: str
+
+  def __call__(self, photos: Sequence[Photo]) -> np.ndarray:
+    """The probability of each class: float32 [photos, classes]. Raises UserError for a photograph that cannot be read."""
+    logits = _logits(*nnx.split(self.network), self.prepare(photos))
+    return np.asarray(jax.nn.softmax(logits) if self.loss == "softmax" else jax.nn.sigmoid(logits))
+
+  def top(self, photos: Sequence[Photo], k: int = 5) -> list[list[tuple[str, float]]]:
+    """The k most probable classes of each photograph, by name (or by label, where names are not known), with probabilities."""
+    names = self.class_names or [str(label) for label in range(self.network.num_classes)]
+    return [[(names[label], float(row[label])) for label in np.argsort(-row, kind="stable")[:k]] for row in self(photos)]
+
+  def prepare(self, photos: Sequence[Photo]) -> jax.Array:
+    """Photographs as the network takes them: cropped, resized and normalised, float32 [photos, size, size, 3].
+
+    Raises:
+      UserError: a photograph cannot be read, or those of a network without resizing differ in size; the message names it.
+    """
+    if not len(photos):
+      raise UserError("no photographs; expected at least one")
+    squares = [self._square(photo) for photo in photos]
+    if len({square.shape for square in squares}) > 1:
+      raise UserError(
+        f"the images have several sizes, {sorted({square.shape[:2] for square in squares})}, and this network takes them as they "
+        "are (test_crop='none'); expected one size"
+      )
+    return normalise(jnp.asarray(np.stack(squares)), self.preprocessing)
+
+  def _square(self, photo: Photo) -> np.ndarray:
+    """The pixels that the network sees, uint8."""
+    data = self.preprocessing
+    rules = decode.Rules(formats=data.formats, max_pixels=data.max_pixels, upright=True)
+    if isinstance(photo, np.ndarray):
+      name, image = "an array", photo
+    else:
+      name = "bytes" if isinstance(photo, bytes) else os.fspath(photo)
+      try:
+        image = decode.pixels(photo if isinstance(photo, bytes) else pathlib.Path(photo).read_bytes(), rules)
+      except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+      except UnreadableImage as error:
+        raise UserError(f"{name} is no image that can be read: {error}") from error
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+      raise UserError(f"{name} is {image.dtype} {image.shape}, expected uint8 [height, width, 3]")
+    if data.test_crop == "none":
+      return image
+    assert data.test_image_size is not None  # `resolve.data_config` fills it in
+    return decode.TEST_CROPS[data.test_crop](image, data.test_image_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef, state: Any, images: jax.Array) -> jax.Array:
+  return nnx.merge(graph, state)(images)

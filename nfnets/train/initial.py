@@ -1,0 +1,77 @@
+"""The weights that a run begins with: drawn from its seed, or those of a file or of another run."""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+from flax import nnx
+
+from nfnets import models
+from nfnets.config import Config
+from nfnets.config.text import from_json
+from nfnets.train.checkpoints import retention
+from nfnets.train.checkpoints.reader import CheckpointReader
+from nfnets.train.step.state import build_network
+from nfnets.weights.errors import WeightsError
+from nfnets.weights.network import HEAD, fill
+from nfnets.weights.stored import Stored, read_safetensors
+
+
+def initial_network(config: Config, num_classes: int, say: Callable[[str], None]) -> models.Network:
+  """Makes the network with the weights that `config.init` asks for; all processes of a run call it together.
+
+  Raises:
+    UserError: config.init.weights cannot be read, belongs to another network, or has other classes without config.init.new_head.
+  """
+  network = build_network(config.model, num_classes, seed=config.seed)
+  if not config.init.weights:
+    return network
+  stored = read_weights(config.init.weights)
+  arrays = stored.arrays
+  if config.init.new_head:
+    arrays = {name: array for name, array in arrays.items() if not name.startswith(HEAD)}
+  elif stored.num_classes != num_classes:
+    raise WeightsError(
+      f"config.init.weights={config.init.weights} has {stored.num_classes:,} classes, the dataset {num_classes:,}; "
+      "expected as many, or config.init.new_head=True for a new classifier"
+    )
+  state = nnx.state(network, nnx.Any(nnx.Param, nnx.BatchStat))
+  wanted = {name: branch for name, branch in state.items() if not (config.init.new_head and f"{name}/" == HEAD)}
+  nnx.update(network, fill(nnx.State(wanted), arrays, stored.source))
+  say(f"begins with the weights {stored.source}{', and a new classifier' if config.init.new_head else ''}")
+  return network
+
+
+def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, best: bool = False) -> Stored:
+  """Reads the weights of a network, and what belongs to them.
+
+  Args:
+    source: a safetensors file that `launch.checkpoint export` wrote, a workdir, or WORKDIR/checkpoints/STEP.
+    weights: of a run, "params" or "ema"; None takes the average where it was kept.
+    best: of a workdir, the best step by the run's own evaluations instead of the newest.
+
+  Raises:
+    UserError: with its kinds WeightsError and CheckpointError: nothing is there, or it is damaged.
+  """
+  path = pathlib.Path(source)
+  if not path.exists():
+    raise WeightsError(f"{path} is not there; expected a safetensors file, a workdir, or WORKDIR/checkpoints/STEP")
+  if not path.is_dir():
+    if weights is not None or best:
+      raise WeightsError(f"{path} is one file of weights; weights={weights!r} and best={best} choose among those of a run")
+    return read_safetensors(path)
+  reader, (directory, asked) = CheckpointReader(str(path)), retention.locate(str(path))
+  step = reader.choose(retention.best_step(directory, asked) if best else asked)
+  if step is None:
+    raise WeightsError(f"{path}: no checkpoint there; expected a workdir that training has written to")
+  meta = reader.meta(step)
+  which = weights or ("ema" if meta["shapes"]["ema"] else "params")
+  if which not in ("params", "ema"):
+    raise WeightsError(f"weights={weights!r}: expected 'params' or 'ema'")
+  return Stored(
+    source=f"{which} of {reader.path(step)}",
+    arrays=reader.restore_weights(step, which),
+    config=from_json(meta["config"]),
+    num_classes=meta["num_classes"],
+    class_names=tuple(meta["data"].get("class_names", ())),
+  )
