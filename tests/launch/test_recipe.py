@@ -106,7 +106,7 @@ def test_help_lists_every_field_with_its_comment_default_and_value(monkeypatch, 
   lines = lines[lines.index("field                              default                value") :]
   assert max(map(len, lines)) <= 80
   names = {line.split()[0] for line in lines if line.startswith("config.")}
-  sections = {"model", "data", "optim"}
+  sections = {"model", "data", "optim", "init"}
   expected = {f"config.{field.name}" for field in dataclasses.fields(Config) if field.name not in sections}
   for section in sections:
     expected |= {f"config.{section}.{field.name}" for field in dataclasses.fields(getattr(Config(), section))}
