@@ -56,7 +56,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 def show(values: flags.FlagValues, where: str) -> int:
   """Prints a table of the checkpoints, with their problems and with what does not count as a checkpoint."""
-  from nfnets.train.checkpoints import manifest
+  from nfnets.train.checkpoints import manifest, retention, schema
 
   names: dict[type[CheckpointError], str] = {NoManifestError: "no manifest", NewerError: "of a newer nfnets"}
   directory, steps = _steps(where)
@@ -73,8 +73,10 @@ def show(values: flags.FlagValues, where: str) -> int:
   console.print(_table(str(directory), good, states))
   for problem in problems:
     console.print(problem)
-  for path in sorted(path for path in directory.iterdir() if not path.name.isdigit()):
-    console.print(f"{path.name}: no checkpoint ({'set aside' if path.suffix == '.aside' else 'unfinished or half deleted'})")
+  for path in sorted(path for path in directory.iterdir() if retention.step_of(path.name) is None):
+    console.print(
+      f"{schema.shown(path.name)}: no checkpoint ({'set aside' if path.suffix == '.aside' else 'unfinished or half deleted'})"
+    )
   console.print("list compares names and sizes only; verify reads the files")
   return 0
 
@@ -90,7 +92,7 @@ def _table(title: str, good: dict[int, dict[str, Any]], states: dict[int, str]) 
   from nfnets.train.checkpoints import retention
 
   keep = good[max(good)]["keep"] if good else {"newest": 0}
-  kept = retention.kept(good.values(), **keep)
+  kept = retention.kept(good.values(), **{name: keep[name] for name in ("newest", "every", "best") if name in keep})
   metrics = [*dict.fromkeys(name for name in ("top1", "ema_top1", keep.get("best")) if name)]
   columns = ("step", "epoch", "saved (UTC)", "size", "metrics", "kept", "state")
   table = rich.table.Table(

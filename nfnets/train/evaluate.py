@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import math
 import operator
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,10 +14,12 @@ import rich.table
 from flax import nnx
 from jax.sharding import Mesh
 
+from nfnets import models
 from nfnets.config import Config
 from nfnets.config.text import from_json
 from nfnets.data.batches.evaluation import EvalBatches
 from nfnets.data.sources.open import open_source
+from nfnets.errors import UserError
 from nfnets.train import resolve
 from nfnets.train.checkpoints import retention
 from nfnets.train.checkpoints.compatibility import check_same_run, class_difference
@@ -26,6 +30,7 @@ from nfnets.train.step.state import build_network, split_network
 from nfnets.train.step.step import eval_step_over
 
 Weights = dict[str, tuple[nnx.State, nnx.State]]  # name → (params, running statistics)
+_LARGEST = 4096  # pixels, or any number of a model's row, that a checkpoint's own configuration may ask for in any case
 Results = dict[str, dict[str, float | int]]  # name → {"loss", "top1", "top5", "count"}
 
 
@@ -110,7 +115,7 @@ def evaluate_checkpoint(
   if step is None:
     raise CheckpointError(f"--checkpoint={where}: no checkpoint there; give a workdir that training has written to")
   meta = reader.meta(step)
-  config = config or from_json(meta["config"])
+  config = config or saved_config(meta, str(reader.path(step)))
   check_same_run(meta["config"], config, str(where), only=("model.", "data.mean", "data.std", "loss"))
   data_config, mesh = resolve.data_config(config), sharding.make_mesh()
   with contextlib.ExitStack() as opened:
@@ -129,7 +134,7 @@ def evaluate_checkpoint(
     batches = EvalBatches(
       data,
       data_config,
-      batch=sharding.whole_batch(config.eval_batch, mesh),
+      batch=sharding.whole_batch(min(config.eval_batch, len(data)), mesh),
       process=(jax.process_index(), jax.process_count()),
       say=say,
     )
@@ -143,6 +148,39 @@ def evaluate_checkpoint(
     f"{mesh.size} × {jax.devices()[0].device_kind}"
   )
   return Evaluated(path=str(reader.path(step)), step=step, title=title, results=results)
+
+
+def saved_config(meta: dict[str, Any], path: str) -> Config:
+  """The configuration that a checkpoint was trained with, which anyone may have written: it is no larger than its arrays.
+
+  Args:
+    meta: of the checkpoint.
+    path: of it, for messages.
+
+  Raises:
+    CheckpointError: a field is unknown or has a wrong value, or building the network or its images would take more memory or
+      time than the arrays of the checkpoint warrant.
+  """
+  try:
+    config = from_json(meta["config"])
+    row = models.variant(config.model.name, **config.model.all_overrides())
+    size = resolve.data_config(config).test_image_size or 0
+  except UserError as error:
+    raise CheckpointError(f"{path}: its configuration cannot be used: {error}; give another one by --config=FILE") from error
+  shapes = meta["shapes"]["model"].values()
+  most = max(_LARGEST, *(math.prod(shape) for _, shape in shapes))
+  numbers = [
+    number
+    for value in dataclasses.asdict(row).values()
+    for number in (value if isinstance(value, tuple) else (value,))
+    if isinstance(number, int)
+  ]
+  if sum(row.depth) > len(shapes) or max(numbers) > most or size > _LARGEST:
+    raise CheckpointError(
+      f"{path}: its configuration cannot be used: {config.model.name} of depth {row.depth} and width {row.width} on images of "
+      f"{size} pixels, but it holds {len(shapes)} arrays, none of more than {most:,} numbers; give another one by --config=FILE"
+    )
+  return config
 
 
 def results_table(title: str, results: Results) -> rich.table.Table:

@@ -8,9 +8,9 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.config import Config
-from nfnets.config.text import from_json
 from nfnets.train.checkpoints import retention
 from nfnets.train.checkpoints.reader import CheckpointReader
+from nfnets.train.evaluate import saved_config
 from nfnets.train.step.state import build_network
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.network import HEAD, fill
@@ -71,7 +71,7 @@ def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, 
   return Stored(
     source=f"{which} of {reader.path(step)}",
     arrays=reader.restore_weights(step, which),
-    config=from_json(meta["config"]),
+    config=saved_config(meta, str(reader.path(step))),
     num_classes=meta["num_classes"],
     class_names=tuple(meta["data"].get("class_names", ())),
   )

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import shutil
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from launch import cli
 from nfnets.train.checkpoints import compatibility
 from nfnets.train.checkpoints.writer import CheckpointWriter
 from tests.faults.checkpoint_faults import FACTS, small_state
+from tests.train.checkpoints.test_hostile import OLD, forge_meta, put
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,34 @@ def test_the_best_step_is_exported_when_asked_for(workdir, tmp_path, monkeypatch
 def test_mistakes_are_one_line_and_status_2(workdir, arguments, expected, monkeypatch, capsys):
   status, out, error = call(monkeypatch, capsys, *(argument.replace("DIR", str(workdir)) for argument in arguments))
   assert status == 2 and out == "" and error.count("\n") == 1 and error.startswith("error: ") and expected in error
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "checkpoint export"])
+def test_a_made_up_checkpoint_ends_each_program_with_one_line(tmp_path, program, monkeypatch, capsys):
+  shutil.copytree(OLD, tmp_path / "run")
+  forge_meta(tmp_path / "run" / "checkpoints" / "7", put("config", "data", 5))
+  where = str(tmp_path / "run")
+  name, *rest = program.split()
+  arguments = {
+    "train": ["--config=configs/digits.py", f"--workdir={where}"],
+    "evaluate": [f"--checkpoint={where}"],
+    "checkpoint": [*rest, where, f"--out={tmp_path}/x.safetensors"],
+  }
+  module = importlib.import_module(f"launch.{name}")
+  monkeypatch.setattr(sys, "argv", [f"launch/{name}.py", *arguments[name]])
+  with pytest.raises(SystemExit) as exit_:
+    cli.main(module.run, module.define, module.__doc__, arguments=name == "checkpoint")
+  error = capsys.readouterr().err
+  assert (
+    exit_.value.code == 2 and error.count("\n") == 1 and "config.data: expected a mapping from names to values, got 5" in error
+  )
+
+
+def test_list_names_what_no_writer_has_named(workdir, monkeypatch, capsys):
+  names = ["²", "007", "+5", "\x1b[31m"]
+  for name in names:
+    (workdir / "checkpoints" / name).mkdir()
+  status, out, _ = call(monkeypatch, capsys, "list", workdir)
+  for name in names:
+    (workdir / "checkpoints" / name).rmdir()
+  assert status == 0 and all(f"\n{name}: no checkpoint (" in out for name in names[:3]) and "\x1b" not in out

@@ -9,14 +9,17 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from nfnets.files import sync_directory, write_file
+from nfnets.train.checkpoints import schema
 from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManifestError
 
 NAME = "manifest.json"
+_META = "meta/metadata"  # Orbax's name for what JsonSave writes as "meta"
 SCHEMA = 1  # of the manifest and of what lies beside it; counts up when an older nfnets could not read it
 _CHUNK = 4 << 20  # bytes read at once
 _THREADS = 4  # files hashed at a time; hashing lets other threads run
@@ -48,23 +51,20 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
   Raises:
     NoManifestError: there is none. NewerError: a newer nfnets wrote it. CheckpointError: it cannot be read, or is damaged.
   """
-  body: Any = None
   try:
-    text = (directory / NAME).read_bytes().decode()
-    body = json.loads(text)
-    # The file holds its own digest and has one form only, in every schema: no flipped bit goes unseen.
-    same = isinstance(body, dict) and body.pop("sha256", None) and _render(body) == text
+    body, text = schema.read_json(directory / NAME)
   except FileNotFoundError:
     raise NoManifestError(_why_none(directory)) from None
-  except OSError as error:
-    raise CheckpointError(f"{NAME} cannot be read: {error.strerror}") from error
-  except ValueError:
-    same = False
-  if not same:
+  # The file holds its own digest and has one form only, in every schema: no flipped bit goes unseen.
+  if not body.pop("sha256", None) or _render(body) != text:
     raise CheckpointError(f"{NAME} is damaged")
-  if body["schema"] > SCHEMA:
-    version = body.get("versions", {}).get("nfnets", "?")
-    raise NewerError(f"{directory}: written by nfnets {version}, schema {body['schema']}; this is schema {SCHEMA}: update nfnets")
+  written_as, versions = body.get("schema"), body.get("versions")
+  if isinstance(written_as, int) and written_as > SCHEMA:
+    version = schema.shown(versions.get("nfnets", "?") if isinstance(versions, dict) else "?")
+    raise NewerError(
+      f"{directory}: written by nfnets {version}, schema {schema.shown(written_as)}; this is schema {SCHEMA}: update nfnets"
+    )
+  schema.check(NAME, body, schema.MANIFEST)
   if str(body["step"]) != directory.name:
     raise CheckpointError(f"holds step {body['step']}, not what its name says")
   return body
@@ -102,34 +102,61 @@ def verify(directory: pathlib.Path, progress: Callable[[int], None] = lambda cou
     with lock:
       progress(size)
 
+  root = os.path.realpath(directory)
+
   def look(item: tuple[str, dict[str, Any]]) -> str | None:
     name, wanted = item
     try:
-      size = (directory / name).stat().st_size
+      path = directory / name
+      status = path.lstat()
+      if not stat.S_ISREG(status.st_mode) or os.path.realpath(path) != os.path.join(root, name):
+        return f"{name} is no file of the checkpoint's own"  # a link to elsewhere, or a pipe, which would be waited for
+      size = status.st_size
       if size != wanted["size"]:
         return f"{name} has {size:,} bytes instead of {wanted['size']:,}"
-      digest = _digest(directory / name, count)[1] if hashes else wanted["sha256"]
+      digest = _digest(path, count)[1] if hashes else wanted["sha256"]
     except FileNotFoundError:
       return f"{name} is missing"
     except OSError as error:
       return f"{name} cannot be read: {error.strerror}"
     return None if digest == wanted["sha256"] else f"{name} is damaged: its SHA-256 is another"
 
-  return [problem for problem in _map(look, files.items()) if problem]
+  problems = [problem for problem in _map(look, files.items()) if problem]
+  return problems or _problems_of_meta(directory)
 
 
-def read_meta(path: pathlib.Path) -> dict[str, Any] | None:
-  """What a step says of itself beside its arrays, or None where that cannot be read."""
+def read_meta(directory: pathlib.Path) -> dict[str, Any]:
+  """What a step says of itself beside its arrays, as schema.META has it. Raises CheckpointError if it is malformed."""
   try:
-    return json.loads((path / "meta" / "metadata").read_text(encoding="utf-8"))
-  except (OSError, ValueError):
-    return None
+    body, _ = schema.read_json(directory / _META)
+    schema.check(_META, body, schema.META)
+  except FileNotFoundError:
+    raise CheckpointError(f"{_META} is missing") from None
+  if str(body["step"]) != directory.name:
+    raise CheckpointError(f"{_META} holds step {body['step']}, not what the directory's name says")
+  return body
+
+
+def unchecked_meta(directory: pathlib.Path) -> dict[str, Any]:
+  """What a step without a manifest says of itself, {} where that cannot be read; nothing in it need be as it should."""
+  try:
+    return schema.read_json(directory / _META)[0]
+  except (OSError, CheckpointError):
+    return {}
+
+
+def _problems_of_meta(directory: pathlib.Path) -> list[str]:
+  try:
+    read_meta(directory)
+  except CheckpointError as error:
+    return [str(error)]
+  return []
 
 
 def _why_none(directory: pathlib.Path) -> str:
   if not directory.is_dir():
     return "is not there"
-  if "schema" not in (read_meta(directory) or {"schema": SCHEMA}):
+  if "schema" not in (unchecked_meta(directory) or {"schema": SCHEMA}):
     return f"has no {NAME} and no schema: an older nfnets wrote it; use that version, or train anew in another workdir"
   return f"has no {NAME}: unfinished, or the file is lost"
 

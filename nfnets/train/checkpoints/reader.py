@@ -1,6 +1,7 @@
 """Reads checkpoints: the newest good one is found, every file verified, and its arrays are restored. Writes nothing."""
 
-import json
+import math
+import operator
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from nfnets import distributed
-from nfnets.train.checkpoints import arrays, manifest, retention
+from nfnets.train.checkpoints import arrays, manifest, retention, schema
 from nfnets.train.checkpoints.errors import CheckpointError
 from nfnets.train.step.state import TrainState
+
+# What a network's arrays may take, bytes: a small one's, and so many times the bytes of its files. Random numbers are hardly
+# compressed; gains and biases of a new network, which are zeros, take no place.
+_LEAST_BYTES = 64 << 20
+_MOST_COMPRESSED = 100
 
 
 class CheckpointReader:
@@ -46,9 +52,9 @@ class CheckpointReader:
   def meta(self, step: int) -> dict[str, Any]:
     """What a step says of itself beside its arrays: "config", "num_classes", "versions", "data", "rng" …"""
     try:
-      return json.loads((self.path(step) / "meta" / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-      raise CheckpointError(f"{self.path(step)}: its meta data cannot be read: {error}") from error
+      return manifest.read_meta(self.path(step))
+    except CheckpointError as error:
+      raise CheckpointError(f"{self.path(step)}: {error}") from error
 
   def metrics(self, step: int) -> dict[str, float] | None:
     """{"top1", "loss", "ema_top1", …} of the evaluation of a good step; None if it has not been evaluated."""
@@ -120,7 +126,10 @@ class CheckpointReader:
     shapes = self.meta(step)["shapes"][item]
     if not shapes:
       raise CheckpointError(f"{self.path(step)} holds no average (EMA) of the weights")
-    wanted = {arrays.name(path): np.empty(shape, jnp.dtype(dtype)) for path, (dtype, shape) in shapes.items()}
+    # arrays of one element, repeated: nothing is allocated before the files have been looked at
+    wanted = {
+      arrays.name(path): np.broadcast_to(np.zeros((), jnp.dtype(dtype)), shape) for path, (dtype, shape) in shapes.items()
+    }
     restored = self._read(step, {item: wanted})[item]
     # without the "params/" and "stats/" that paths begin with
     return {path.partition("/")[2]: np.array(restored[arrays.name(path)]) for path in shapes}
@@ -140,10 +149,48 @@ class CheckpointReader:
     return {item: arrays.fill(tree, restored[item]) for item, tree in trees.items()}
 
   def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Reads arrays, once it is known that they are as large as `wanted` says; an error is the (verified) files' own."""
     items = {item: ocp.args.StandardRestore(like) for item, like in wanted.items() if like}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      restored = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items))
+    try:
+      for item in items:
+        self._check_recorded(step, item, wanted[item])
+      with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(self.path(step), args=ocp.args.Composite(**items))
+    except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:
+      line = (str(error).splitlines() or [""])[0][:300]
+      raise CheckpointError(f"{self.path(step)}: its arrays cannot be read: {type(error).__name__}: {line}") from error
     return {item: restored[item] if item in items else {} for item in wanted}
+
+  def _check_recorded(self, step: int, item: str, wanted: dict[str, Any]) -> None:
+    """Compares the arrays' shapes with those that the files of an item record, and with the files' sizes, before memory is taken.
+
+    Zeros take no place in the files, so that an optimizer's state can be any times larger than these; it is only read into the
+    state of a run, whose own configuration says how large that is. A network is not all zeros.
+    """
+    directory = self.path(step) / item
+    on_disk = 0
+    for path in directory.rglob("*"):
+      size = path.stat().st_size if path.is_file() else 0
+      if size > schema.JSON_BYTES and path.parent.name != "d":  # Orbax keeps arrays in directories of this name, JSON elsewhere
+        raise CheckpointError(f"{path} has {size:,} bytes, expected at most {schema.JSON_BYTES:,}")
+      on_disk += size
+    claimed = sum(math.prod(like.shape) * like.dtype.itemsize for like in wanted.values())
+    if item != "training" and claimed > _LEAST_BYTES + _MOST_COMPRESSED * on_disk:
+      raise CheckpointError(
+        f"{directory}: claims {claimed:,} bytes of arrays, but its files have {on_disk:,}; expected at most {_MOST_COMPRESSED} "
+        "times as many"
+      )
+    recorded = ocp.StandardCheckpointHandler().metadata(directory).tree  # pyrefly: ignore[bad-argument-type]: it takes any path
+    for name, like in wanted.items():
+      found = recorded[name]
+      chunk = found.storage.chunk_shape or found.shape
+      if found.shape != tuple(like.shape) or found.dtype != like.dtype or any(map(operator.gt, chunk, like.shape)):
+        raise CheckpointError(
+          f"{directory}: {schema.shown(name)} is recorded as {found.dtype} {found.shape} in parts of {tuple(chunk)}, expected "
+          f"{like.dtype} {tuple(like.shape)}"
+        )
 
   def _require_good(self, step: int) -> None:
     if step not in self._verified:

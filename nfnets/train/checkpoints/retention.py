@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from nfnets.files import sync_directory
-from nfnets.train.checkpoints import manifest
+from nfnets.train.checkpoints import manifest, schema
 from nfnets.train.checkpoints.errors import CheckpointError
 
-_STEP = re.compile(r"\d+", re.ASCII)
+_STEP = re.compile(r"0|[1-9]\d{0,9}", re.ASCII)  # as the writer makes them: no 007, and no more digits than an int32 has
 _UNFINISHED = re.compile(r"\d+(\.orbax-checkpoint-tmp.*|\.deleted)", re.ASCII)
 
 
@@ -27,15 +27,21 @@ def locate(path: str) -> tuple[pathlib.Path, int | None]:
   if "://" in path:
     raise CheckpointError(f"{path}: expected a directory; mount the bucket (docs/pods.md says how) and give the path in there")
   resolved = pathlib.Path(path).resolve()
-  if _STEP.fullmatch(resolved.name) and resolved.parent.name == "checkpoints":
-    return resolved.parent, int(resolved.name)
+  step = step_of(resolved.name)
+  if step is not None and resolved.parent.name == "checkpoints":
+    return resolved.parent, step
   return (resolved if resolved.name == "checkpoints" else resolved / "checkpoints"), None
 
 
 def steps(directory: pathlib.Path) -> list[int]:
   """Steps that have a directory, finished or not, ascending."""
   names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-  return sorted(int(name) for name in names if _STEP.fullmatch(name))
+  return sorted(step for step in map(step_of, names) if step is not None)
+
+
+def step_of(name: str) -> int | None:
+  """The step that a directory's name says, None where it is no step's."""
+  return int(name) if _STEP.fullmatch(name) and int(name) < schema.STEPS else None
 
 
 def finished_steps(directory: pathlib.Path) -> list[int]:
@@ -101,7 +107,7 @@ def _best(manifests: list[dict[str, Any]], metric: str) -> int | None:
 def remove(path: pathlib.Path) -> None:
   """Deletes a step, or what is left of one; killed half-way, this leaves nothing that counts as a checkpoint."""
   doomed = path
-  if _STEP.fullmatch(path.name):
+  if step_of(path.name) is not None:
     doomed = path.with_name(f"{path.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -128,6 +134,6 @@ def litter(directory: pathlib.Path) -> list[pathlib.Path]:
   all_steps = [directory / str(step) for step in steps(directory)]
   bare = [path for path in all_steps if not (path / manifest.NAME).exists()]
   if len(bare) < len(all_steps):
-    return unfinished + [path for path in bare if (manifest.read_meta(path) or {"schema": manifest.SCHEMA}).get("schema")]
-  first_of_run = all((manifest.read_meta(path) or {}).get("previous_step", 0) is None for path in bare)
+    return unfinished + [path for path in bare if (manifest.unchecked_meta(path) or {"schema": manifest.SCHEMA}).get("schema")]
+  first_of_run = all(manifest.unchecked_meta(path).get("previous_step", 0) is None for path in bare)
   return unfinished + (bare if first_of_run else [])

@@ -237,7 +237,7 @@ class CheckpointWriter:
   def _delete(self, *paths: pathlib.Path) -> None:
     for path in paths:
       try:
-        if path.exists():
+        if path.is_dir():
           retention.remove(path)
       except OSError as error:
         self._say(f"{path} could not be deleted: {error.strerror}")

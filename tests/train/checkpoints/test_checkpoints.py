@@ -87,6 +87,8 @@ def test_meta_says_what_wrote_it(tmp_path):
   assert meta["data"] == {
     "seed": 0,
     "records": 1000,
+    "class_names": list("0123456789"),
+    "fingerprint": "",
     "next_step": 4 + int(small_state(4).passed_over),
     "shuffle_block": 1,
     "rows": None,
