@@ -12,7 +12,7 @@ import reprlib
 import stat
 from typing import Any
 
-from nfnets.config import checks
+from nfnets.config import Config, checks
 from nfnets.config.checks import Rule
 from nfnets.train.checkpoints.errors import CheckpointError
 
@@ -41,14 +41,12 @@ def read_json(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     with open(path, "rb") as file:
       text = file.read(JSON_BYTES).decode()
     body = json.loads(text)
-  except FileNotFoundError:
+  except (FileNotFoundError, CheckpointError):  # the latter is a ValueError
     raise
   except OSError as error:
     raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
   except RecursionError:
     raise CheckpointError(f"{path.name} is nested too deeply") from None
-  except CheckpointError:  # which is a ValueError
-    raise
   except ValueError as error:
     raise CheckpointError(f"{path.name} is damaged: it is no JSON ({error})") from error
   if not isinstance(body, dict):
@@ -179,11 +177,11 @@ META: Table = {
   **_SUMMARY,
   "previous_step": checks.optional(_STEP),
   "num_classes": checks.whole(1, 2**31),
-  "config": {"model?": checks.mapping, "data?": checks.mapping, "optim?": checks.mapping, "init?": checks.mapping},
+  "config": {f"{field.name}?": checks.mapping for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)},
   "shapes": {item: Each(_array) for item in ("model", "ema", "training")},
   "data": {
     "records": checks.whole(1, 2**53),
-    "next_step": checks.whole(0, 2**53),
+    "next_step": checks.whole(0, 2 * STEPS),
     "order_digest?": _words,
     "class_names?": _list_of(_words, "a list of names"),
     "fingerprint?": _words,
