@@ -208,15 +208,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   optimizer = optim.make_optimizer(config.optim, params, **lengths)
   abstract = jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
   like = sharding.place(mesh, abstract, shard=config.shard)
-  facts = RunFacts(
-    config=config,
-    class_names=data.class_names,
-    fingerprint=data.fingerprint(),
-    records=len(data),
-    shuffle_block=shuffle_block(data_config, data),
-    rows_normalized=rows_normalized(config, stats, mesh.size),
-    rows_ascended=rows_ascended(config, mesh.size),
-  )
+  facts = _facts(config, data, shuffle_block(data_config, data), stats, mesh)
 
   # ---- what lies in the workdir
   log = Logbook(workdir, write=process == 0)
@@ -233,11 +225,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   batches = TrainBatches(data, data_config, batch=config.batch, seed=config.seed, **rows)
   opened.callback(batches.close)
   if last is not None:
-    check_same_run(meta["config"], config, workdir)
-    if (before := meta["config"]["epochs"]) != config.epochs:
-      log.say(f"config.epochs was {before:g}, is {config.epochs:g}: the learning rate follows the schedule of the new length")
-    check_same_data(meta, facts, workdir)
-    check_same_order(meta, batches.order_digest(meta["data"]["next_step"]), workdir)
+    _check_continuation(meta, facts, batches, workdir, log.say)
   test_batches = EvalBatches(test_data, data_config, batch=sharding.whole_batch(config.eval_batch, mesh), **rows)
   opened.callback(test_batches.close)
   if last is None:
@@ -287,6 +275,30 @@ def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitS
   facts = {"config": json.dumps(to_json(config)), "data": describe(data), "test data": describe(test_data)}
   distributed.require_equal(facts, tell)
   return data, test_data
+
+
+def _facts(config: Config, data: Source, shuffle_block: int, stats: nnx.State, mesh: Mesh) -> RunFacts:
+  return RunFacts(
+    config=config,
+    class_names=data.class_names,
+    fingerprint=data.fingerprint(),
+    records=len(data),
+    shuffle_block=shuffle_block,
+    rows_normalized=rows_normalized(config, stats, mesh.size),
+    rows_ascended=rows_ascended(config, mesh.size),
+  )
+
+
+def _check_continuation(
+  meta: dict[str, Any], facts: RunFacts, batches: TrainBatches, workdir: str, say: Callable[[str], None]
+) -> None:
+  """Raises CheckpointError where this run is not the one that wrote the checkpoint; says so where it is only prolonged."""
+  check_same_run(meta["config"], facts.config, workdir)
+  check_same_data(meta, facts, workdir)
+  check_same_order(meta, batches.order_digest(meta["data"]["next_step"]), workdir)
+  before, now = meta["config"].get("epochs", facts.config.epochs), facts.config.epochs
+  if before != now:
+    say(f"config.epochs was {before:g}, is {now:g}: the learning rate follows the schedule of the new length")
 
 
 def _write_config(run: Run) -> None:
