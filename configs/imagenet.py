@@ -24,7 +24,7 @@ def parse(arg: str, variants: tuple[str, ...], expected: str, *, sizes: bool = F
   variant, *options = arg.split(",")
   batches = [option.removeprefix("bs=") for option in options if sizes and option.startswith("bs=")]
   unknown = [option for option in options if option != "minival" and not (sizes and option.startswith("bs="))]
-  if variant not in variants or unknown or len(batches) > 1 or not all(batch.isdigit() and int(batch) for batch in batches):
+  if variant not in variants or unknown or len(batches) > 1 or not all(batch.isdecimal() and int(batch) for batch in batches):
     raise UserError(f"{expected}; got {arg!r}")
   return variant, "minival" in options, int(batches[0]) if batches else None
 

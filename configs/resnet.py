@@ -13,7 +13,7 @@ from nfnets.config import Config, ModelConfig, OptimConfig
 
 def get_config(arg: str = "50") -> Config:
   """Makes the configuration of `arg`, "DEPTH[,minival]"; raises UserError for another one."""
-  depths = tuple(name.removeprefix("resnet") for name in models.names() if name.removeprefix("resnet").isdigit())
+  depths = tuple(name.removeprefix("resnet") for name in models.names() if name.removeprefix("resnet").isdecimal())
   depth, minival, _ = imagenet.parse(
     arg, depths, f"configs/resnet.py takes a depth of {', '.join(depths)}, and minival, e.g. 50,minival"
   )

@@ -298,9 +298,9 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
 
   SLURM writes "2(x3),1" for three nodes of 2 tasks and one of 1.
   """
-  if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "").isdigit():
+  if environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "").isdecimal():
     return int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"])
   groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
   tasks_by_node = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
   node = environ.get("SLURM_NODEID", "")
-  return tasks_by_node[int(node)] if node.isdigit() and int(node) < len(tasks_by_node) else None
+  return tasks_by_node[int(node)] if node.isdecimal() and int(node) < len(tasks_by_node) else None
