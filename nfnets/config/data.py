@@ -19,7 +19,8 @@ class DataConfig:
   dir: str = ""
   # Where offset indices of TFRecord shards are kept (a bucket too); empty = $XDG_CACHE_HOME/nfnets or ~/.cache/nfnets.
   index_dir: str = ""
-  # Split expressions of TFDS, such as "train[10000:]" or "train[:98%]".
+  # Split expressions of TFDS, as "train[10000:]" or "train[:98%]". A slice of a TFDS dataset is what TFDS makes of it; one of
+  # an image folder has every class in proportion: it is taken from an order made of the SHA-256 of the files' names.
   train_split: str = "train"
   test_split: str = "test"
   # Names of the image's and the label's feature.

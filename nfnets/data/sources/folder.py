@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import csv
+import functools
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nfnets.data.errors import CorruptRecord, DataError, NoSuchSplit, printable, reason
+from nfnets.data.sources import stratify
 from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import remote
 from nfnets.data.storage.regular import read_regular
@@ -62,10 +64,28 @@ class _Images(NamedTuple):
   skipped: list[str]
 
 
+class _Listing(NamedTuple):
+  """The images of a split. folder: below the root; names: below that, "CLASS/FILE" but in a flat val/; labels: int32 [n]."""
+
+  folder: str
+  names: list[str]
+  labels: np.ndarray
+
+
+class _Term(NamedTuple):
+  """A term of a split expression: the images [start, stop) of a split; sliced: whether it is less than all of them."""
+
+  split: str
+  start: int
+  stop: int
+  sliced: bool
+
+
 def open_folder(directory: str, split: str, progress: Callable[[str], None], formats: Sequence[str]) -> Source:
   """Opens the images of a split expression of TFDS over the folders train and val (or validation, test).
 
-  The label of an image is the place of its class folder among train's, sorted by name.
+  The label of an image is the place of its class folder among train's, sorted by name. A whole split comes in the order of its
+  classes and files; a slice is taken from an order that mixes the classes evenly, `stratify.mixed_order`.
 
   Args:
     directory: the folder that holds train/ and val/, or that Kaggle's archive of ImageNet was unpacked in.
@@ -93,19 +113,34 @@ def open_folder(directory: str, split: str, progress: Callable[[str], None], for
   if not classes:
     raise DataError(f"{root}/train has no class folders, which {SOLUTION}'s classes are numbered by")
   suffixes = tuple(suffix for name in formats for suffix in SUFFIXES[name])
-  scanned: dict[str, tuple[list[str], np.ndarray]] = {}
+  listed = functools.cache(lambda folder: _scan(root, folder, classes, table, progress, suffixes))
+  splits = {name: functools.partial(listed, folder) for name, folder in folders.items()}
+  return _open_split(root, split, splits, classes, progress)
 
-  def images_of(folder: str) -> tuple[list[str], np.ndarray]:
-    if folder not in scanned:
-      scanned[folder] = _scan(root, folder, classes, table, progress, suffixes)
-    return scanned[folder]
 
-  parts = _slices(split, {name: lambda folder=folder: len(images_of(folder)[0]) for name, folder in folders.items()}, root)
+def _open_split(
+  root: str, split: str, splits: dict[str, Callable[[], _Listing]], classes: list[str], progress: Callable[[str], None]
+) -> Source:
+  """Opens the images of a split expression. splits: lists the images of each split; says which classes a slice has none of."""
+  mixed_order = functools.cache(lambda name: stratify.mixed_order(splits[name]().names, splits[name]().labels))
   files, labels = [], [np.zeros(0, np.int32)]
-  for name, start, stop in parts:
-    files += images_of(folders[name])[0][start:stop]
-    labels.append(images_of(folders[name])[1][start:stop])
-  return FolderSource("folder", split, classes, root, files, np.concatenate(labels))
+  terms = _terms(split, splits, root)
+  for term in terms:
+    folder, names, labels_of_split = splits[term.split]()
+    rows = mixed_order(term.split)[term.start : term.stop] if term.sliced else np.arange(len(names))
+    files += [os.path.join(folder, names[row]) for row in rows]
+    labels.append(labels_of_split[rows])
+  source = FolderSource("folder", split, classes, root, files, np.concatenate(labels))
+  whole = np.concatenate([np.zeros(0, np.int32), *(splits[term.split]().labels for term in terms if term.sliced)])
+  absent = np.setdiff1d(whole, np.concatenate(labels))
+  if len(absent):
+    progress(
+      printable(
+        f"{split} of {root} ({len(source):,} images) has none of {len(absent):,} of the {len(classes):,} classes; the first: "
+        f"{classes[absent[0]]}"
+      )
+    )
+  return source
 
 
 def _folder_of(root: str, name: str, table: str | None) -> str | None:
@@ -120,23 +155,24 @@ def _folder_of(root: str, name: str, table: str | None) -> str | None:
   return None
 
 
-def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[tuple[str, int, int]]:
-  """Returns (name, start, stop) of each term of a split expression, as TFDS computes them; sizes: counts a folder's images."""
-  from tensorflow_datasets.core import splits
+def _terms(split: str, splits: dict[str, Callable[[], _Listing]], root: str) -> list[_Term]:
+  """Returns the terms of a split expression, with the limits that TFDS computes. splits: lists the images of each split."""
+  from tensorflow_datasets.core import splits as tfds_splits
 
-  used = [name for name in sizes if name in split]  # the images of the others need not be counted
-  infos = {name: splits.SplitInfo(name=name, shard_lengths=[sizes[name]()], num_bytes=0) for name in used}
+  sizes = {name: len(listed().names) for name, listed in splits.items() if name in split}  # the others need not be listed
+  infos = {name: tfds_splits.SplitInfo(name=name, shard_lengths=[size], num_bytes=0) for name, size in sizes.items()}
   try:
-    parts = splits.AbstractSplit.from_spec(split).to_absolute(infos)
+    parts = tfds_splits.AbstractSplit.from_spec(split).to_absolute(infos)
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise NoSuchSplit(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
-  return [(part.splitname, part.from_ or 0, infos[part.splitname].num_examples if part.to is None else part.to) for part in parts]
+    raise NoSuchSplit(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(splits)}") from error
+  limits = lambda part: (part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+  return [_Term(part.splitname, *limits(part), (part.from_, part.to) != (None, None)) for part in parts]
 
 
 def _scan(
   root: str, folder: str, classes: list[str], table: str | None, progress: Callable[[str], None], suffixes: tuple[str, ...]
-) -> tuple[list[str], np.ndarray]:
-  """Lists the images of a folder: (paths below root, sorted by class and name; labels, int32 [n])."""
+) -> _Listing:
+  """Lists the images of a folder, sorted by class and name."""
   labels_by_class = {name: label for label, name in enumerate(classes)}
   path = os.path.join(root, folder)
   subfolders = _subfolders(path)
@@ -158,14 +194,14 @@ def _scan(
         f"the class {path}/{name} has no images: it is empty, or has {len(others):,} others than {' '.join(suffixes)} "
         "(config.data.formats); remove it, or add its images"
       )
-  files = [os.path.join(folder, name, file) for name, (images, _) in zip(subfolders, listed, strict=True) for file in images]
+  names = [os.path.join(name, file) for name, (images, _) in zip(subfolders, listed, strict=True) for file in images]
   labels = np.asarray([labels_by_class[name] for name in subfolders], np.int32)
-  return files, np.repeat(labels, [len(images) for images, _ in listed])
+  return _Listing(folder, names, np.repeat(labels, [len(images) for images, _ in listed]))
 
 
 def _scan_flat(
   path: str, folder: str, labels_by_class: dict[str, int], table: str, progress: Callable[[str], None], suffixes: tuple[str, ...]
-) -> tuple[list[str], np.ndarray]:
+) -> _Listing:
   """Lists the images of a folder without class folders, sorted by name; `table` has their classes."""
   files, skipped = _images(path, suffixes)
   _say_skipped(path, [name for name in skipped if name != SOLUTION], progress)
@@ -174,7 +210,7 @@ def _scan_flat(
   missing = [file for file, image in zip(files, images, strict=True) if image not in labels_by_image]
   if missing:
     raise DataError(f"{table} has no line for {path}/{missing[0]} ({len(missing):,} of {len(files):,} images lack one)")
-  return [os.path.join(folder, file) for file in files], np.asarray([labels_by_image[image] for image in images], np.int32)
+  return _Listing(folder, files, np.asarray([labels_by_image[image] for image in images], np.int32))
 
 
 def _say_skipped(path: str, skipped: list[str], progress: Callable[[str], None]) -> None:
