@@ -10,6 +10,7 @@ prepare: writes the splits with smaller images as a TFDS dataset under DIR. Run 
 """
 
 import contextlib
+import functools
 import os
 
 import rich.table
@@ -45,6 +46,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 def describe(values: flags.FlagValues) -> int:
   config, console = recipe.parse(values), plain_console()
+  say = functools.cache(console.print)  # each line once: both splits of a folder may be taken from the same files
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
@@ -54,8 +56,8 @@ def describe(values: flags.FlagValues) -> int:
     raise cli.UsageError("--augmented adds to the picture, but --out is missing: a file for it, e.g. --out=grid.png")
   if out and not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
-  train = open_source(data, data.train_split, progress=console.print)
-  test = open_source(data, data.test_split, progress=console.print)
+  train = open_source(data, data.train_split, progress=say)
+  test = open_source(data, data.test_split, progress=say)
   with contextlib.closing(train), contextlib.closing(test):
     splits = inspect.known_splits(data)
     if splits:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -274,7 +275,8 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
 
 def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitStack) -> tuple[Source, Source]:
   """The training and the test images; ProcessError where the processes differ in configuration, data, code or JAX."""
-  tell = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda line: None
+  # Each line once: both splits of a folder may be taken from the same files.
+  tell = functools.cache(lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda line: None
   data, test_data = (
     opened.enter_context(contextlib.closing(open_source(data_config, split, progress=tell)))
     for split in (data_config.train_split, data_config.test_split)
