@@ -27,6 +27,7 @@ from nfnets.data.sources.base import Source
 from nfnets.data.sources.open import open_source
 from nfnets.distributed.signals import StopRequest
 from nfnets.distributed.watchdog import FIRST_STEP_S, Watchdog
+from nfnets.errors import UserError
 from nfnets.files import write_file
 from nfnets.train import resolve
 from nfnets.train.checkpoints.compatibility import RunFacts, check_same_data, check_same_order, check_same_run, to_json
@@ -281,6 +282,12 @@ def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitS
     opened.enter_context(contextlib.closing(open_source(data_config, split, progress=tell)))
     for split in (data_config.train_split, data_config.test_split)
   )
+  largest = len(data) * config.data.repeats
+  if config.batch > largest:  # a step would have an image more often than that
+    raise UserError(
+      f"config.batch={config.batch} is more than the {len(data):,} images of {data.name} {data.split}; expected at most "
+      f"{largest:,} (for configs/folder.py: bs=N behind the recipe)"
+    )
   facts = {"config": json.dumps(to_json(config)), "data": _fingerprint(data), "test data": _fingerprint(test_data)}
   distributed.require_equal(facts, tell)
   return data, test_data
