@@ -46,7 +46,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 def describe(values: flags.FlagValues) -> int:
   config, console = recipe.parse(values), plain_console()
-  say = functools.cache(console.print)  # each line once: both splits of a folder may be taken from the same files
+  say = functools.cache(console.print)  # as in `verify` and `prepare`: both splits of a folder may be taken from the same files
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
@@ -87,10 +87,11 @@ def verify(values: flags.FlagValues) -> int:
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
 
+  say = functools.cache(console.print)
   splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
   checked = []
   for split in splits:
-    with contextlib.closing(open_source(config.data, split, progress=console.print)) as source:
+    with contextlib.closing(open_source(config.data, split, progress=say)) as source:
       with meter(console, split, len(source), "records") as progress:
         checked.append(
           inspect.verify(
@@ -113,10 +114,9 @@ def prepare(values: flags.FlagValues) -> int:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data.tools.prepare import Preparation
 
+  say = functools.cache(console.print)
   with contextlib.closing(
-    Preparation(
-      config.data, values.out, short_side=values.short_side, quality=values.quality, shards=values.shards, say=console.print
-    )
+    Preparation(config.data, values.out, short_side=values.short_side, quality=values.quality, shards=values.shards, say=say)
   ) as job:
     if job.done:
       console.print(f"{job.done:,} of {job.total:,} records are there already")
