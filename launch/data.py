@@ -10,6 +10,7 @@ prepare: writes the splits with smaller images as a TFDS dataset under DIR. Run 
 """
 
 import contextlib
+import functools
 import os
 
 import rich.table
@@ -45,6 +46,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
 
 def describe(values: flags.FlagValues) -> int:
   config, console = recipe.parse(values), plain_console()
+  say = functools.cache(console.print)  # as in `verify` and `prepare`: both splits of a folder may be taken from the same files
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
   from nfnets.train import resolve
@@ -54,8 +56,8 @@ def describe(values: flags.FlagValues) -> int:
     raise cli.UsageError("--augmented adds to the picture, but --out is missing: a file for it, e.g. --out=grid.png")
   if out and not os.path.isdir(os.path.dirname(out) or "."):  # before minutes are spent
     raise cli.UsageError(f"--out={out}: there is no directory {os.path.dirname(out)}")
-  train = open_source(data, data.train_split, progress=console.print)
-  test = open_source(data, data.test_split, progress=console.print)
+  train = open_source(data, data.train_split, progress=say)
+  test = open_source(data, data.test_split, progress=say)
   with contextlib.closing(train), contextlib.closing(test):
     splits = inspect.known_splits(data)
     if splits:
@@ -85,10 +87,11 @@ def verify(values: flags.FlagValues) -> int:
   from nfnets.data.sources.open import open_source
   from nfnets.data.tools import inspect
 
+  say = functools.cache(console.print)
   splits = [values.split] if values.split else [*dict.fromkeys((config.data.train_split, config.data.test_split))]
   checked = []
   for split in splits:
-    with contextlib.closing(open_source(config.data, split, progress=console.print)) as source:
+    with contextlib.closing(open_source(config.data, split, progress=say)) as source:
       with meter(console, split, len(source), "records") as progress:
         checked.append(
           inspect.verify(
@@ -111,10 +114,9 @@ def prepare(values: flags.FlagValues) -> int:
     raise cli.UsageError("--out is missing: a directory for the prepared dataset, e.g. --out=data/small")
   from nfnets.data.tools.prepare import Preparation
 
+  say = functools.cache(console.print)
   with contextlib.closing(
-    Preparation(
-      config.data, values.out, short_side=values.short_side, quality=values.quality, shards=values.shards, say=console.print
-    )
+    Preparation(config.data, values.out, short_side=values.short_side, quality=values.quality, shards=values.shards, say=say)
   ) as job:
     if job.done:
       console.print(f"{job.done:,} of {job.total:,} records are there already")

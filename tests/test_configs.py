@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import io
 import pathlib
+import re
 import threading
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from nfnets import models, optim
 from nfnets.config import Config
+from nfnets.errors import UserError
 from nfnets.train import loop, resolve
 from nfnets.train.logs.logbook import read_jsonl
 from tests import shards
@@ -24,6 +26,7 @@ ARGUMENTS = {
   "resnet": ["50", "101", "50,minival"],
   "cifar10": ["norm=none", "norm=batch"],
   "digits": [""],
+  "folder": ["nf_resnet26", "nfnet_f0,epochs=90", "nfnet_tiny,bs=16,epochs=5", "eca_nfnet_l0,bs=128"],
   "synthetic": ["nfnet_f0", "nf_regnet_b0"],
 }
 
@@ -65,7 +68,11 @@ def test_papers_hyperparameters_follow_from_the_variant():
 
 @pytest.mark.parametrize(
   "file, argument",
-  [("nfnet", "F8"), ("nfnet", "F0,minval"), ("nf_resnet", "51"), ("nf_resnet", "50,bs=x"), ("nf_regnet", "B6"), ("resnet", "49")],
+  [("nfnet", "F8"), ("nfnet", "F0,minval"), ("nf_resnet", "51"), ("nf_resnet", "50,bs=x"), ("nf_regnet", "B6"), ("resnet", "49")]
+  + [
+    ("folder", argument)
+    for argument in ("nfnet_f9", "resnet50", "nf_resnet26,epochs=0", "nfnet_l0,bs=8,bs=9", "nfnet_l0,minival")
+  ],
 )
 def test_a_mistyped_argument_is_refused_with_what_is_expected(file, argument):
   with pytest.raises(ValueError, match=f"configs/{file}.py takes .*[;,] got '{argument}'"):
@@ -118,3 +125,57 @@ def test_two_real_steps(datasets, tmp_path, file, argument):
   losses = [record["loss"] for record in read_jsonl(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
   assert len(losses) == 2 and np.isfinite(losses).all()
   assert all(0 <= record["data_wait"] <= 1 for record in read_jsonl(tmp_path / "metrics.jsonl") if record["kind"] == "train")
+
+
+# ---- one's own photographs
+
+
+@pytest.fixture
+def photos(tmp_path):
+  """20 JPEGs of each of two classes, without train/ and val/."""
+  rng = np.random.default_rng(0)
+  for name in ("ant", "bee"):
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    for number in range(20):
+      image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((60, 40), Image.BICUBIC)
+      image.save(tmp_path / "photos" / name / f"{number:02}.jpg")
+  return tmp_path / "photos"
+
+
+def photos_config(photos, argument: str, **data) -> Config:
+  """The recipe on a directory, with a smaller network."""
+  config = get("folder", argument)
+  config.model.overrides = {
+    "depth": (1, 1),
+    "width": (16, 16),
+    "group_width": 8,
+    "stage_strides": (1, 2),
+    "stem_width": (4, 4, 8),
+  }
+  config.data = dataclasses.replace(config.data, dir=str(photos), **data)
+  return config
+
+
+def test_the_folder_recipe_needs_a_directory_alone_and_resumes_on_the_same_photographs(photos, tmp_path, capfd):
+  config = photos_config(photos, "nfnet_tiny,bs=8,epochs=1")
+  workdir = str(tmp_path / "run")
+  result = loop.train(config, workdir)
+  said = re.findall(
+    r"no train/ and val/ in .*: about 10 % of each class \((\d+) of 40 images\) are for val", capfd.readouterr().out
+  )
+  count = result.results["params"]["count"]
+  assert result.finished and [count] == [int(number) for number in said] and 2 <= count <= 10
+  assert result.step == round((40 - count) / 8)
+  with pytest.raises(UserError, match=r"another configuration: config.data.validation was 0.1, is 0.5"):
+    loop.train(photos_config(photos, "nfnet_tiny,bs=8,epochs=1", validation=0.5), workdir)
+  for number in range(20, 30):  # more than the tenth that would all be for validation
+    (photos / f"ant/{number}.jpg").write_bytes((photos / "ant/00.jpg").read_bytes())
+  with pytest.raises(UserError, match=rf"saw other data: training images {40 - count}, now \d+;"):
+    loop.train(config, workdir)
+
+
+def test_a_batch_of_more_than_all_photographs_is_refused(photos, tmp_path):
+  with pytest.raises(
+    UserError, match=r"config.batch=64 is more than the 3\d images of folder train; expected at most 3\d \(.*bs=N"
+  ):
+    loop.train(photos_config(photos, "nfnet_tiny,bs=64"), str(tmp_path / "run"))

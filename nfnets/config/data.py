@@ -19,9 +19,14 @@ class DataConfig:
   dir: str = ""
   # Where offset indices of TFRecord shards are kept (a bucket too); empty = $XDG_CACHE_HOME/nfnets or ~/.cache/nfnets.
   index_dir: str = ""
-  # Split expressions of TFDS, such as "train[10000:]" or "train[:98%]".
+  # Split expressions of TFDS, as "train[10000:]" or "train[:98%]". A slice of a TFDS dataset is what TFDS makes of it; one of
+  # an image folder has every class in proportion: it is taken from an order made of the SHA-256 of the files' names.
   train_split: str = "train"
   test_split: str = "test"
+  # Share of an image folder without train/ and val/ that is for validation, at least an image of each class; 0 = none. An image
+  # belongs to it by the SHA-256 of its CLASS/FILE, so that photographs that are added later move no others (but one that stood in
+  # for a class that had none there).
+  validation: float = 0.1
   # Names of the image's and the label's feature.
   image_key: str = "image"
   label_key: str = "label"
@@ -87,6 +92,7 @@ _RULES: dict[str, checks.Rule] = {
   "index_dir": checks.text,
   "train_split": checks.name,
   "test_split": checks.name,
+  "validation": checks.share("a share in [0, 1)"),
   "image_key": checks.name,
   "label_key": checks.name,
   "num_classes": checks.optional(checks.whole(1)),

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from nfnets.data.sources.base import Source
 from nfnets.data.sources.open import open_source
 from nfnets.distributed.signals import StopRequest
 from nfnets.distributed.watchdog import FIRST_STEP_S, Watchdog
+from nfnets.errors import UserError
 from nfnets.files import write_file
 from nfnets.train import resolve
 from nfnets.train.checkpoints.compatibility import RunFacts, check_same_data, check_same_order, check_same_run, to_json
@@ -266,11 +268,18 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
 
 def _open_data(config: Config, data_config: DataConfig, opened: contextlib.ExitStack) -> tuple[Source, Source]:
   """The training and the test images; ProcessError where the processes differ in configuration, data, code or JAX."""
-  tell = (lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda line: None
+  # Each line once: both splits of a folder may be taken from the same files.
+  tell = functools.cache(lambda line: print(line, flush=True)) if jax.process_index() == 0 else lambda line: None
   data, test_data = (
     opened.enter_context(contextlib.closing(open_source(data_config, split, progress=tell)))
     for split in (data_config.train_split, data_config.test_split)
   )
+  largest = len(data) * config.data.repeats
+  if config.batch > largest:  # a step would have an image more often than that
+    raise UserError(
+      f"config.batch={config.batch} is more than the {len(data):,} images of {data.name} {data.split}; expected at most "
+      f"{largest:,} (for configs/folder.py: bs=N behind the recipe)"
+    )
   describe = lambda data: f"{data.name} {data.split}, {len(data):,} images, fingerprint {data.fingerprint()}"
   facts = {"config": json.dumps(to_json(config)), "data": describe(data), "test data": describe(test_data)}
   distributed.require_equal(facts, tell)

@@ -235,3 +235,14 @@ def test_prepared_name(name, expected):
 def test_mistakes_are_one_line(arguments, expected, monkeypatch, capsys):
   status, _, err = call(monkeypatch, capsys, *arguments)
   assert status == 2 and expected in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_what_holds_for_both_splits_of_a_folder_is_said_once(tmp_path, monkeypatch, capsys):
+  for name in ("ant", "bee"):
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    for number in range(4):
+      (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(jpeg(number))
+  recipe = ("--config=configs/folder.py", f"--config.data.dir={tmp_path}/photos")
+  for arguments in (("describe",), ("verify",), ("prepare", f"--out={tmp_path}/out")):
+    status, out, _ = call(monkeypatch, capsys, *arguments, *recipe)
+    assert status == 0 and out.count("no train/ and val/ in") == 1

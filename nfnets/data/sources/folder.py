@@ -1,7 +1,8 @@
-"""Opens a folder of images: ROOT/train/CLASS/*.jpeg and ROOT/val/CLASS/*.jpeg, or ImageNet's flat val/ from Kaggle."""
+"""Opens a folder of images: ROOT/train/CLASS and ROOT/val/CLASS, ImageNet's flat val/ from Kaggle, or ROOT/CLASS alone."""
 
 import concurrent.futures
 import csv
+import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nfnets.config import DataConfig
 from nfnets.data.errors import CorruptRecord, DataError, NoSuchSplit, printable, reason
+from nfnets.data.sources import stratify
 from nfnets.data.sources.base import Record, Source
 from nfnets.data.storage import remote
 from nfnets.data.storage.regular import read_regular
@@ -29,7 +32,8 @@ LARGEST = 1 << 30  # bytes of an image file, of which there is one in memory for
 _LARGEST_TABLE = 1 << 26  # bytes; Kaggle's has 2 MB
 SOLUTION = "LOC_val_solution.csv"  # lines of ImageId,PredictionString; the latter is "CLASS x y x y", further boxes follow
 _KAGGLE = os.path.join("ILSVRC", "Data", "CLS-LOC")
-_HELD_OUT = ("val", "validation", "test")
+# What the folders of the splits are called, in capitals or not.
+_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 
 
 class FolderSource(Source):
@@ -66,85 +70,164 @@ class _Images(NamedTuple):
   skipped: list[str]
 
 
-def open_folder(directory: str, split: str, progress: Callable[[str], None], formats: Sequence[str]) -> Source:
-  """Opens the images of a split expression of TFDS over the folders train and val (or validation, test).
+class _Listing(NamedTuple):
+  """The images of a split. folder: below the root; names: below that, "CLASS/FILE" but in a flat val/; labels: int32 [n]."""
 
-  The label of an image is the place of its class folder among train's, sorted by name.
+  folder: str
+  names: list[str]
+  labels: np.ndarray
+
+
+class _Term(NamedTuple):
+  """A term of a split expression: the images [start, stop) of a split; sliced: whether it is less than all of them."""
+
+  split: str
+  start: int
+  stop: int
+  sliced: bool
+
+
+def open_folder(config: DataConfig, split: str, progress: Callable[[str], None]) -> Source:
+  """Opens the images of a split expression of TFDS over a folder, which has one of two forms.
+
+  Either it holds train/CLASS and val/CLASS (or training/; valid/, validation/; test/, testing/; in capitals or not), or is as
+  Kaggle's archive of ImageNet was unpacked. Or it holds CLASS alone: then `config.validation` of each class is for validation, by
+  `stratify.held_out`.
+
+  The label of an image is the place of its class folder among train's, sorted by name. A whole split comes in the order of its
+  classes and files; a slice is taken from an order that mixes the classes evenly, `stratify.mixed_order`.
 
   Args:
-    directory: the folder that holds train/ and val/, or that Kaggle's archive of ImageNet was unpacked in.
+    config: `dir` is the folder, `formats` are the formats whose files are images.
     split: a split expression such as "train[:98%]".
-    progress: called with one line about each step that takes long, and about what is skipped.
-    formats: Pillow's names of the formats whose files are images.
+    progress: called with one line about each step that takes long, and about what is skipped or held out.
 
   Raises:
     DataError: there is no such folder, it has no classes, a class has no images or is missing in train/, or the flat val/ does
       not agree with its table.
   """
+  directory = config.dir
   if remote.is_url(directory):
     raise DataError(f"config.data.dir={directory!r}: a folder of images is read from disks only; in buckets, use a TFDS dataset")
   top = os.path.abspath(os.path.expanduser(directory)) if directory else ""
   if not os.path.isdir(top):
-    raise DataError(f"config.data.dir={directory!r} is not a directory; set it to the folder that holds train/ and val/")
+    raise DataError(
+      f"config.data.dir={directory!r} is not a directory; set it to the folder that holds train/ and val/, or the classes"
+    )
   root = os.path.join(top, _KAGGLE) if os.path.isdir(os.path.join(top, _KAGGLE)) else top
   tables = os.path.join(top, SOLUTION), os.path.join(root, "val", SOLUTION)
   table = next((path for path in tables if os.path.isfile(path)), None)
+  suffixes = tuple(suffix for name in config.formats for suffix in SUFFIXES[name])
 
-  folders = {name: folder for name in ("train", *_HELD_OUT) if (folder := _folder_of(root, name, table))}
+  folders = _folders_of_splits(root, table)
   if not folders:
-    raise DataError(f"{root} has neither train/ nor val/ with a folder for each class in it; it has: {_listing(root)}")
+    classes = _plain_classes(root, suffixes)
+    splits = _divided(root, _scan(root, "", classes, None, progress, suffixes), config.validation, progress)
+    return _open_split(root, split, splits, classes, progress)
   classes = _subfolders(os.path.join(root, folders.get("train") or next(iter(folders.values()))))
   if not classes:
     raise DataError(f"{root}/train has no class folders, which {SOLUTION}'s classes are numbered by")
-  suffixes = tuple(suffix for name in formats for suffix in SUFFIXES[name])
-  scanned: dict[str, tuple[list[str], np.ndarray]] = {}
+  listed = functools.cache(lambda folder: _scan(root, folder, classes, table, progress, suffixes))
+  splits = {name: functools.partial(listed, folder) for name, folder in folders.items()}
+  return _open_split(root, split, splits, classes, progress)
 
-  def images_of(folder: str) -> tuple[list[str], np.ndarray]:
-    if folder not in scanned:
-      scanned[folder] = _scan(root, folder, classes, table, progress, suffixes)
-    return scanned[folder]
 
-  parts = _slices(split, {name: lambda folder=folder: len(images_of(folder)[0]) for name, folder in folders.items()}, root)
+def _open_split(
+  root: str, split: str, splits: dict[str, Callable[[], _Listing]], classes: list[str], progress: Callable[[str], None]
+) -> Source:
+  """Opens the images of a split expression. splits: lists the images of each split; says which classes a slice has none of."""
+  mixed_order = functools.cache(lambda name: stratify.mixed_order(splits[name]().names, splits[name]().labels))
   files, labels = [], [np.zeros(0, np.int32)]
-  for name, start, stop in parts:
-    files += images_of(folders[name])[0][start:stop]
-    labels.append(images_of(folders[name])[1][start:stop])
-  return FolderSource("folder", split, classes, root, files, np.concatenate(labels))
+  terms = _terms(split, splits, root)
+  for term in terms:
+    folder, names, labels_of_split = splits[term.split]()
+    rows = mixed_order(term.split)[term.start : term.stop] if term.sliced else np.arange(len(names))
+    files += [os.path.join(folder, names[row]) for row in rows]
+    labels.append(labels_of_split[rows])
+  source = FolderSource("folder", split, classes, root, files, np.concatenate(labels))
+  whole = np.concatenate([np.zeros(0, np.int32), *(splits[term.split]().labels for term in terms if term.sliced)])
+  absent = np.setdiff1d(whole, np.concatenate(labels))
+  if len(absent):
+    progress(
+      printable(
+        f"{split} of {root} ({len(source):,} images) has none of {len(absent):,} of the {len(classes):,} classes; the first: "
+        f"{classes[absent[0]]}"
+      )
+    )
+  return source
 
 
-def _folder_of(root: str, name: str, table: str | None) -> str | None:
-  """Returns the folder that a split's name means: its own, or another of held-out images; None if there is none.
+def _folders_of_splits(root: str, table: str | None) -> dict[str, str]:
+  """Returns the folder of each split that there is: its own, or for held-out images that of another; empty if there is none.
 
   Folders without classes do not count; Kaggle's test/ is such a folder, because it has no labels.
   """
-  for folder in (name,) if name == "train" else dict.fromkeys((name, *_HELD_OUT)):
-    path = os.path.join(root, folder)
-    if os.path.isdir(path) and (_subfolders(path) or (table and folder == "val")):
-      return folder
-  return None
+  found: dict[str, str] = {}
+  for split, names in _FOLDERS.items():
+    folders = [name for name in _subfolders(root) if name.lower() in names]
+    folders = [name for name in folders if _subfolders(os.path.join(root, name)) or (table and name == "val")]
+    if len(folders) > 1:
+      raise DataError(f"{root} has {folders[0]}/ and {folders[1]}/, which mean the same split, {split}; expected one of them")
+    if folders:
+      found[split] = folders[0]
+  val, test = found.get("val") or found.get("test"), found.get("test") or found.get("val")
+  splits = {"train": found.get("train"), "val": val, "validation": val, "test": test}
+  return {split: folder for split, folder in splits.items() if folder}
 
 
-def _slices(split: str, sizes: dict[str, Callable[[], int]], root: str) -> list[tuple[str, int, int]]:
-  """Returns (name, start, stop) of each term of a split expression, as TFDS computes them; sizes: counts a folder's images."""
-  from tensorflow_datasets.core import splits
+def _plain_classes(root: str, suffixes: tuple[str, ...]) -> list[str]:
+  """Returns the classes of a folder without train/ and val/, which are its folders; raises DataError where they are none."""
+  classes = _subfolders(root)
+  lower = {name.lower() for name in classes}
+  flat = all(lower & {*names} for names in (_FOLDERS["train"], (*_FOLDERS["val"], *_FOLDERS["test"])))
+  if flat or len(classes) < 2 or not any(_images(os.path.join(root, name), suffixes).files for name in classes):
+    raise DataError(
+      f"{root} has neither train/ nor val/ with a folder for each class in it, nor two folders of images or more, one for each "
+      f"class; it has: {_listing(root)}"
+    )
+  return classes
 
-  used = [name for name in sizes if name in split]  # the images of the others need not be counted
-  infos = {name: splits.SplitInfo(name=name, shard_lengths=[sizes[name]()], num_bytes=0) for name in used}
+
+def _divided(root: str, images: _Listing, share: float, progress: Callable[[str], None]) -> dict[str, Callable[[], _Listing]]:
+  """Divides the images of a folder without train/ and val/ into these splits, and says so; the whole is train if `share` is 0."""
+  if not share:
+    return {"train": lambda: images}
+  mask = stratify.held_out(images.names, images.labels, share)
+  part = lambda mask: _Listing("", [images.names[row] for row in np.flatnonzero(mask)], images.labels[mask])
+  train, held_out = part(~mask), part(mask)
+  absent = len(np.setdiff1d(images.labels, held_out.labels))
+  progress(
+    printable(
+      f"no train/ and val/ in {root}: about {100 * share:g} % of each class ({mask.sum():,} of {len(mask):,} images) are for "
+      "validation (config.data.validation)" + (f"; classes of a single image have none ({absent:,})" if absent else "")
+    )
+  )
+  return {"train": lambda: train, **dict.fromkeys(("val", "validation", "test"), lambda: held_out)}
+
+
+def _terms(split: str, splits: dict[str, Callable[[], _Listing]], root: str) -> list[_Term]:
+  """Returns the terms of a split expression, with the limits that TFDS computes. splits: lists the images of each split."""
+  from tensorflow_datasets.core import splits as tfds_splits
+
+  sizes = {name: len(listed().names) for name, listed in splits.items() if name in split}  # the others need not be listed
+  infos = {name: tfds_splits.SplitInfo(name=name, shard_lengths=[size], num_bytes=0) for name, size in sizes.items()}
   try:
-    parts = splits.AbstractSplit.from_spec(split).to_absolute(infos)
+    parts = tfds_splits.AbstractSplit.from_spec(split).to_absolute(infos)
   except (ValueError, KeyError, NotImplementedError) as error:
-    raise NoSuchSplit(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(sizes)}") from error
-  return [(part.splitname, part.from_ or 0, infos[part.splitname].num_examples if part.to is None else part.to) for part in parts]
+    slices = ", of which slices can be taken, as train[:90%] and train[90%:]" if [*splits] == ["train"] else ""
+    raise NoSuchSplit(f"{root} has no split {split!r} ({reason(error)}); it has: {', '.join(splits)}{slices}") from error
+  limits = lambda part: (part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+  return [_Term(part.splitname, *limits(part), (part.from_, part.to) != (None, None)) for part in parts]
 
 
 def _scan(
   root: str, folder: str, classes: list[str], table: str | None, progress: Callable[[str], None], suffixes: tuple[str, ...]
-) -> tuple[list[str], np.ndarray]:
-  """Lists the images of a folder: (paths below root, sorted by class and name; labels, int32 [n])."""
+) -> _Listing:
+  """Lists the images of a folder, sorted by class and name."""
   labels_by_class = {name: label for label, name in enumerate(classes)}
-  path = os.path.join(root, folder)
+  path = os.path.join(root, folder) if folder else root
   subfolders = _subfolders(path)
-  if not subfolders and table is not None:  # `_folder_of` returns a folder without classes only where there is a table
+  if not subfolders and table is not None:  # `_folders_of_splits` returns a folder without classes only where there is a table
     return _scan_flat(path, folder, labels_by_class, table, progress, suffixes)
   unknown = [name for name in subfolders if name not in labels_by_class]
   if unknown:
@@ -162,14 +245,14 @@ def _scan(
         f"the class {path}/{name} has no images: it is empty, or has {len(others):,} others than {' '.join(suffixes)} "
         "(config.data.formats); remove it, or add its images"
       )
-  files = [os.path.join(folder, name, file) for name, (images, _) in zip(subfolders, listed, strict=True) for file in images]
+  names = [os.path.join(name, file) for name, (images, _) in zip(subfolders, listed, strict=True) for file in images]
   labels = np.asarray([labels_by_class[name] for name in subfolders], np.int32)
-  return files, np.repeat(labels, [len(images) for images, _ in listed])
+  return _Listing(folder, names, np.repeat(labels, [len(images) for images, _ in listed]))
 
 
 def _scan_flat(
   path: str, folder: str, labels_by_class: dict[str, int], table: str, progress: Callable[[str], None], suffixes: tuple[str, ...]
-) -> tuple[list[str], np.ndarray]:
+) -> _Listing:
   """Lists the images of a folder without class folders, sorted by name; `table` has their classes."""
   files, skipped = _images(path, suffixes)
   _say_skipped(path, [name for name in skipped if name != SOLUTION], progress)
@@ -178,7 +261,7 @@ def _scan_flat(
   missing = [file for file, image in zip(files, images, strict=True) if image not in labels_by_image]
   if missing:
     raise DataError(f"{table} has no line for {path}/{missing[0]} ({len(missing):,} of {len(files):,} images lack one)")
-  return [os.path.join(folder, file) for file in files], np.asarray([labels_by_image[image] for image in images], np.int32)
+  return _Listing(folder, files, np.asarray([labels_by_image[image] for image in images], np.int32))
 
 
 def _say_skipped(path: str, skipped: list[str], progress: Callable[[str], None]) -> None:

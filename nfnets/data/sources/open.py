@@ -46,7 +46,7 @@ def _open(config: DataConfig, split: str, progress: Callable[[str], None]) -> So
   if config.name == "folder":
     from nfnets.data.sources.folder import open_folder
 
-    return open_folder(config.dir, split, progress, config.formats)
+    return open_folder(config, split, progress)
   from nfnets.data.sources.tfds import open_tfds
 
   return open_tfds(config, split, progress)

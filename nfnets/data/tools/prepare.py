@@ -65,8 +65,8 @@ class _Shard(NamedTuple):
 class Preparation:
   """A dataset to be written, with the sources of its splits open; `close` it at the end.
 
-  The splits that the split expressions of `config` name are written as a whole, in the order of the source, so that the
-  same expressions mean the same images.
+  The splits that the split expressions of `config` name are written as a whole, in the order that the source takes slices
+  from (a folder's is seen in the sum of two), so that the same expressions mean the same images.
 
   Args:
     config: the dataset that is read.
@@ -98,7 +98,8 @@ class Preparation:
     self._sources: dict[str, Source] = {}
     try:
       for split in named_splits(config):
-        self._sources[split] = open_source(config, split, progress=say)
+        expression = f"{split}[:50%]+{split}[50%:]" if config.name == "folder" else split
+        self._sources[split] = open_source(config, expression, progress=say)
       self._shards = self._divide(shards)
       self.total = sum(map(len, self._sources.values()))
       self._claim()
@@ -180,7 +181,7 @@ class Preparation:
     if directory and not remote.is_url(directory):
       directory = os.path.abspath(os.path.expanduser(directory))
     return {
-      "source": self._config.name,
+      "source": "folder, classes mixed" if self._config.name == "folder" else self._config.name,
       "dir": directory,
       "image_key": self._config.image_key,
       "label_key": self._config.label_key,
