@@ -9,18 +9,20 @@ On several machines, or for several processes on one, see docs/pods.md.
 
 from absl import flags
 
-from launch import cli, recipe
+from launch import cli, compiled, recipe
 from nfnets import distributed
 
 
 def define(values: flags.FlagValues) -> None:
   recipe.define(values)
   cli.define_processes(values)
+  compiled.define(values)
   flags.DEFINE_string("workdir", None, "Where the run lives; a run found there is continued.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> int:
   cli.start_processes(values)
+  compiled.keep(values)
   config = recipe.parse(values)
   workdir = cli.parse_workdir(values)
   from nfnets.train import loop
