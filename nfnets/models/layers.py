@@ -248,25 +248,6 @@ class WSConv(Conv):
     return kernel * scale - mean * scale
 
 
-class TimmWSConv(WSConv):
-  """timm's ScaledStdConv2d, which folds gamma into the weight, adds eps to the variance, and pads as PyTorch does:
-
-  W' = gamma · gain · (W - mean(W)) / sqrt((var(W) + 1e-5) · fan_in)
-  """
-
-  def __init__(self, *args, gamma: float, padding: Padding = "SYMMETRIC", **conv):
-    super().__init__(*args, padding=padding, **conv)
-    self.gamma = gamma
-
-  def standardize(self) -> Array:
-    kernel = self.kernel[...].astype(jnp.float32)
-    fan_in = math.prod(kernel.shape[:-1])
-    mean = jnp.mean(kernel, axis=(0, 1, 2))
-    var = jnp.var(kernel, axis=(0, 1, 2))
-    scale = jax.lax.rsqrt((var + 1e-5) * fan_in) * (self.gamma * self.gain[...])
-    return (kernel - mean) * scale
-
-
 def standardize(network: nnx.Module) -> None:
   """Replaces the kernel of every WSConv by its W' and marks it as standardized, in place; a second call changes nothing."""
   for _, module in nnx.iter_modules(network):
@@ -282,9 +263,9 @@ def average_pool(x: Array) -> Array:
   return mean.astype(x.dtype)  # flax counts the pixels in float32, and so returns float32
 
 
-def max_pool(x: Array) -> Array:
-  """Takes the maximum of 3×3 pixels with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]."""
-  return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+def max_pool(x: Array, padding: Padding = "SAME") -> Array:
+  """Takes the maximum of 3×3 pixels with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; `padding` as of `convolve`."""
+  return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="SAME" if padding == "SAME" else ((1, 1), (1, 1)))
 
 
 def global_pool(x: Array) -> Array:

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
+from nfnets.models.dialect import Dialect, channels, gate_channels, parts
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 
 Array = jax.Array
@@ -38,6 +39,8 @@ class NFRegNetConfig:
   stage_strides: tuple[int, ...] = (2, 2, 2, 2)
   # probability to drop a residual branch, which grows linearly from 0 at the first block to about this at the last
   stochastic_depth: float = 0.1
+  # whose conventions, see dialect.py
+  dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
@@ -49,16 +52,17 @@ class NFRegBlock(nnx.Module):
     in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     expansion = config.expansion if spec.index else 1.0
-    groups = int(in_features * expansion) // config.group_width
+    groups = channels(config.dialect, in_features * expansion) // config.group_width
     width = groups * config.group_width
-    self.activation = layers.ACTIVATIONS[config.activation]
-    self.conv0 = layers.WSConv(in_features, width, 1, rngs=rngs)
-    self.conv1 = layers.WSConv(width, width, 3, strides=self.strides, groups=groups, rngs=rngs)
-    self.se = layers.SqueezeExcite(width, max(1, int(width * config.se_ratio)), dtype=dtype, rngs=rngs)
-    self.conv2 = layers.WSConv(width, features, 1, rngs=rngs)
+    self.activation, conv = parts(config.dialect, config.activation)
+    timm = config.dialect == "timm"
+    self.conv0 = conv(in_features, width, 1, rngs=rngs)
+    self.conv1 = conv(width, width, 3, strides=self.strides, groups=groups, rngs=rngs)
+    self.se = layers.SqueezeExcite(width, gate_channels(config.dialect, width * config.se_ratio), dtype=dtype, rngs=rngs)
+    self.conv2 = conv(width, features, 1, gain_init=0.0 if timm else 1.0, rngs=rngs)
     transition = self.strides > 1 or in_features != features
-    self.conv_shortcut = layers.WSConv(in_features, features, 1, rngs=rngs) if transition else None
-    self.skip_gain = nnx.Param(layers.full(0)(None, ()))
+    self.conv_shortcut = conv(in_features, features, 1, rngs=rngs) if transition else None
+    self.skip_gain = None if timm else nnx.Param(layers.full(0)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
     out = self.activation(x) * self.beta
@@ -76,16 +80,18 @@ class NFRegBlock(nnx.Module):
     tap("residual", out)
     if train and self.drop_rate > 0:
       out = layers.stochastic_depth(out, self.drop_rate, key)
-    return out * self.skip_gain[...].astype(out.dtype) * self.alpha + shortcut
+    if self.skip_gain is not None:
+      out = out * self.skip_gain[...].astype(out.dtype)
+    return out * self.alpha + shortcut
 
 
 class NFRegNet(Network):
   """A normalizer-free RegNet; its classifier starts from zero."""
 
   def __init__(self, config: NFRegNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
-    self.activation = layers.ACTIVATIONS[config.activation]
-    widths = [int(width * config.width_multiplier) for width in config.width]
-    self.stem = layers.WSConv(3, widths[0], 3, strides=2, rngs=rngs)
+    self.activation, conv = parts(config.dialect, config.activation)
+    widths = [channels(config.dialect, width * config.width_multiplier) for width in config.width]
+    self.stem = conv(3, widths[0], 3, strides=2, rngs=rngs)
     specs = block_specs(
       depth=config.depth,
       width=widths,
@@ -96,13 +102,15 @@ class NFRegNet(Network):
     )
     blocks = [NFRegBlock(config, spec, dtype=dtype, rngs=rngs) for spec in specs]
     final = 1280 * widths[-1] // 440
-    self.final_conv = layers.WSConv(widths[-1], final, 1, rngs=rngs)
+    if config.dialect == "timm":
+      final = channels("timm", 1280 * config.width[-1] // 440 * config.width_multiplier)
+    self.final_conv = conv(widths[-1], final, 1, rngs=rngs)
     super().__init__(
       blocks=blocks,
       features=final,
       num_classes=num_classes,
       drop_rate=config.drop_rate,
-      fc_stddev=0.0,
+      fc_stddev=0.01 if config.dialect == "timm" else 0.0,
       remat=config.remat,
       dtype=dtype,
       rngs=rngs,

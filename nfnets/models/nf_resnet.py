@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
+from nfnets.models.dialect import Dialect, gate_channels, parts
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 
 Array = jax.Array
@@ -42,6 +43,8 @@ class NFResNetConfig:
   # pixels a side
   train_resolution: int = 224
   test_resolution: int = 224
+  # whose conventions, see dialect.py
+  dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
@@ -53,25 +56,27 @@ class NFResBlock(nnx.Module):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     width = int(features * config.bottleneck)
-    self.activation = layers.ACTIVATIONS[config.activation]
-    self.conv0 = layers.WSConv(in_features, width, 1, rngs=rngs)
-    self.conv1 = layers.WSConv(width, width, 3, strides=strides, rngs=rngs)
-    self.conv2 = layers.WSConv(width, features, 1, rngs=rngs)
+    self.activation, conv = parts(config.dialect, config.activation)
+    timm = config.dialect == "timm"
+    self.conv0 = conv(in_features, width, 1, rngs=rngs)
+    self.conv1 = conv(width, width, 3, strides=strides, rngs=rngs)
+    self.conv2 = conv(width, features, 1, gain_init=0.0 if timm else 1.0, rngs=rngs)
     transition = strides > 1 or in_features != features
-    self.conv_shortcut = layers.WSConv(in_features, features, 1, strides=strides, rngs=rngs) if transition else None
+    self.pools = timm and strides > 1
+    self.conv_shortcut = conv(in_features, features, 1, strides=1 if self.pools else strides, rngs=rngs) if transition else None
     self.gate = config.gate
     if config.gate == "se":
-      hidden = max(1, int(features * config.se_ratio))
+      hidden = gate_channels(config.dialect, features * config.se_ratio)
       self.se = layers.SqueezeExcite(features, hidden, dtype=dtype, rngs=rngs)
     elif config.gate == "eca":
       self.eca = layers.EfficientChannelAttention(features, rngs=rngs)
-    self.skip_gain = nnx.Param(layers.full(0)(None, ()))
+    self.skip_gain = None if timm else nnx.Param(layers.full(0)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
     out = self.activation(x) * self.beta
     shortcut = x
     if self.conv_shortcut is not None:
-      shortcut = self.conv_shortcut(out)
+      shortcut = self.conv_shortcut(layers.average_pool(out) if self.pools else out)
       tap("conv_shortcut", shortcut)
     for name in ("conv0", "conv1", "conv2"):
       out = getattr(self, name)(out if name == "conv0" else self.activation(out))
@@ -81,17 +86,19 @@ class NFResBlock(nnx.Module):
     tap("residual", out)
     if train and self.drop_rate > 0:
       out = layers.stochastic_depth(out, self.drop_rate, key)
-    return out * self.skip_gain[...].astype(out.dtype) * self.alpha + shortcut
+    if self.skip_gain is not None:
+      out = out * self.skip_gain[...].astype(out.dtype)
+    return out * self.alpha + shortcut
 
 
 class NFResNet(Network):
   """A normalizer-free pre-activation ResNet."""
 
   def __init__(self, config: NFResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
-    self.activation = layers.ACTIVATIONS[config.activation]
+    self.activation, conv = parts(config.dialect, config.activation)
     self.pool = config.stem_pool
     features = config.width[0] // 4
-    self.stem = layers.WSConv(3, features, config.stem_kernel, strides=config.stem_strides, rngs=rngs)
+    self.stem = conv(3, features, config.stem_kernel, strides=config.stem_strides, rngs=rngs)
     specs = block_specs(
       depth=config.depth,
       width=config.width,
@@ -114,7 +121,7 @@ class NFResNet(Network):
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.stem(x)
-    return layers.max_pool(x) if self.pool else x
+    return layers.max_pool(x, self.stem.padding) if self.pool else x
 
   def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
     return self.activation(x)

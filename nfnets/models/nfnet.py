@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from nfnets.models import layers
+from nfnets.models.dialect import Dialect, channels, gate_channels, parts
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 
 Array = jax.Array
@@ -50,9 +51,8 @@ class NFNetConfig:
   drop_rate: float = 0.2
   # RandAugment (layers, magnitude) of the published recipe
   randaugment: tuple[int, int] = (4, 5)
-  # "timm" folds gamma into every convolution (so that the stem's first has it and the last activation has not), pads as PyTorch
-  # does, and in place of a skip gain starts conv2 with gain 0
-  dialect: Literal["official", "timm"] = "official"
+  # whose conventions, see dialect.py
+  dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
 
@@ -66,11 +66,11 @@ class NFBlock(nnx.Module):
   def __init__(self, config: NFNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.alpha, self.beta = config.alpha, 1 / spec.expected_std
-    bottleneck = int(features * config.expansion)
+    bottleneck = channels(config.dialect, features * config.expansion)
     groups = bottleneck / config.group_width
     groups = max(1, round(groups) if config.group_rounding == "nearest" else int(groups))
     width = groups * config.group_width
-    self.activation, conv = dialect(config)
+    self.activation, conv = parts(config.dialect, config.activation)
     self.conv0 = conv(in_features, width, 1, rngs=rngs)
     self.conv1 = conv(width, width, 3, strides=self.strides, groups=groups, rngs=rngs)
     self.conv1b = conv(width, width, 3, groups=groups, rngs=rngs)
@@ -79,7 +79,7 @@ class NFBlock(nnx.Module):
     transition = self.strides > 1 or in_features != features
     self.conv_shortcut = conv(in_features, features, 1, rngs=rngs) if transition else None
     if config.gate == "se":
-      self.se = layers.SqueezeExcite(features, se_width(config, features), dtype=dtype, rngs=rngs)
+      self.se = layers.SqueezeExcite(features, gate_channels(config.dialect, features * config.se_ratio), dtype=dtype, rngs=rngs)
     else:
       self.eca = layers.EfficientChannelAttention(features, rngs=rngs)
     self.gate = config.gate
@@ -107,25 +107,22 @@ class NFNet(Network):
   """A normalizer-free network of the F series or of timm's L series."""
 
   def __init__(self, config: NFNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
-    self.activation, conv = dialect(config)
-    channels = (3, *config.stem_width, config.stem_features or config.width[0] // 2)
+    self.activation, conv = parts(config.dialect, config.activation)
+    stem = (3, *config.stem_width, config.stem_features or config.width[0] // 2)
     self.stem = nnx.Dict(
-      {
-        f"conv{i}": conv(channels[i], channels[i + 1], 3, strides=strides, rngs=rngs)
-        for i, strides in enumerate(config.stem_strides)
-      }
+      {f"conv{i}": conv(stem[i], stem[i + 1], 3, strides=strides, rngs=rngs) for i, strides in enumerate(config.stem_strides)}
     )
     specs = block_specs(
       depth=config.depth,
       width=config.width,
       strides=config.stage_strides,
-      in_features=channels[-1],
+      in_features=stem[-1],
       alpha=config.alpha,
       stochastic_depth=config.stochastic_depth,
     )
     blocks = [NFBlock(config, spec, dtype=dtype, rngs=rngs) for spec in specs]
     features = config.width[-1]
-    final = int(features * config.final_conv_mult)
+    final = channels(config.dialect, features * config.final_conv_mult)
     self.final_conv = conv(features, final, 1, rngs=rngs)
     super().__init__(
       blocks=blocks,
@@ -148,20 +145,6 @@ class NFNet(Network):
     x = self.final_conv(x)
     tap("final_conv", x)
     return self.activation(x)
-
-
-def dialect(config: NFNetConfig):
-  """Returns the activation and the class of convolutions of `config.dialect`."""
-  activation = layers.ACTIVATIONS[config.activation]
-  if config.dialect == "timm":
-    return activation.without_gamma(), functools.partial(layers.TimmWSConv, gamma=activation.gamma)
-  return activation, layers.WSConv
-
-
-def se_width(config: NFNetConfig, features: int) -> int:
-  """Returns the hidden features of squeeze-and-excite; timm rounds them to a multiple of 8."""
-  hidden = max(1, int(features * config.se_ratio))
-  return max(8, (hidden + 4) // 8 * 8) if config.dialect == "timm" else hidden
 
 
 # ---- variants
@@ -198,6 +181,17 @@ VARIANTS = {
   "eca_nfnet_l1": _light(depth=(2, 4, 12, 6), train_resolution=256, test_resolution=320),
   "eca_nfnet_l2": _light(depth=(3, 6, 18, 9), train_resolution=320, test_resolution=384),
   "eca_nfnet_l3": _light(depth=(4, 8, 24, 12), train_resolution=352, test_resolution=448),
+  # timm's smallest, for tests
+  "test_nfnet": _light(
+    depth=(1, 1, 1, 1),
+    width=(32, 64, 96, 128),
+    group_width=8,
+    train_resolution=160,
+    test_resolution=160,
+    final_conv_mult=1.5,
+    gate="se",
+    se_ratio=0.25,
+  ),
   # the same blocks, narrow, for images of 8 pixels, which are halved twice in all
   "nfnet_digits": _F(
     depth=(1, 1, 1, 1),

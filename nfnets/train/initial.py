@@ -14,7 +14,8 @@ from nfnets.train.evaluate import saved_config
 from nfnets.train.step.state import build_network
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.network import HEAD, fill
-from nfnets.weights.stored import Stored, read_safetensors
+from nfnets.weights.reader import read
+from nfnets.weights.stored import Stored
 
 
 def initial_network(config: Config, num_classes: int, say: Callable[[str], None]) -> models.Network:
@@ -46,7 +47,7 @@ def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, 
   """Reads the weights of a network, and what belongs to them.
 
   Args:
-    source: a safetensors file that `launch.checkpoint export` wrote, a workdir, or WORKDIR/checkpoints/STEP.
+    source: a file of weights (see nfnets.weights.reader), a workdir, or WORKDIR/checkpoints/STEP.
     weights: of a run, "params" or "ema"; None takes the average where it was kept.
     best: of a workdir, the best step by the run's own evaluations instead of the newest.
 
@@ -55,11 +56,11 @@ def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, 
   """
   path = pathlib.Path(source)
   if not path.exists():
-    raise WeightsError(f"{path} is not there; expected a safetensors file, a workdir, or WORKDIR/checkpoints/STEP")
+    raise WeightsError(f"{path} is not there; expected a file of weights, a workdir, or WORKDIR/checkpoints/STEP")
   if not path.is_dir():
     if weights is not None or best:
       raise WeightsError(f"{path} is one file of weights; weights={weights!r} and best={best} choose among those of a run")
-    return read_safetensors(path)
+    return read(path)
   reader, (directory, asked) = CheckpointReader(str(path)), retention.locate(str(path))
   step = reader.choose(retention.best_step(directory, asked) if best else asked)
   if step is None:

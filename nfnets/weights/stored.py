@@ -1,12 +1,7 @@
-"""Weights as they are stored, with what their user must know; reads safetensors files that `launch.checkpoint export` wrote.
-
-Files may come from anyone: what is read is checked, nothing in it runs, and no more is read than the file holds.
-"""
+"""Weights as they are stored, with what their user must know; checks what `launch.checkpoint export` wrote beside the arrays."""
 
 import dataclasses
 import json
-import os
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -39,23 +34,12 @@ class Stored:
   preprocessing: DataConfig | None = None
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> Stored:
-  """Reads a file that `launch.checkpoint export` wrote.
+def of_export(path: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> Stored:
+  """Returns what a safetensors file that `launch.checkpoint export` wrote holds.
 
   Raises:
-    WeightsError: the file cannot be read, is damaged, or lacks what ours have beside the arrays.
+    WeightsError: the metadata lack what ours have.
   """
-  import safetensors
-
-  if not pathlib.Path(path).is_file():
-    raise WeightsError(f"{path}: no such file; expected a safetensors file that `python -m launch.checkpoint export` wrote")
-  try:
-    with safetensors.safe_open(path, framework="np") as file:
-      metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-  except (OSError, safetensors.SafetensorError) as error:
-    raise WeightsError(f"{path} is no safetensors file: {error}") from error
-  if metadata.get("format") != "nfnets":
-    raise WeightsError(f"{path} was not written by nfnets (format {metadata.get('format')!r}); expected an export of ours")
   try:
     config = from_json(_json(metadata, "config", dict))
     num_classes = _json(metadata, "num_classes", int)
@@ -66,7 +50,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> Stored:
   if not all(isinstance(name, str) for name in names) or len(names) not in (0, num_classes):
     raise WeightsError(f"{path}: class_names has {len(names):,} entries, expected {num_classes:,} names")
   return Stored(
-    source=str(path), arrays=arrays, config=config, num_classes=num_classes, class_names=names, preprocessing=preprocessing
+    source=path, arrays=arrays, config=config, num_classes=num_classes, class_names=names, preprocessing=preprocessing
   )
 
 
