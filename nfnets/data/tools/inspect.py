@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -206,11 +207,11 @@ def training_pictures(
   return pictures[: ROWS * COLUMNS]
 
 
-def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]]) -> None:
+def draw(path: str | BinaryIO, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]]) -> None:
   """Writes a PNG with grids of pictures below each other.
 
   Args:
-    path: the file.
+    path: the file, by its name or open.
     grids: (title, pictures) of each grid; a picture is (uint8 [H, W, 3], the text above it).
 
   Raises:
