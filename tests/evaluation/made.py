@@ -40,7 +40,9 @@ def write_weights(path: pathlib.Path, *, classes: int = 10, seed: int = 0, chang
   return str(path)
 
 
-def write_pictures(directory: pathlib.Path, counts: dict[str, int], size: tuple[int, int] = (20, 24), suffix: str = "png") -> None:
+def write_pictures(
+  directory: pathlib.Path, counts: dict[str, int], size: tuple[int, int] = (20, 24), suffix: str = "png"
+) -> None:
   """Writes random pictures DIRECTORY/CLASS/N.png, so many of each class."""
   rng = np.random.default_rng(0)
   for name, count in counts.items():

@@ -1,4 +1,4 @@
-"""An evaluation shows the images as the weights say, counts each once on any number of devices, and knows which classes are which."""
+"""An evaluation shows the images as the weights say, counts each once on any devices, and knows which classes are which."""
 
 import dataclasses
 import json

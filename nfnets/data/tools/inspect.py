@@ -231,7 +231,7 @@ def draw(path: str | BinaryIO, grids: Sequence[tuple[str, Sequence[tuple[np.ndar
       bottom = top - cell_height * (i // COLUMNS + 1) + 0.05
       axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
       axes.set_axis_off()
-      axes.imshow(_central_square(image), interpolation="nearest")
+      axes.imshow(cell(image), interpolation="nearest")
       axes.set_title("\n".join(_short(line, 22) for line in text.split("\n")), fontsize=8, parse_math=False)
     top -= cell_height * count
   try:
@@ -240,8 +240,8 @@ def draw(path: str | BinaryIO, grids: Sequence[tuple[str, Sequence[tuple[np.ndar
     raise DataError(f"the picture {path} cannot be written: {error.strerror or error}") from error
 
 
-def _central_square(image: np.ndarray) -> np.ndarray:
-  """Cuts out the central square and resizes it to a cell of the grid."""
+def cell(image: np.ndarray) -> np.ndarray:
+  """Cuts out the central square and resizes it to a cell of the grid, uint8 [160, 160, 3]."""
   side = min(image.shape[:2])
   top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
   square = np.ascontiguousarray(image[top : top + side, left : left + side])
