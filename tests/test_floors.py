@@ -42,6 +42,15 @@ MAY_IMPORT = {
     "nfnets.weights",
   ),
   "nfnets.predict": (*BASE, "nfnets.config", "nfnets.models", "nfnets.data", "nfnets.weights", "nfnets.train"),
+  "nfnets.evaluation": (
+    *BASE,
+    "nfnets.config",
+    "nfnets.models",
+    "nfnets.data",
+    "nfnets.weights",
+    "nfnets.train",
+    "nfnets.predict",
+  ),
   "nfnets.measure": (
     *BASE,
     "nfnets.agc",

@@ -121,6 +121,7 @@ class NFResNet(Network):
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.stem(x)
+    tap("stem/conv", x)
     return layers.max_pool(x, self.stem.padding) if self.pool else x
 
   def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:

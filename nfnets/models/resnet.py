@@ -204,6 +204,7 @@ class ResNet(Network):
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.stem(x)
+    tap("stem/conv", x)
     return layers.max_pool(x) if self.pool else x
 
   def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
@@ -221,6 +222,7 @@ class FixupResNet(ResNet):
 
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     x = self.activation(self.stem(x) + self.bias1[...].astype(x.dtype))
+    tap("stem/conv", x)
     return layers.max_pool(x) if self.pool else x
 
   def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,10 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.config import DataConfig
-from nfnets.data.errors import UnreadableImage
+from nfnets.data.errors import UnreadableImage, printable, reason
 from nfnets.data.images import decode
+from nfnets.data.sources.folder import LARGEST
+from nfnets.data.storage.regular import read_regular
 from nfnets.errors import UserError
 from nfnets.train.step.gradients import normalise
 
@@ -47,8 +48,12 @@ class Classifier:
 
   def top(self, photos: Sequence[Photo], k: int = 5) -> list[list[tuple[str, float]]]:
     """The k most probable classes of each photograph, by name (or by label, where names are not known), with probabilities."""
+    return [self.top_of(row, k) for row in self(photos)]
+
+  def top_of(self, probabilities: np.ndarray, k: int = 5) -> list[tuple[str, float]]:
+    """The k most probable classes of one photograph's probabilities, float [classes]."""
     names = self.class_names or [str(label) for label in range(self.network.num_classes)]
-    return [[(names[label], float(row[label])) for label in np.argsort(-row, kind="stable")[:k]] for row in self(photos)]
+    return [(names[label], float(probabilities[label])) for label in np.argsort(-probabilities, kind="stable")[:k]]
 
   def prepare(self, photos: Sequence[Photo]) -> jax.Array:
     """Photographs as the network takes them: cropped, resized and normalised, float32 [photos, size, size, 3].
@@ -58,7 +63,7 @@ class Classifier:
     """
     if not len(photos):
       raise UserError("no photographs; expected at least one")
-    squares = [self._square(photo) for photo in photos]
+    squares = [self.square(photo) for photo in photos]
     if len({square.shape for square in squares}) > 1:
       raise UserError(
         f"the images have several sizes, {sorted({square.shape[:2] for square in squares})}, and this network takes them as they "
@@ -66,18 +71,18 @@ class Classifier:
       )
     return normalise(jnp.asarray(np.stack(squares)), self.preprocessing)
 
-  def _square(self, photo: Photo) -> np.ndarray:
-    """The pixels that the network sees, uint8."""
+  def square(self, photo: Photo) -> np.ndarray:
+    """The pixels that the network sees, uint8 [size, size, 3]. Raises UserError for a photograph that cannot be read."""
     data = self.preprocessing
     rules = decode.Rules(formats=data.formats, max_pixels=data.max_pixels, upright=True)
     if isinstance(photo, np.ndarray):
       name, image = "an array", photo
     else:
-      name = "bytes" if isinstance(photo, bytes) else os.fspath(photo)
+      name = "bytes" if isinstance(photo, bytes) else printable(os.fspath(photo))
       try:
-        image = decode.pixels(photo if isinstance(photo, bytes) else pathlib.Path(photo).read_bytes(), rules)
+        image = decode.pixels(photo if isinstance(photo, bytes) else read_regular(os.fspath(photo), LARGEST), rules)
       except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+        raise UserError(f"{name} cannot be read: {reason(error)}") from error
       except UnreadableImage as error:
         raise UserError(f"{name} is no image that can be read: {error}") from error
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:

@@ -7,6 +7,7 @@ from nfnets.predict.classifier import Classifier
 from nfnets.train import resolve
 from nfnets.train.initial import read_weights
 from nfnets.weights import network
+from nfnets.weights.stored import Stored
 
 
 def load(
@@ -29,7 +30,11 @@ def load(
   Raises:
     UserError: with its kinds WeightsError and CheckpointError: nothing is there, it is damaged, or it does not fit.
   """
-  stored = read_weights(source, weights=weights, best=best)
+  return classifier_of(read_weights(source, weights=weights, best=best), num_classes=num_classes, dtype=dtype)
+
+
+def classifier_of(stored: Stored, *, num_classes: int | None = None, dtype: Any = None) -> Classifier:
+  """Makes a classifier of weights that have been read; the arguments and errors are those of `load`."""
   return Classifier(
     network=network.build(stored, num_classes=num_classes, dtype=dtype),
     class_names=stored.class_names if num_classes is None else (),

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -206,11 +207,11 @@ def training_pictures(
   return pictures[: ROWS * COLUMNS]
 
 
-def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]]) -> None:
+def draw(path: str | BinaryIO, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]]) -> None:
   """Writes a PNG with grids of pictures below each other.
 
   Args:
-    path: the file.
+    path: the file, by its name or open.
     grids: (title, pictures) of each grid; a picture is (uint8 [H, W, 3], the text above it).
 
   Raises:
@@ -230,7 +231,7 @@ def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]
       bottom = top - cell_height * (i // COLUMNS + 1) + 0.05
       axes = figure.add_axes((left / width, bottom / height, size / width, size / height))
       axes.set_axis_off()
-      axes.imshow(_central_square(image), interpolation="nearest")
+      axes.imshow(cell(image), interpolation="nearest")
       axes.set_title("\n".join(_short(line, 22) for line in text.split("\n")), fontsize=8, parse_math=False)
     top -= cell_height * count
   try:
@@ -239,8 +240,8 @@ def draw(path: str, grids: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]
     raise DataError(f"the picture {path} cannot be written: {error.strerror or error}") from error
 
 
-def _central_square(image: np.ndarray) -> np.ndarray:
-  """Cuts out the central square and resizes it to a cell of the grid."""
+def cell(image: np.ndarray) -> np.ndarray:
+  """Cuts out the central square and resizes it to a cell of the grid, uint8 [160, 160, 3]."""
   side = min(image.shape[:2])
   top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
   square = np.ascontiguousarray(image[top : top + side, left : left + side])

@@ -1,0 +1,1 @@
+"""How good trained networks are: logits of a whole split, measures of them, comparisons, reports, features. Knows no flags."""

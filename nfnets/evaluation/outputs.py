@@ -1,0 +1,115 @@
+"""What a network gives for every image of a split, in the order of the split, on any number of devices and processes."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from nfnets import models
+from nfnets.config import DataConfig
+from nfnets.data.batches.evaluation import EvalBatches
+from nfnets.data.sources.base import Source
+from nfnets.errors import UserError
+from nfnets.predict.forward import over_devices
+from nfnets.train.step import sharding
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+  """What was read of a network for the images of a split.
+
+  Attributes:
+    values: by name, arrays with a row for each image that could be read, in the order of the split.
+    index: int64 [rows], the images' numbers in the split.
+    labels: int32 [rows].
+    corrupt: what is wrong with the images that could not be read, by their number; in this process's share of them.
+    images_per_s: from reading to result, compiling left out; of all processes. None where all was one batch.
+  """
+
+  values: dict[str, np.ndarray]
+  index: np.ndarray
+  labels: np.ndarray
+  corrupt: dict[int, str]
+  images_per_s: float | None
+
+
+def run_split(
+  network: models.Network,
+  source: Source,
+  data: DataConfig,
+  read: Callable[[models.Network, jax.Array], dict[str, jax.Array]],
+  *,
+  batch: int,
+  progress: Callable[[int], None] = lambda images: None,
+  say: Callable[[str], None] = print,
+) -> Outputs:
+  """Runs a network over all images of a split; every process of a run calls it and gets all rows.
+
+  Args:
+    network: as it is to be used.
+    source: the images.
+    data: how they are cropped and normalised, with the sizes filled in.
+    read: see `over_devices`; returns arrays by name.
+    batch: images at once, over all devices; rounded up to a multiple of them.
+    progress: gets the number of images that are done.
+    say: gets a line about every corrupt record.
+
+  Raises:
+    DataError: too many records are corrupt, or images that are taken as they are stored differ in size.
+    UserError: no image can be read, or the network gives what is not finite.
+  """
+  mesh = sharding.make_mesh()
+  forward = over_devices(network, data, mesh, read)
+  mask_of = jax.jit(lambda rows: rows, out_shardings=sharding.replicated(mesh))
+  process = jax.process_index(), jax.process_count()
+  rows = sharding.whole_batch(min(batch, len(source)), mesh)
+  parts: list[dict[str, np.ndarray]] = []
+  began, began_at = time.monotonic(), 0
+  with contextlib.ExitStack() as opened:
+    batches = EvalBatches(source, data, batch=rows, process=process, say=say)
+    opened.callback(batches.close)
+    stream = opened.enter_context(contextlib.closing(batches.__iter__()))
+    pending: Any = None
+    for part in stream:
+      values = forward(part["image"]), mask_of(sharding.put_batch(mesh, {name: part[name] for name in ("label", "mask")}))
+      if pending is not None:  # one batch is computed while the one before is copied to the host
+        parts.append(_to_host(*pending))
+        progress(min(len(source), len(parts) * batches.batch))
+        if len(parts) == 1:
+          began, began_at = time.monotonic(), batches.batch
+      pending = values
+    parts.append(_to_host(*pending))
+    progress(len(source))
+    corrupt = dict(batches.corrupt)
+  seconds = time.monotonic() - began
+  everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  # Rows of the global batch lie process by process, which is the order of the split.
+  index = np.flatnonzero(everything.pop("mask"))
+  labels = everything.pop("label")[index]
+  if not len(index):
+    raise UserError(f"no image of {source.name} {source.split} can be read")
+  return Outputs(
+    values={name: _finite(name, values[index]) for name, values in everything.items()},
+    index=index,
+    labels=labels,
+    corrupt=corrupt,
+    images_per_s=(len(source) - began_at) / seconds if began_at else None,
+  )
+
+
+def _to_host(values: dict[str, jax.Array], facts: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+  return jax.device_get({**values, **facts})
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+  """Raises UserError where rows are not finite: nothing can be said of such a network."""
+  bad = int((~np.isfinite(values.reshape(len(values), -1)).all(axis=1)).sum())
+  if bad:
+    raise UserError(
+      f"the network's {name} are not finite for {bad:,} of {len(values):,} images: its weights are damaged, or training diverged"
+    )
+  return values
