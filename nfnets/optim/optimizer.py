@@ -1,0 +1,87 @@
+"""The optimizer: AGC, weight decay, momentum (or Adam, or LARS) and the learning rate, as a chain of optax."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnets.agc import agc
+from nfnets.config import OptimConfig
+from nfnets.errors import UserError
+from nfnets.optim.groups import ParameterGroup, clips, default_groups, leaves, listing, parameter_groups
+from nfnets.optim.schedule import make_schedule
+
+
+def make_optimizer(
+  config: OptimConfig,
+  params: Any,
+  *,
+  batch: int,
+  steps_per_epoch: float,
+  total_steps: int,
+  groups: Sequence[ParameterGroup] | None = None,
+) -> optax.GradientTransformation:
+  """The optimizer as a named optax chain.
+
+  Order of the links, for gradient g, parameter w, weight decay d and learning rate r:
+    sgd:   agc → decay (g + d·w) → momentum (m = μ·m + g; Nesterov g + μ·m) → learning_rate (−r·g)
+    lars:  agc → decay → trust (g · η‖w‖/‖g‖) → learning_rate → momentum. You et al. 2017 (1708.03888): the rate goes into the
+           buffer; as in optax, the ratio divides by ‖g + d·w‖, where the paper has ‖g‖ + d·‖w‖
+    adamw: agc → adam → decay → learning_rate. Loshchilov and Hutter 2019: decay r·d·w, outside the moments
+  Decay and trust ratio act on groups with `decay`, AGC on groups with `clip`. The state is a dict by link name: `state["agc"]`
+  holds what AGC tracks.
+
+  Args:
+    config: see `OptimConfig`.
+    params: tree of arrays or of `jax.ShapeDtypeStruct`, as `optimizer.init` will get: an `nnx.State` of `nnx.Param`, or nested
+      dicts. Only names, shapes and marks are read. Moments are float32 for float32 parameters.
+    batch, steps_per_epoch, total_steps: see `make_schedule`.
+    groups: parameter groups; None = `default_groups(params, config)`.
+
+  Raises:
+    UserError: a field is invalid, the schedule does not fit (`make_schedule`), a parameter is not in exactly one group
+      (`parameter_groups`); at init or update, the tree has a parameter that `params` lacks.
+  """
+  schedule = make_schedule(config, batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+  owners = parameter_groups(params, default_groups(params, config) if groups is None else groups)
+  mask = functools.partial(_decay_mask, owners)
+  decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
+  learning_rate = optax.scale_by_learning_rate(schedule)
+  links = _agc(config, owners)
+  if config.name == "sgd":
+    links |= {"decay": decay, **_momentum(config), "learning_rate": learning_rate}
+  elif config.name == "lars":
+    trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust_coefficient), mask)
+    links |= {"decay": decay, "trust": trust, "learning_rate": learning_rate, **_momentum(config)}
+  else:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+    links |= {"adam": adam, "decay": decay, "learning_rate": learning_rate}
+  return optax.named_chain(*links.items())
+
+
+def _agc(config: OptimConfig, owners: Mapping[str, ParameterGroup]) -> dict[str, optax.GradientTransformation]:
+  """AGC's link of the chain, by name; {} where nothing is clipped."""
+  if config.clipping is None or not clips(config):
+    return {}
+  unclipped = {path for path, group in owners.items() if not group.clip}
+  return {"agc": agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)}
+
+
+def _momentum(config: OptimConfig) -> dict[str, optax.GradientTransformation]:
+  """The momentum's link of the chain, by name; {} without momentum."""
+  if config.momentum == 0:
+    return {}
+  # Here nesterov=False means heavy-ball momentum. The published SGD takes False for Nesterov, and only None for heavy-ball.
+  nesterov = config.name == "sgd" if config.nesterov is None else config.nesterov
+  return {"momentum": optax.trace(config.momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)}
+
+
+def _decay_mask(owners: Mapping[str, ParameterGroup], tree: Any) -> Any:
+  """Whether each parameter decays; told by path, so that trees fit that another transformation has masked or annotated."""
+  paths = [path for path, _, _ in leaves(tree)]
+  if unknown := [path for path in paths if path not in owners]:
+    raise UserError(f"This optimizer was made for other parameters; it does not know {listing(unknown)}. Make it for these.")
+  return jax.tree.unflatten(jax.tree.structure(tree), [owners[path].decay for path in paths])
