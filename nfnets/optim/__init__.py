@@ -1,8 +1,8 @@
 """Parameter groups, learning-rate schedule, optimizer and parameter averaging, all from one `OptimConfig`.
 
-  ParameterGroup, default_groups   which parameters decay, and which AGC clips
+  ParameterGroup, default_groups   which parameters decay, which AGC clips, which are frozen; zero_frozen: their gradients
   parameter_groups                 assigns every parameter to one group; describe_groups prints them as a table
-  peak_lr, make_schedule           compute the learning rate
+  peak_lr, make_schedule           compute the learning rate; layer_rates: its factors by layer
   make_optimizer                   chains AGC, weight decay, momentum (or Adam, or LARS) and the learning rate
   ema_update                       updates the parameters' exponential moving average (EMA)
 
@@ -17,18 +17,22 @@ Normalization", 2102.06171): AGC, then weight decay into the gradient, then Nest
 average.
 """
 
+from nfnets.optim.depth import layer_rates
 from nfnets.optim.ema import ema_update
-from nfnets.optim.groups import ParameterGroup, default_groups, describe_groups, parameter_groups
+from nfnets.optim.groups import ParameterGroup, default_groups, parameter_groups, zero_frozen
 from nfnets.optim.optimizer import make_optimizer
 from nfnets.optim.schedule import make_schedule, peak_lr
+from nfnets.optim.table import describe_groups
 
 __all__ = [
   "ParameterGroup",
   "default_groups",
   "describe_groups",
   "ema_update",
+  "layer_rates",
   "make_optimizer",
   "make_schedule",
   "parameter_groups",
   "peak_lr",
+  "zero_frozen",
 ]

@@ -1,9 +1,9 @@
-"""Parameter groups: which parameters decay, and which AGC clips; every parameter is in exactly one."""
+"""Parameter groups: which parameters decay, which AGC clips, which are frozen; every parameter is in exactly one."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,8 @@ class ParameterGroup:
   decay: bool
   # Whether AGC applies.
   clip: bool
+  # Whether the parameters stay as they are.
+  frozen: bool = False
 
   def matches(self, path: str) -> bool:
     """Whether the parameter at this path belongs to the group."""
@@ -44,28 +46,34 @@ def default_groups(params: Any, config: OptimConfig) -> tuple[ParameterGroup, ..
   """The groups of the published recipe: kernels decay, gains and biases do not, and AGC clips all but the classifier.
 
   Left unclipped are the parameters that carry the model's mark (`agc=False` in the metadata of an `nnx.Param`) and
-  those in whose path a pattern of `config.agc_exclude` is found. Groups without parameters are left out.
+  those in whose path a pattern of `config.agc_exclude` is found. Those in whose path a pattern of `config.frozen` is found are
+  a group of their own. Groups without parameters are left out.
 
   Args:
     params: tree of arrays or of `jax.ShapeDtypeStruct`: an `nnx.State`, or nested dicts.
-    config: `agc_exclude` is read.
+    config: `agc_exclude` and `frozen` are read.
 
   Raises:
-    UserError: a pattern of `config.agc_exclude` is found in no path.
+    UserError: a pattern of `config.agc_exclude` or `config.frozen` is found in no path, or all parameters are frozen.
   """
   config.validate()
   found = leaves(params)
-  for pattern in config.agc_exclude:
+  asked = [("agc_exclude", pattern) for pattern in config.agc_exclude] + [("frozen", pattern) for pattern in config.frozen]
+  for field, pattern in asked:
     if not any(re.search(pattern, path) for path, _, _ in found):
       raise UserError(
-        f"OptimConfig.agc_exclude: pattern {pattern!r} is found in none of the {len(found)} parameter paths, such as "
+        f"OptimConfig.{field}: pattern {pattern!r} is found in none of the {len(found)} parameter paths, such as "
         f"{listing([path for path, _, _ in found])}."
       )
+  frozen = {path for path, _, _ in found if is_frozen(config, path)}
+  if frozen and len(frozen) == len(found):
+    raise UserError(f"OptimConfig.frozen = {config.frozen!r} leaves no parameter to train; freeze fewer.")
   unclipped = [path for path, marked, _ in found if marked or any(re.search(pattern, path) for pattern in config.agc_exclude)]
-  groups = []
+  groups = [ParameterGroup(name="frozen", patterns=config.frozen, decay=False, clip=False, frozen=True)]
   for name, pattern, decay in (("kernels", KERNELS, True), ("gains and biases", GAINS_AND_BIASES, False)):
-    exceptions = tuple(f"^{re.escape(path)}$" for path in unclipped if re.search(pattern, path))
-    groups.append(ParameterGroup(name=name, patterns=(pattern,), but_not=exceptions, decay=decay, clip=True))
+    exceptions = tuple(f"^{re.escape(path)}$" for path in unclipped if re.search(pattern, path) and path not in frozen)
+    but_not = (*exceptions, *config.frozen)
+    groups.append(ParameterGroup(name=name, patterns=(pattern,), but_not=but_not, decay=decay, clip=True))
     groups.append(ParameterGroup(name=f"{name}, unclipped", patterns=exceptions, decay=decay, clip=False))
   return tuple(group for group in groups if any(group.matches(path) for path, _, _ in found))
 
@@ -110,33 +118,22 @@ def parameter_groups(params: Any, groups: Sequence[ParameterGroup]) -> dict[str,
   return {path: owners[0] for path, owners in matching.items()}
 
 
-def describe_groups(params: Any, config: OptimConfig, groups: Sequence[ParameterGroup] | None = None) -> str:
-  """A table of the parameter groups for the start of a run: patterns, tensors, parameters, weight decay, AGC clipping.
+def is_frozen(config: OptimConfig, path: str) -> bool:
+  """Whether a pattern of `config.frozen` is found in a parameter's path."""
+  return any(re.search(pattern, path) for pattern in config.frozen)
 
-  Arguments and errors are those of `make_optimizer`.
-  """
-  groups = default_groups(params, config) if groups is None else groups
-  owners = parameter_groups(params, groups)
-  sizes = {path: size for path, _, size in leaves(params)}
-  rows = [("group", "patterns", "tensors", "parameters", "weight decay", "AGC clipping")]
-  for group in groups:
-    paths = [path for path, owner in owners.items() if owner == group]
-    rows.append(
-      (
-        group.name,
-        listing(group.patterns, limit=2) + (f" but not {listing(group.but_not, limit=2)}" if group.but_not else ""),
-        f"{len(paths):,}",
-        f"{sum(sizes[path] for path in paths):,}",
-        f"{config.weight_decay:g}" if group.decay else "0",
-        f"{config.clipping:g}" if group.clip and clips(config) else "off",
-      )
-    )
-  rows.append(("all", "", f"{len(sizes):,}", f"{sum(sizes.values()):,}", "", ""))
-  widths = [max(len(row[column]) for row in rows) for column in range(6)]
-  align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
-  return "\n".join(
-    "  ".join(fit(cell, width) for fit, cell, width in zip(align, row, widths, strict=True)).rstrip() for row in rows
-  )
+
+def zero_frozen(config: OptimConfig, grads: Any) -> Any:
+  """The gradients, with zeros for frozen parameters: XLA then leaves out what would compute them."""
+  if not config.frozen:
+    return grads
+  mask = by_path(grads, lambda path: is_frozen(config, path))
+  return jax.tree.map(lambda grad, frozen: jnp.zeros_like(grad) if frozen else grad, grads, mask)
+
+
+def by_path(tree: Any, value: Callable[[str], Any]) -> Any:
+  """The tree with `value(path)` in the place of every array; it may be one that another transformation has masked."""
+  return jax.tree.unflatten(jax.tree.structure(tree), [value(path) for path, _, _ in leaves(tree)])
 
 
 def clips(config: OptimConfig) -> bool:

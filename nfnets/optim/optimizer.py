@@ -1,7 +1,8 @@
 """The optimizer: AGC, weight decay, momentum (or Adam, or LARS) and the learning rate, as a chain of optax."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import optax
 from nfnets.agc import agc
 from nfnets.config import OptimConfig
 from nfnets.errors import UserError
-from nfnets.optim.groups import ParameterGroup, clips, default_groups, leaves, listing, parameter_groups
+from nfnets.optim.depth import layer_rates
+from nfnets.optim.groups import ParameterGroup, by_path, clips, default_groups, leaves, listing, parameter_groups
 from nfnets.optim.schedule import make_schedule
 
 
@@ -31,8 +33,9 @@ def make_optimizer(
     lars:  agc → decay → trust (g · η‖w‖/‖g‖) → learning_rate → momentum. You et al. 2017 (1708.03888): the rate goes into the
            buffer; as in optax, the ratio divides by ‖g + d·w‖, where the paper has ‖g‖ + d·‖w‖
     adamw: agc → adam → decay → learning_rate. Loshchilov and Hutter 2019: decay r·d·w, outside the moments
-  Decay and trust ratio act on groups with `decay`, AGC on groups with `clip`. The state is a dict by link name: `state["agc"]`
-  holds what AGC tracks.
+  Decay and trust ratio act on groups with `decay`, AGC on groups with `clip`. With `layer_decay`, a last link "layers" multiplies
+  the update (see `layer_rates`). Groups that are frozen have updates of zero, from a first link "frozen", and no moments. The
+  state is a dict by link name: `state["agc"]` holds what AGC tracks.
 
   Args:
     config: see `OptimConfig`.
@@ -43,22 +46,25 @@ def make_optimizer(
 
   Raises:
     UserError: a field is invalid, the schedule does not fit (`make_schedule`), a parameter is not in exactly one group
-      (`parameter_groups`); at init or update, the tree has a parameter that `params` lacks.
+      (`parameter_groups`), the layers are not known (`layer_rates`); at init or update, the tree has a parameter that `params`
+      lacks.
   """
   schedule = make_schedule(config, batch=batch, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
   owners = parameter_groups(params, default_groups(params, config) if groups is None else groups)
-  mask = functools.partial(_decay_mask, owners)
+  mask = functools.partial(_mask, owners, lambda group: group.decay)
   decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
   learning_rate = optax.scale_by_learning_rate(schedule)
-  links = _agc(config, owners)
+  links = {**_freeze(owners), **_agc(config, owners)}
   if config.name == "sgd":
-    links |= {"decay": decay, **_momentum(config), "learning_rate": learning_rate}
+    links |= {"decay": decay, **_momentum(config, owners), "learning_rate": learning_rate}
   elif config.name == "lars":
     trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=config.trust_coefficient), mask)
-    links |= {"decay": decay, "trust": trust, "learning_rate": learning_rate, **_momentum(config)}
+    links |= {"decay": decay, "trust": trust, "learning_rate": learning_rate, **_momentum(config, owners)}
   else:
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
-    links |= {"adam": adam, "decay": decay, "learning_rate": learning_rate}
+    links |= {"adam": _moving(adam, owners), "decay": decay, "learning_rate": learning_rate}
+  if config.layer_decay != 1:
+    links["layers"] = _scaled(layer_rates(params, config))
   return optax.named_chain(*links.items())
 
 
@@ -70,18 +76,37 @@ def _agc(config: OptimConfig, owners: Mapping[str, ParameterGroup]) -> dict[str,
   return {"agc": agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)}
 
 
-def _momentum(config: OptimConfig) -> dict[str, optax.GradientTransformation]:
+def _momentum(config: OptimConfig, owners: Mapping[str, ParameterGroup]) -> dict[str, optax.GradientTransformation]:
   """The momentum's link of the chain, by name; {} without momentum."""
   if config.momentum == 0:
     return {}
   # Here nesterov=False means heavy-ball momentum. The published SGD takes False for Nesterov, and only None for heavy-ball.
   nesterov = config.name == "sgd" if config.nesterov is None else config.nesterov
-  return {"momentum": optax.trace(config.momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)}
+  return {"momentum": _moving(optax.trace(config.momentum, nesterov=nesterov, accumulator_dtype=jnp.float32), owners)}
 
 
-def _decay_mask(owners: Mapping[str, ParameterGroup], tree: Any) -> Any:
-  """Whether each parameter decays; told by path, so that trees fit that another transformation has masked or annotated."""
-  paths = [path for path, _, _ in leaves(tree)]
-  if unknown := [path for path in paths if path not in owners]:
+def _freeze(owners: Mapping[str, ParameterGroup]) -> dict[str, optax.GradientTransformation]:
+  """The link that gives frozen parameters gradients of zero, by name; {} where none is frozen."""
+  frozen = functools.partial(_mask, owners, lambda group: group.frozen)
+  return {"frozen": optax.masked(optax.set_to_zero(), frozen)} if _any_frozen(owners) else {}
+
+
+def _moving(link: optax.GradientTransformation, owners: Mapping[str, ParameterGroup]) -> optax.GradientTransformation:
+  """The link with moments for those parameters alone that are not frozen."""
+  return optax.masked(link, functools.partial(_mask, owners, lambda group: not group.frozen)) if _any_frozen(owners) else link
+
+
+def _any_frozen(owners: Mapping[str, ParameterGroup]) -> bool:
+  return any(group.frozen for group in owners.values())
+
+
+def _scaled(rates: Mapping[str, float]) -> optax.GradientTransformation:
+  """The link that multiplies each parameter's update by its factor."""
+  return optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, by_path(updates, rates.__getitem__)))
+
+
+def _mask(owners: Mapping[str, ParameterGroup], test: Callable[[ParameterGroup], bool], tree: Any) -> Any:
+  """Whether the group of each parameter passes a test."""
+  if unknown := [path for path, _, _ in leaves(tree) if path not in owners]:
     raise UserError(f"This optimizer was made for other parameters; it does not know {listing(unknown)}. Make it for these.")
-  return jax.tree.unflatten(jax.tree.structure(tree), [owners[path].decay for path in paths])
+  return by_path(tree, lambda path: test(owners[path]))
