@@ -24,6 +24,7 @@ ARGUMENTS = {
   "resnet": ["50", "101", "50,minival"],
   "cifar10": ["norm=none", "norm=batch"],
   "digits": [""],
+  "finetune": ["nf_resnet_tiny", "nfnet_f0,weights=runs/f0", "nf_regnet_b0,epochs=5,weights=a=b/checkpoints/7"],
   "synthetic": ["nfnet_f0", "nf_regnet_b0"],
 }
 
@@ -65,7 +66,19 @@ def test_papers_hyperparameters_follow_from_the_variant():
 
 @pytest.mark.parametrize(
   "file, argument",
-  [("nfnet", "F8"), ("nfnet", "F0,minval"), ("nf_resnet", "51"), ("nf_resnet", "50,bs=x"), ("nf_regnet", "B6"), ("resnet", "49")],
+  [
+    ("nfnet", "F8"),
+    ("nfnet", "F0,minval"),
+    ("nf_resnet", "51"),
+    ("nf_resnet", "50,bs=x"),
+    ("nf_regnet", "B6"),
+    ("resnet", "49"),
+    ("finetune", ""),
+    ("finetune", "nf_resnet"),
+    ("finetune", "nfnet_f0,epoch=3"),
+    ("finetune", "nfnet_f0,epochs=x"),
+    ("finetune", "nfnet_f0,epochs=0"),
+  ],
 )
 def test_a_mistyped_argument_is_refused_with_what_is_expected(file, argument):
   with pytest.raises(ValueError, match=f"configs/{file}.py takes .*[;,] got '{argument}'"):
