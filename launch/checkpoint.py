@@ -1,18 +1,23 @@
-"""Lists checkpoints, checks them, or exports the network of one:
+"""Lists checkpoints, checks them, exports the network of one, or averages those of several:
   python -m launch.checkpoint list DIR
   python -m launch.checkpoint verify DIR
   python -m launch.checkpoint export DIR --out=FILE.safetensors [--weights=params] [--best] [--force]
+  python -m launch.checkpoint average A B C --out=FILE.safetensors [--weights=params] [--best] [--force]
 
 DIR is a workdir or, to verify or export one checkpoint, WORKDIR/checkpoints/STEP.
 list: prints steps, epochs, dates, sizes, metrics, why each checkpoint is kept, and what does not count as a checkpoint.
 verify: reads every file and compares it with the manifest, with a line for each problem; the exit status is 1 if there is any.
 export: writes the network of the newest good checkpoint, its average (EMA) where that was kept, as one safetensors file with the
 names of nfnets.models (blocks/3/conv1/kernel); its metadata holds the configuration and the versions.
+average: writes the mean of the weights of several exports, workdirs or WORKDIR/checkpoints/STEP, which must be the same network
+(a model soup, or steps of one run); its metadata name them. It is read like an export.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import rich.table
@@ -25,29 +30,29 @@ from nfnets.train.checkpoints.errors import CheckpointError, NewerError, NoManif
 
 
 def define(values: flags.FlagValues) -> None:
-  flags.DEFINE_string("out", None, "export: the file to write.", flag_values=values)
+  flags.DEFINE_string("out", None, "export, average: the file to write.", flag_values=values)
   flags.DEFINE_enum(
     "weights",
     None,
     ["params", "ema"],
-    "export: the parameters or their average; by default the average where it was kept.",
+    "export, average: the parameters or their average (EMA); by default the average where it was kept.",
     flag_values=values,
   )
-  flags.DEFINE_boolean("best", False, "export: the best step by the run's own evaluations.", flag_values=values)
-  flags.DEFINE_boolean("force", False, "export: replace a file that is already there.", flag_values=values)
+  flags.DEFINE_boolean("best", False, "export, average: the best step by the run's own evaluations.", flag_values=values)
+  flags.DEFINE_boolean("force", False, "export, average: replace a file that is already there.", flag_values=values)
 
 
 def run(values: flags.FlagValues, *arguments: str) -> int:
   name, *rest = arguments or ("",)
   if name in SUBCOMMANDS:
-    if len(rest) != 1:
+    if name != "average" and len(rest) != 1:
       raise cli.UsageError(
         f"{name}: expected one directory, got {' '.join(rest) or 'none'}; e.g. python -m launch.checkpoint {name} runs/first"
       )
-    if name != "export" and (values.out or values.weights or values.best or values.force):
-      raise cli.UsageError(f"{name}: --out, --weights, --best and --force are for export")
+    if name not in ("export", "average") and (values.out or values.weights or values.best or values.force):
+      raise cli.UsageError(f"{name}: --out, --weights, --best and --force are for export and average")
   return cli.run_subcommand(
-    {key: lambda values, program=program: program(values, rest[0]) for key, program in SUBCOMMANDS.items()},
+    {key: lambda values, program=program: program(values, *rest) for key, program in SUBCOMMANDS.items()},
     values,
     (name,) if name else (),
     "python -m launch.checkpoint NAME runs/first",
@@ -137,15 +142,7 @@ def verify(values: flags.FlagValues, where: str) -> int:
 
 def export(values: flags.FlagValues, where: str) -> int:
   """Writes the network of a checkpoint to `--out`."""
-  if not values.out:
-    raise cli.UsageError("--out is missing: the file to write, e.g. --out=nfnet.safetensors")
-  out = pathlib.Path(values.out)
-  if not out.parent.is_dir():
-    raise cli.UsageError(f"--out={out}: there is no directory {out.parent}")
-  if out.is_dir() or out.exists() and not values.force:
-    raise cli.UsageError(f"--out={out} is already there; " + ("it is a directory" if out.is_dir() else "--force replaces it"))
-  import safetensors.numpy
-
+  out = _out(values)
   from nfnets.config.text import from_json
   from nfnets.train import resolve
   from nfnets.train.checkpoints import retention
@@ -163,20 +160,61 @@ def export(values: flags.FlagValues, where: str) -> int:
   facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}
   facts["class_names"] = meta["data"].get("class_names", [])
   facts["preprocessing"] = resolve.preprocessing(from_json(meta["config"]))
-  metadata = {
-    "format": "nfnets",
-    "weights": weights,
-    **{name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()},
-  }
-  write_file(out, safetensors.numpy.save(arrays, metadata))
-  plain_console().print(
-    f"{out}: {weights} of {reader.path(step)}, {len(arrays)} arrays, "
-    f"{sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"
-  )
+  _write(out, arrays, {"weights": weights, **facts}, f"{weights} of {reader.path(step)}")
   return 0
 
 
-SUBCOMMANDS = {"list": show, "verify": verify, "export": export}
+def average(values: flags.FlagValues, *sources: str) -> int:
+  """Writes the average of the weights of several sources to `--out`."""
+  if len(sources) < 2:
+    raise cli.UsageError(
+      f"average: expected two or more of: an export, a workdir, WORKDIR/checkpoints/STEP; got {' '.join(sources) or 'none'}"
+    )
+  out = _out(values)
+  from nfnets.train import resolve
+  from nfnets.train.checkpoints.compatibility import to_json, versions
+  from nfnets.train.initial import read_weights
+  from nfnets.weights.average import average
+
+  mean = average(read_weights(source, weights=values.weights, best=values.best) for source in sources)
+  preprocessed = mean.config if mean.preprocessing is None else dataclasses.replace(mean.config, data=mean.preprocessing)
+  facts = {
+    "weights": "average",
+    "averaged": [str(source) for source in sources],
+    "num_classes": mean.num_classes,
+    "class_names": list(mean.class_names),
+    "config": to_json(mean.config),
+    "preprocessing": resolve.preprocessing(preprocessed),
+    "versions": versions(),
+  }
+  _write(out, mean.arrays, facts, mean.source)
+  return 0
+
+
+def _out(values: flags.FlagValues) -> pathlib.Path:
+  """Returns the file of `--out`. Raises UsageError where it cannot be written, before anything is read."""
+  if not values.out:
+    raise cli.UsageError("--out is missing: the file to write, e.g. --out=nfnet.safetensors")
+  out = pathlib.Path(values.out)
+  if not out.parent.is_dir():
+    raise cli.UsageError(f"--out={out}: there is no directory {out.parent}")
+  if out.is_dir() or out.exists() and not values.force:
+    raise cli.UsageError(f"--out={out} is already there; " + ("it is a directory" if out.is_dir() else "--force replaces it"))
+  return out
+
+
+def _write(out: pathlib.Path, arrays: dict[str, Any], facts: dict[str, Any], what: str) -> None:
+  """Writes arrays and what belongs to them as a safetensors file, and says so. what: words for the arrays."""
+  import safetensors.numpy
+
+  texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
+  write_file(out, safetensors.numpy.save(arrays, {"format": "nfnets", **texts}))
+  plain_console().print(
+    f"{out}: {what}, {len(arrays)} arrays, {sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"
+  )
+
+
+SUBCOMMANDS: dict[str, Callable[..., int]] = {"list": show, "verify": verify, "export": export, "average": average}
 
 
 def _steps(where: str) -> tuple[pathlib.Path, list[int]]:

@@ -27,6 +27,7 @@ ARGUMENTS = {
   "cifar10": ["norm=none", "norm=batch"],
   "digits": [""],
   "folder": ["nf_resnet26", "nfnet_f0,epochs=90", "nfnet_tiny,bs=16,epochs=5", "eca_nfnet_l0,bs=128"],
+  "finetune": ["nf_resnet_tiny", "nfnet_f0,weights=runs/f0", "nf_regnet_b0,epochs=5,weights=a=b/checkpoints/7"],
   "synthetic": ["nfnet_f0", "nf_regnet_b0"],
 }
 
@@ -68,10 +69,22 @@ def test_papers_hyperparameters_follow_from_the_variant():
 
 @pytest.mark.parametrize(
   "file, argument",
-  [("nfnet", "F8"), ("nfnet", "F0,minval"), ("nf_resnet", "51"), ("nf_resnet", "50,bs=x"), ("nf_regnet", "B6"), ("resnet", "49")]
-  + [
-    ("folder", argument)
-    for argument in ("nfnet_f9", "resnet50", "nf_resnet26,epochs=0", "nfnet_l0,bs=8,bs=9", "nfnet_l0,minival")
+  [
+    ("nfnet", "F8"),
+    ("nfnet", "F0,minval"),
+    ("nf_resnet", "51"),
+    ("nf_resnet", "50,bs=x"),
+    ("nf_regnet", "B6"),
+    ("resnet", "49"),
+    ("finetune", ""),
+    ("finetune", "nf_resnet"),
+    ("finetune", "nfnet_f0,epoch=3"),
+    ("finetune", "nfnet_f0,epochs=x"),
+    ("finetune", "nfnet_f0,epochs=0"),
+    *(
+      ("folder", argument)
+      for argument in ("nfnet_f9", "resnet50", "nf_resnet26,epochs=0", "nfnet_l0,bs=8,bs=9", "nfnet_l0,minival")
+    ),
   ],
 )
 def test_a_mistyped_argument_is_refused_with_what_is_expected(file, argument):

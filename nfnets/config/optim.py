@@ -60,6 +60,13 @@ class OptimConfig:
   # LARS: local learning rate as a fraction of ‖w‖/‖update‖.
   trust_coefficient: float = 0.001
 
+  # Layer-wise learning rates: each block from the classifier down learns at this share of the rate of the one above it, the stem
+  # slowest (1801.06146, section 3.2); 1 = all alike. For networks that begin with trained weights.
+  layer_decay: float = 1.0
+  # Path patterns (regular expressions) of the parameters that stay as they are, such as ('^stem/', '^blocks/[0-3]/'). BatchNorm's
+  # running statistics still follow the images.
+  frozen: tuple[str, ...] = ()
+
   # AGC's lambda, the largest ‖gradient‖/‖weight‖ of a unit; None or inf = off (a command line can say inf, not None).
   clipping: float | None = 0.01
   # AGC: floor of ‖weight‖, so that parameters initialised to zero can move.
@@ -113,6 +120,8 @@ _RULES: dict[str, checks.Rule] = {
   "b2": checks.share(),
   "eps": checks.positive(),
   "trust_coefficient": checks.positive(),
+  "layer_decay": checks.number("a number in (0, 1]", lambda value: 0 < value <= 1),
+  "frozen": checks.patterns,
   "clipping": checks.optional(checks.number("a number > 0, or None (or inf) for no clipping", lambda value: value > 0)),
   "agc_eps": checks.positive(),
   "agc_exclude": checks.patterns,

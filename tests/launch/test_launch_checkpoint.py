@@ -126,7 +126,7 @@ def test_the_best_step_is_exported_when_asked_for(workdir, tmp_path, monkeypatch
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
-    ([], "subcommand: got nothing, expected list or verify or export"),
+    ([], "subcommand: got nothing, expected list or verify or export or average"),
     (["lst", "x"], "got lst, expected list; e.g. python -m launch.checkpoint list runs/first"),
     (["list"], "list: expected one directory, got none"),
     (["list", "a", "b"], "expected one directory, got a b"),
@@ -138,6 +138,11 @@ def test_the_best_step_is_exported_when_asked_for(workdir, tmp_path, monkeypatch
     (["export", "DIR", "--out=/nowhere/x"], "there is no directory /nowhere"),
     (["export", "DIR", "--out=DIR"], "it is a directory"),
     (["export", "DIR", "--out=x", "--weights=best"], "params|ema"),
+    (["average"], "average: expected two or more of: an export, a workdir, WORKDIR/checkpoints/STEP; got none"),
+    (["average", "DIR", "--out=x"], "expected two or more"),
+    (["average", "DIR", "DIR"], "--out is missing"),
+    (["average", "DIR", "DIR", "--out=DIR"], "it is a directory"),
+    (["average", "/nowhere", "DIR", "--out=x"], "/nowhere is not there"),
   ],
 )
 def test_mistakes_are_one_line_and_status_2(workdir, arguments, expected, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nfnets.config import Config, DataConfig
 from nfnets.models import layers
+from nfnets.optim import zero_frozen
 from nfnets.train.step import losses, sharding
 
 Batch = dict[str, jax.Array]
@@ -203,6 +204,6 @@ def ascended(config: Config, graph: nnx.GraphDef, params: nnx.State, stats: nnx.
   """Moves the weights uphill by sam_rho along the gradient of a part of this device's images (SAM, 2010.01412, eq. 2)."""
   rows = max(1, round(config.optim.sam_share * len(batch["image"])))
   part = {**jax.tree.map(lambda x: x[:rows], batch), "key": layers.fold_in(batch["key"][:rows], 1 << 31)}
-  grads = jax.grad(lambda params: batch_loss(config, graph, params, stats, part)[0])(params)
+  grads = zero_frozen(config.optim, jax.grad(lambda params: batch_loss(config, graph, params, stats, part)[0])(params))
   scale = config.optim.sam_rho / jnp.maximum(optax.tree.norm(grads), 1e-12)
   return jax.tree.map(lambda p, g: p + scale * g, params, grads)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from nfnets.config import Config
 from nfnets.errors import UserError
-from nfnets.optim import ema_update
+from nfnets.optim import ema_update, zero_frozen
 from nfnets.train.step import losses, sharding
 from nfnets.train.step.gradients import (
   Batch,
@@ -87,6 +87,7 @@ def make_train_step(
     batch = {name: rows for name, rows in batch.items() if name not in messages}
     keys = row_keys(step_key(config, state.step), len(batch["image"]), axis)
     grads, loss, stats, sums = gradients(state.params, state.stats, {**batch, "key": keys})
+    grads = zero_frozen(config.optim, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
     average, decay = state.ema, config.optim.ema_decay

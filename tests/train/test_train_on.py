@@ -1,0 +1,52 @@
+"""Training on from trained weights: layers that are frozen stay as they came, through checkpoints and resumes too."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from configs import finetune
+from nfnets.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig
+from nfnets.train import loop
+from nfnets.train.initial import read_weights
+
+MODEL = ModelConfig(name="nf_resnet_tiny", overrides={"width": (16, 16), "depth": (1, 1), "stage_strides": (1, 2)})
+OPTIM = OptimConfig(base_lr=0.4, warmup_epochs=0.25, ema_decay=0.9)
+BASE = Config(model=MODEL, data=DataConfig(name="digits"), optim=OPTIM, batch=128, eval_batch=360, epochs=1)
+
+
+def test_frozen_layers_keep_their_bits_through_a_resume(tmp_path):
+  first, second = str(tmp_path / "first"), str(tmp_path / "second")
+  loop.train(BASE, first)
+  # with SAM, whose ascent must leave them where they are too
+  optim = dataclasses.replace(OPTIM, frozen=("^stem/", "^blocks/0/"), layer_decay=0.5, weight_decay=0.1, sam_rho=0.05)
+  config = dataclasses.replace(BASE, optim=optim, init=InitConfig(weights=first, new_head=True), seed=1)
+  loop.train(config, second)
+  loop.train(dataclasses.replace(config, epochs=2), second)
+  source = read_weights(first).arrays
+  frozen = {name for name in source if name.startswith(("stem/", "blocks/0/"))}
+  for weights in ("params", "ema"):
+    after = read_weights(second, weights=weights).arrays
+    for name in frozen:
+      np.testing.assert_allclose(after[name], source[name], rtol=0 if weights == "params" else 1e-6, err_msg=name)
+    assert all(not np.array_equal(after[name], source[name]) for name in source if name not in frozen)
+
+
+def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(tmp_path):
+  """As a person would: weights of one dataset, images of another in a folder, two classes that a colour tells apart."""
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 32), ("val", 8)):
+    for name, channel in (("red", 0), ("blue", 2)):
+      (tmp_path / "photos" / split / name).mkdir(parents=True)
+      for number in range(count):
+        pixels = rng.integers(0, 100, (40, 48, 3), np.uint8)
+        pixels[..., channel] += 120
+        Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.png")
+  first = str(tmp_path / "first")
+  loop.train(BASE, first)
+  config = finetune.get_config(f"nf_resnet_tiny,weights={first},epochs=6")
+  data = dataclasses.replace(config.data, dir=str(tmp_path / "photos"), image_size=32)
+  config = dataclasses.replace(config, model=MODEL, data=data, batch=16, eval_batch=16, eval_every=6)
+  result = loop.train(config, str(tmp_path / "second"))
+  assert result.results["params"]["top1"] == 1.0
+  assert read_weights(tmp_path / "second").class_names == ("blue", "red")
