@@ -109,7 +109,9 @@ def as_npz(save, arrays, path):
 WRITERS = {
   "npz": lambda arrays, path: as_npz(np.savez, arrays, path),
   "compressed npz": lambda arrays, path: as_npz(np.savez_compressed, arrays, path),
-  "safetensors": lambda arrays, path: safetensors.numpy.save_file(arrays, path),
+  "safetensors": lambda arrays, path: safetensors.numpy.save_file(
+    {name: np.asarray(array) for name, array in arrays.items()}, path
+  ),
   "flat pickle": as_pickle,
   "dotted": lambda arrays, path: as_pickle({name.replace("/~/", ".").replace("/", "."): a for name, a in arrays.items()}, path),
   "params of a checkpoint": lambda arrays, path: as_pickle({"params": arrays}, path),
