@@ -1,9 +1,9 @@
 """Converts weights: python -m launch.convert SRC DST [--to=nfnets|timm|haiku] [--check] [--force]
 
 SRC is a file of weights in our names, Haiku's (the published .npz, a true npz, safetensors) or timm's (safetensors; .pth where
-torch is installed), a workdir, or WORKDIR/checkpoints/STEP. DST is a directory, which may be new, or a file: .safetensors, for
-Haiku .npz and .pkl too. A model card (README.md) is written beside the weights and, with --to=timm, the config.json that timm
-reads.
+torch is installed), hf://OWNER/NAME, the address of a published file, a workdir, or WORKDIR/checkpoints/STEP. DST is a directory,
+which may be new, or a file: .safetensors, for Haiku .npz and .pkl too. A model card (README.md) is written beside the weights,
+and with --to=timm the config.json that timm reads.
 --check compares the outputs of every stage with timm's own on the same weights; timm and torch must be installed.
 """
 
@@ -29,9 +29,9 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
     )
   from nfnets.train import resolve
   from nfnets.train.initial import read_weights
-  from nfnets.weights import parity, writer
+  from nfnets.weights import parity, remote, writer
 
-  source, out = map(pathlib.Path, arguments)
+  source, out = pathlib.Path(remote.local(arguments[0])), pathlib.Path(arguments[1])
   stored = read_weights(source)
   console = plain_console()
   console.print(f"{stored.source}: {writer.described(stored)}, {stored.num_classes:,} classes")
