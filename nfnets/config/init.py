@@ -9,7 +9,7 @@ from nfnets.config import checks
 class InitConfig:
   """Which weights a run begins with; a run that goes on from its own checkpoint does not look at them."""
 
-  # A safetensors file that `launch.checkpoint export` wrote, a workdir, or WORKDIR/checkpoints/STEP; empty = drawn from the seed.
+  # A file of weights (ours, Haiku's or timm's), hf://OWNER/NAME, a workdir, or WORKDIR/checkpoints/STEP; empty = drawn.
   weights: str = ""
   # Draws the classifier anew: for other classes than those of the weights.
   new_head: bool = False

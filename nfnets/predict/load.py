@@ -21,7 +21,7 @@ def load(
   """Makes a classifier of stored weights.
 
   Args:
-    source: a safetensors file that `launch.checkpoint export` wrote, a workdir, or WORKDIR/checkpoints/STEP.
+    source: a file of weights (ours, Haiku's or timm's), hf://OWNER/NAME, a workdir, or WORKDIR/checkpoints/STEP.
     weights: of a run, "params" or "ema"; None takes the average where it was kept.
     best: of a workdir, the best step by the run's own evaluations instead of the newest.
     num_classes: gives the network a new, untrained classifier of so many classes, to be trained.

@@ -15,6 +15,7 @@ from nfnets.train.step.state import build_network
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.network import HEAD, fill
 from nfnets.weights.reader import read
+from nfnets.weights.remote import local
 from nfnets.weights.stored import Stored
 
 
@@ -47,14 +48,15 @@ def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, 
   """Reads the weights of a network, and what belongs to them.
 
   Args:
-    source: a file of weights (see nfnets.weights.reader), a workdir, or WORKDIR/checkpoints/STEP.
+    source: a file of weights (see nfnets.weights.reader), hf://OWNER/NAME or a published file's address (see
+      nfnets.weights.remote), a workdir, or WORKDIR/checkpoints/STEP.
     weights: of a run, "params" or "ema"; None takes the average where it was kept.
     best: of a workdir, the best step by the run's own evaluations instead of the newest.
 
   Raises:
     UserError: with its kinds WeightsError and CheckpointError: nothing is there, or it is damaged.
   """
-  path = pathlib.Path(source)
+  path = pathlib.Path(local(source))
   if not path.exists():
     raise WeightsError(f"{path} is not there; expected a file of weights, a workdir, or WORKDIR/checkpoints/STEP")
   if not path.is_dir():

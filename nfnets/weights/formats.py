@@ -115,7 +115,7 @@ def _zip(path: pathlib.Path) -> File:
   except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
     if isinstance(error, WeightsError):
       raise
-    raise WeightsError(f"{path} is a damaged npz: {error}") from error
+    raise WeightsError(f"{path} is a damaged zip file (npz or PyTorch's): {error}") from error
   return File(format="npz", arrays=_checked(path, arrays))
 
 
@@ -149,7 +149,9 @@ def _pytorch(path: pathlib.Path) -> File:
   try:
     tree = torch.load(path, map_location="cpu", weights_only=True)
   except Exception as error:  # torch raises what its parts raise: pickle's, zip's and its own
-    raise WeightsError(f"{path} cannot be read by torch.load(weights_only=True): {str(error).splitlines()[0][:200]}") from error
+    raise WeightsError(
+      f"{path} is refused by torch.load(weights_only=True), so that nothing was run: it is damaged or holds other than tensors"
+    ) from error
   for key in ("state_dict", "model"):  # of training's checkpoints
     if isinstance(tree, dict) and isinstance(tree.get(key), dict):
       tree = tree[key]

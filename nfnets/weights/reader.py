@@ -31,8 +31,8 @@ def read(path: str | os.PathLike[str]) -> Stored:
   """
   file = formats.read(path)
   if file.metadata.get("format") == "nfnets":
-    return of_export(str(path), file.arrays, file.metadata)
-  if (network := haiku.network_of(file.arrays)) is not None:
+    stored = of_export(str(path), file.arrays, file.metadata)
+  elif (network := haiku.network_of(file.arrays)) is not None:
     stored = _of_haiku(str(path), file, network)
   elif timm.is_theirs(file.arrays):
     stored = _of_timm(str(path), file)
