@@ -51,8 +51,8 @@ def columns_by(choice: str, names: Sequence[str], num_classes: int, source: Sour
   if choice in ("", "present"):
     if source.num_classes != num_classes:
       raise UserError(
-        f"{source.name} has {source.num_classes:,} classes, the weights {num_classes:,}; expected as many, or a --classes_map "
-        "(names, or a JSON file) that says which of the network's belongs to each"
+        f"{source.name} has {source.num_classes:,} classes, the weights {num_classes:,}; expected as many (--data says "
+        "which images), or a --classes_map (names, or a JSON file) that says which of the network's belongs to each"
       )
     return None
   wanted: list[str | int] = list(source.class_names) if choice == "names" else _read_map(choice)

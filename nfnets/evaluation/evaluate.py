@@ -11,7 +11,7 @@ import numpy as np
 from nfnets.config import DataConfig
 from nfnets.data.sources.open import open_source
 from nfnets.evaluation import classes, metrics, protocol
-from nfnets.evaluation.outputs import run_split
+from nfnets.evaluation.outputs import Outputs, run_split
 from nfnets.predict.forward import flipped_logits, logits
 from nfnets.weights import network
 from nfnets.weights.stored import Stored
@@ -90,22 +90,28 @@ def evaluate_weights(
       say=say,
     )
     told = classes.distinguish(classes_map, columns, outputs.labels, source)
-    corrupt = {number: why for number, why in sorted(outputs.corrupt.items())}
-  scores = told.logits(outputs.values["logits"])
-  measured = metrics.per_image(scores, told.labels, kind=stored.config.loss)
-  summary: dict[str, Any] = metrics.summarize(measured)
-  summary["top1_interval"] = metrics.interval(int(measured.correct.sum()), len(measured))
+  return _measured(stored, data, overrides, outputs, told)
+
+
+def _measured(
+  stored: Stored, data: DataConfig, overrides: protocol.Overrides, outputs: Outputs, told: classes.Classes
+) -> Evaluated:
+  """Measures the logits of a split."""
+  kind, scores = stored.config.loss, told.logits(outputs.values["logits"])
+  images = metrics.per_image(scores, told.labels, kind=kind)
+  summary: dict[str, Any] = metrics.summarize(images)
+  summary["top1_interval"] = metrics.interval(int(images.correct.sum()), len(images))
   return Evaluated(
     source=stored.source,
     model=stored.config.model.name,
     protocol=protocol.describe(data, overrides),
     data=data,
     class_names=told.names,
-    images=measured,
+    images=images,
     index=outputs.index,
-    corrupt=corrupt,
+    corrupt=dict(sorted(outputs.corrupt.items())),
     summary=summary,
-    temperature=metrics.temperature_scaling(scores, told.labels, kind=stored.config.loss),
+    temperature=metrics.temperature_scaling(scores, told.labels, kind=kind),
     images_per_s=outputs.images_per_s,
   )
 

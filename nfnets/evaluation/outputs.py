@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nfnets import models
 from nfnets.config import DataConfig
@@ -64,41 +65,40 @@ def run_split(
   """
   mesh = sharding.make_mesh()
   forward = over_devices(network, data, mesh, read)
-  mask_of = jax.jit(lambda rows: rows, out_shardings=sharding.replicated(mesh))
   process = jax.process_index(), jax.process_count()
-  rows = sharding.whole_batch(min(batch, len(source)), mesh)
   parts: list[dict[str, np.ndarray]] = []
   began, began_at = time.monotonic(), 0
-  with contextlib.ExitStack() as opened:
-    batches = EvalBatches(source, data, batch=rows, process=process, say=say)
-    opened.callback(batches.close)
-    stream = opened.enter_context(contextlib.closing(batches.__iter__()))
-    pending: Any = None
-    for part in stream:
-      values = forward(part["image"]), mask_of(sharding.put_batch(mesh, {name: part[name] for name in ("label", "mask")}))
-      if pending is not None:  # one batch is computed while the one before is copied to the host
-        parts.append(_to_host(*pending))
-        progress(min(len(source), len(parts) * batches.batch))
-        if len(parts) == 1:
-          began, began_at = time.monotonic(), batches.batch
-      pending = values
-    parts.append(_to_host(*pending))
-    progress(len(source))
+  rows = sharding.whole_batch(min(batch, len(source)), mesh)
+  with contextlib.closing(EvalBatches(source, data, batch=rows, process=process, say=say)) as batches:
+    for part in _computed(forward, batches, mesh):
+      parts.append(part)
+      progress(min(len(source), len(parts) * batches.batch))
+      if len(parts) == 1:
+        began, began_at = time.monotonic(), min(len(source), batches.batch)
     corrupt = dict(batches.corrupt)
-  seconds = time.monotonic() - began
+  seconds, timed = time.monotonic() - began, len(source) - began_at
   everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   # Rows of the global batch lie process by process, which is the order of the split.
   index = np.flatnonzero(everything.pop("mask"))
   labels = everything.pop("label")[index]
   if not len(index):
     raise UserError(f"no image of {source.name} {source.split} can be read")
-  return Outputs(
-    values={name: _finite(name, values[index]) for name, values in everything.items()},
-    index=index,
-    labels=labels,
-    corrupt=corrupt,
-    images_per_s=(len(source) - began_at) / seconds if began_at else None,
-  )
+  values = {name: _finite(name, rows[index]) for name, rows in everything.items()}
+  return Outputs(values=values, index=index, labels=labels, corrupt=corrupt, images_per_s=timed / seconds if timed else None)
+
+
+def _computed(forward: Callable[[np.ndarray], Any], batches: EvalBatches, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
+  """Yields what is read of each global batch with its "label" and "mask"; one is computed while the one before is handed out."""
+  whole = jax.jit(lambda rows: rows, out_shardings=sharding.replicated(mesh))
+  computing: Any = None
+  with contextlib.closing(batches.__iter__()) as stream:
+    for part in stream:
+      facts = sharding.put_batch(mesh, {name: part[name] for name in ("label", "mask")})
+      started = forward(part["image"]), whole(facts)
+      if computing is not None:
+        yield _to_host(*computing)
+      computing = started
+  yield _to_host(*computing)
 
 
 def _to_host(values: dict[str, jax.Array], facts: dict[str, jax.Array]) -> dict[str, np.ndarray]:
