@@ -30,7 +30,7 @@ class Evaluated:
     images: what is kept of every image.
     index: int64 [n], their numbers in the split.
     corrupt: what is wrong with the images that were left out, by their number.
-    summary: `metrics.summarize`, with "top1_interval" (95 %).
+    summary: `metrics.summarize`, with "top1_interval" (95 %) and "left_out" (images that cannot be read).
     temperature: `metrics.temperature_scaling`.
     images_per_s: see `Outputs`.
   """
@@ -100,6 +100,7 @@ def _measured(
   kind, scores = stored.config.loss, told.logits(outputs.values["logits"])
   images = metrics.per_image(scores, told.labels, kind=kind)
   summary: dict[str, Any] = metrics.summarize(images)
+  summary["left_out"] = outputs.left_out
   summary["top1_interval"] = metrics.interval(int(images.correct.sum()), len(images))
   return Evaluated(
     source=stored.source,

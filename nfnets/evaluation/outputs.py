@@ -27,6 +27,7 @@ class Outputs:
     values: by name, arrays with a row for each image that could be read, in the order of the split.
     index: int64 [rows], the images' numbers in the split.
     labels: int32 [rows].
+    left_out: how many images of the split could not be read, in all processes.
     corrupt: what is wrong with the images that could not be read, by their number; in this process's share of them.
     images_per_s: from reading to result, compiling left out; of all processes. None where all was one batch.
   """
@@ -34,6 +35,7 @@ class Outputs:
   values: dict[str, np.ndarray]
   index: np.ndarray
   labels: np.ndarray
+  left_out: int
   corrupt: dict[int, str]
   images_per_s: float | None
 
@@ -84,7 +86,14 @@ def run_split(
   if not len(index):
     raise UserError(f"no image of {source.name} {source.split} can be read")
   values = {name: _finite(name, rows[index]) for name, rows in everything.items()}
-  return Outputs(values=values, index=index, labels=labels, corrupt=corrupt, images_per_s=timed / seconds if timed else None)
+  return Outputs(
+    values=values,
+    index=index,
+    labels=labels,
+    left_out=len(source) - len(index),
+    corrupt=corrupt,
+    images_per_s=timed / seconds if timed else None,
+  )
 
 
 def _computed(forward: Callable[[np.ndarray], Any], batches: EvalBatches, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:

@@ -117,11 +117,13 @@ def test_classes_are_found_by_name_by_number_and_by_what_is_there(tmp_path):
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]}', "class 9 of digits is 10, which is no class of the weights"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, "nine"]}', "class 9 of digits is 'nine'"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]}', "the same class of the network"),
+    ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, "9"]}', "class 9 of digits is '9', which is the name of several classes"),
     (None, "cannot be read: No such file"),
   ],
 )
 def test_class_maps_that_do_not_fit_are_one_line(tmp_path, content, message):
-  path = write_weights(tmp_path / "x.safetensors")
+  twice = {"class_names": [*"012345699"] + ["9"]} if "several" in message else {}
+  path = write_weights(tmp_path / "x.safetensors", **twice)
   if content is not None:
     (tmp_path / "map.json").write_text(content)
   with pytest.raises(UserError, match=message) as raised:
@@ -148,7 +150,7 @@ def test_images_that_are_none_are_left_out(tmp_path):
   (tmp_path / "val" / "1" / "0.png").write_bytes(b"no picture")
   images = dataclasses.replace(protocol.images_of(str(tmp_path)), max_corrupt=0.1)
   result = evaluated(path, images)
-  assert result.index.tolist() == [0, 1, *range(3, 20)] and [*result.corrupt] == [2]
+  assert result.index.tolist() == [0, 1, *range(3, 20)] and [*result.corrupt] == [2] and result.summary["left_out"] == 1
   whole = evaluated(write_weights(tmp_path / "y.safetensors", preprocessing=SQUASHED, seed=1), images)
   first, second = evaluate.compare_all([result, whole])
   assert first is None and second["only_first"] == (result.images.correct & ~whole.images.correct).sum()
