@@ -78,7 +78,13 @@ def run_split(
       if len(parts) == 1:
         began, began_at = time.monotonic(), min(len(source), batches.batch)
     corrupt = dict(batches.corrupt)
-  seconds, timed = time.monotonic() - began, len(source) - began_at
+  timed = len(source) - began_at
+  speed = timed / (time.monotonic() - began) if timed else None
+  return _gathered(parts, source, corrupt, speed)
+
+
+def _gathered(parts: list[dict[str, np.ndarray]], source: Source, corrupt: dict[int, str], images_per_s: float | None) -> Outputs:
+  """Puts the global batches together, without the rows that only fill them up or could not be read."""
   everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   # Rows of the global batch lie process by process, which is the order of the split.
   index = np.flatnonzero(everything.pop("mask"))
@@ -87,12 +93,7 @@ def run_split(
     raise UserError(f"no image of {source.name} {source.split} can be read")
   values = {name: _finite(name, rows[index]) for name, rows in everything.items()}
   return Outputs(
-    values=values,
-    index=index,
-    labels=labels,
-    left_out=len(source) - len(index),
-    corrupt=corrupt,
-    images_per_s=timed / seconds if timed else None,
+    values=values, index=index, labels=labels, left_out=len(source) - len(index), corrupt=corrupt, images_per_s=images_per_s
   )
 
 

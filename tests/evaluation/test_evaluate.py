@@ -1,17 +1,19 @@
 """An evaluation shows the images as the weights say, counts each once on any devices, and knows which classes are which."""
 
 import dataclasses
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
+import rich.console
 
 from nfnets import predict
 from nfnets.config import DataConfig
 from nfnets.data.sources.open import open_source
 from nfnets.errors import UserError
-from nfnets.evaluation import evaluate, protocol
+from nfnets.evaluation import evaluate, protocol, report
 from nfnets.evaluation.published import published
 from nfnets.train.step import sharding
 from nfnets.weights.errors import WeightsError
@@ -164,3 +166,17 @@ def test_published_figures_are_shown_where_they_belong():
   assert published("nfnet_f0", "imagenet2012", classes=1000, split="validation[:50%]") is None
   assert published("nfnet_f0", "imagenet_v2/topimages", classes=1000) is None
   assert published("nf_resnet_tiny", "imagenet2012", classes=1000) is None
+
+
+def test_the_published_figure_stands_beside_ours_with_the_difference(tmp_path):
+  ours = evaluated(write_weights(tmp_path / "x.safetensors"))
+  ours = dataclasses.replace(ours, model="nfnet_f0", class_names=tuple(map(str, range(1000))))
+  fact = report.facts(ours, None, "imagenet2012")
+  assert (
+    fact["published"]["difference"] == pytest.approx(ours.summary["top1"] - 0.83468) and "timm" in fact["published"]["source"]
+  )
+  console = rich.console.Console(width=150, file=io.StringIO())
+  for table in report.tables([(ours, fact)], "title"):
+    console.print(table)
+  (row,) = [line for line in console.file.getvalue().splitlines() if "83.47% at 256 px" in line]
+  assert f" {ours.summary['top1'] - 0.83468:+.2%} " in row
