@@ -1,5 +1,6 @@
 """Which of a network's classes belongs to each class of a data set, where the two differ."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -51,16 +52,21 @@ def columns_by(choice: str, names: Sequence[str], num_classes: int, source: Sour
   if choice in ("", "present"):
     if source.num_classes != num_classes:
       raise UserError(
-        f"{source.name} has {source.num_classes:,} classes, the weights {num_classes:,}; expected as many, or a --classes_map "
-        "(names, or a JSON file) that says which of the network's belongs to each"
+        f"{source.name} has {source.num_classes:,} classes, the weights {num_classes:,}; expected as many (--data says "
+        "which images), or a --classes_map (names, or a JSON file) that says which of the network's belongs to each"
       )
     return None
   wanted: list[str | int] = list(source.class_names) if choice == "names" else _read_map(choice)
   if len(wanted) != source.num_classes:
     raise UserError(f"--classes_map={choice} has {len(wanted):,} classes, {source.name} {source.num_classes:,}; expected as many")
-  places = {name: place for place, name in enumerate(names)}
+  places, times = {name: place for place, name in enumerate(names)}, collections.Counter(names)
   columns = [entry if isinstance(entry, int) else places.get(entry, -1) for entry in wanted]
   for label, (column, entry) in enumerate(zip(columns, wanted, strict=True)):
+    if isinstance(entry, str) and times[entry] > 1:
+      raise UserError(
+        f"--classes_map={choice}: class {label} of {source.name} is {entry!r}, which is the name of several classes of the "
+        "weights; expected the number of one, in a JSON file"
+      )
     if not 0 <= column < num_classes:
       raise UserError(
         f"--classes_map={choice}: class {label} of {source.name} is {entry!r}, which is no class of the weights; expected "

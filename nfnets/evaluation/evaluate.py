@@ -11,7 +11,7 @@ import numpy as np
 from nfnets.config import DataConfig
 from nfnets.data.sources.open import open_source
 from nfnets.evaluation import classes, metrics, protocol
-from nfnets.evaluation.outputs import run_split
+from nfnets.evaluation.outputs import Outputs, run_split
 from nfnets.predict.forward import flipped_logits, logits
 from nfnets.weights import network
 from nfnets.weights.stored import Stored
@@ -30,7 +30,7 @@ class Evaluated:
     images: what is kept of every image.
     index: int64 [n], their numbers in the split.
     corrupt: what is wrong with the images that were left out, by their number.
-    summary: `metrics.summarize`, with "top1_interval" (95 %).
+    summary: `metrics.summarize`, with "top1_interval" (95 %) and "left_out" (images that cannot be read).
     temperature: `metrics.temperature_scaling`.
     images_per_s: see `Outputs`.
   """
@@ -90,22 +90,29 @@ def evaluate_weights(
       say=say,
     )
     told = classes.distinguish(classes_map, columns, outputs.labels, source)
-    corrupt = {number: why for number, why in sorted(outputs.corrupt.items())}
-  scores = told.logits(outputs.values["logits"])
-  measured = metrics.per_image(scores, told.labels, kind=stored.config.loss)
-  summary: dict[str, Any] = metrics.summarize(measured)
-  summary["top1_interval"] = metrics.interval(int(measured.correct.sum()), len(measured))
+  return _measured(stored, data, overrides, outputs, told)
+
+
+def _measured(
+  stored: Stored, data: DataConfig, overrides: protocol.Overrides, outputs: Outputs, told: classes.Classes
+) -> Evaluated:
+  """Measures the logits of a split."""
+  kind, scores = stored.config.loss, told.logits(outputs.values["logits"])
+  images = metrics.per_image(scores, told.labels, kind=kind)
+  summary: dict[str, Any] = metrics.summarize(images)
+  summary["left_out"] = outputs.left_out
+  summary["top1_interval"] = metrics.interval(int(images.correct.sum()), len(images))
   return Evaluated(
     source=stored.source,
     model=stored.config.model.name,
     protocol=protocol.describe(data, overrides),
     data=data,
     class_names=told.names,
-    images=measured,
+    images=images,
     index=outputs.index,
-    corrupt=corrupt,
+    corrupt=dict(sorted(outputs.corrupt.items())),
     summary=summary,
-    temperature=metrics.temperature_scaling(scores, told.labels, kind=stored.config.loss),
+    temperature=metrics.temperature_scaling(scores, told.labels, kind=kind),
     images_per_s=outputs.images_per_s,
   )
 

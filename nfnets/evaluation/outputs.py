@@ -3,11 +3,12 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from nfnets import models
 from nfnets.config import DataConfig
@@ -26,6 +27,7 @@ class Outputs:
     values: by name, arrays with a row for each image that could be read, in the order of the split.
     index: int64 [rows], the images' numbers in the split.
     labels: int32 [rows].
+    left_out: how many images of the split could not be read, in all processes.
     corrupt: what is wrong with the images that could not be read, by their number; in this process's share of them.
     images_per_s: from reading to result, compiling left out; of all processes. None where all was one batch.
   """
@@ -33,6 +35,7 @@ class Outputs:
   values: dict[str, np.ndarray]
   index: np.ndarray
   labels: np.ndarray
+  left_out: int
   corrupt: dict[int, str]
   images_per_s: float | None
 
@@ -64,41 +67,48 @@ def run_split(
   """
   mesh = sharding.make_mesh()
   forward = over_devices(network, data, mesh, read)
-  mask_of = jax.jit(lambda rows: rows, out_shardings=sharding.replicated(mesh))
   process = jax.process_index(), jax.process_count()
-  rows = sharding.whole_batch(min(batch, len(source)), mesh)
   parts: list[dict[str, np.ndarray]] = []
   began, began_at = time.monotonic(), 0
-  with contextlib.ExitStack() as opened:
-    batches = EvalBatches(source, data, batch=rows, process=process, say=say)
-    opened.callback(batches.close)
-    stream = opened.enter_context(contextlib.closing(batches.__iter__()))
-    pending: Any = None
-    for part in stream:
-      values = forward(part["image"]), mask_of(sharding.put_batch(mesh, {name: part[name] for name in ("label", "mask")}))
-      if pending is not None:  # one batch is computed while the one before is copied to the host
-        parts.append(_to_host(*pending))
-        progress(min(len(source), len(parts) * batches.batch))
-        if len(parts) == 1:
-          began, began_at = time.monotonic(), batches.batch
-      pending = values
-    parts.append(_to_host(*pending))
-    progress(len(source))
+  rows = sharding.whole_batch(min(batch, len(source)), mesh)
+  with contextlib.closing(EvalBatches(source, data, batch=rows, process=process, say=say)) as batches:
+    for part in _computed(forward, batches, mesh):
+      parts.append(part)
+      progress(min(len(source), len(parts) * batches.batch))
+      if len(parts) == 1:
+        began, began_at = time.monotonic(), min(len(source), batches.batch)
     corrupt = dict(batches.corrupt)
-  seconds = time.monotonic() - began
+  timed = len(source) - began_at
+  speed = timed / (time.monotonic() - began) if timed else None
+  return _gathered(parts, source, corrupt, speed)
+
+
+def _gathered(parts: list[dict[str, np.ndarray]], source: Source, corrupt: dict[int, str], images_per_s: float | None) -> Outputs:
+  """Puts the global batches together, without the rows that only fill them up or could not be read."""
   everything = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
   # Rows of the global batch lie process by process, which is the order of the split.
   index = np.flatnonzero(everything.pop("mask"))
   labels = everything.pop("label")[index]
   if not len(index):
     raise UserError(f"no image of {source.name} {source.split} can be read")
+  values = {name: _finite(name, rows[index]) for name, rows in everything.items()}
   return Outputs(
-    values={name: _finite(name, values[index]) for name, values in everything.items()},
-    index=index,
-    labels=labels,
-    corrupt=corrupt,
-    images_per_s=(len(source) - began_at) / seconds if began_at else None,
+    values=values, index=index, labels=labels, left_out=len(source) - len(index), corrupt=corrupt, images_per_s=images_per_s
   )
+
+
+def _computed(forward: Callable[[np.ndarray], Any], batches: EvalBatches, mesh: Mesh) -> Iterator[dict[str, np.ndarray]]:
+  """Yields what is read of each global batch with its "label" and "mask"; one is computed while the one before is handed out."""
+  whole = jax.jit(lambda rows: rows, out_shardings=sharding.replicated(mesh))
+  computing: Any = None
+  with contextlib.closing(batches.__iter__()) as stream:
+    for part in stream:
+      facts = sharding.put_batch(mesh, {name: part[name] for name in ("label", "mask")})
+      started = forward(part["image"]), whole(facts)
+      if computing is not None:
+        yield _to_host(*computing)
+      computing = started
+  yield _to_host(*computing)
 
 
 def _to_host(values: dict[str, jax.Array], facts: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -1,17 +1,19 @@
 """An evaluation shows the images as the weights say, counts each once on any devices, and knows which classes are which."""
 
 import dataclasses
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
+import rich.console
 
 from nfnets import predict
 from nfnets.config import DataConfig
 from nfnets.data.sources.open import open_source
 from nfnets.errors import UserError
-from nfnets.evaluation import evaluate, protocol
+from nfnets.evaluation import evaluate, protocol, report
 from nfnets.evaluation.published import published
 from nfnets.train.step import sharding
 from nfnets.weights.errors import WeightsError
@@ -86,7 +88,7 @@ def test_classes_are_found_by_name_by_number_and_by_what_is_there(tmp_path):
   path = write_weights(tmp_path / "x.safetensors", preprocessing=SQUASHED)
   write_pictures(tmp_path / "data" / "val", {"3": 4, "7": 5, "8": 3})
   folder = protocol.images_of(str(tmp_path / "data"))
-  with pytest.raises(UserError, match="folder has 3 classes, the weights 10; expected as many, or a --classes_map"):
+  with pytest.raises(UserError, match="folder has 3 classes, the weights 10; expected as many .* or a --classes_map"):
     evaluated(path, folder)
   (tmp_path / "map.json").write_text(json.dumps({"source": "a test", "classes": [3, "7", 8]}))
   by_name = evaluated(path, folder, classes_map="names")
@@ -117,11 +119,13 @@ def test_classes_are_found_by_name_by_number_and_by_what_is_there(tmp_path):
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]}', "class 9 of digits is 10, which is no class of the weights"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, "nine"]}', "class 9 of digits is 'nine'"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]}', "the same class of the network"),
+    ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, "9"]}', "class 9 of digits is '9', which is the name of several classes"),
     (None, "cannot be read: No such file"),
   ],
 )
 def test_class_maps_that_do_not_fit_are_one_line(tmp_path, content, message):
-  path = write_weights(tmp_path / "x.safetensors")
+  twice = {"class_names": [*"012345699"] + ["9"]} if "several" in message else {}
+  path = write_weights(tmp_path / "x.safetensors", **twice)
   if content is not None:
     (tmp_path / "map.json").write_text(content)
   with pytest.raises(UserError, match=message) as raised:
@@ -148,7 +152,7 @@ def test_images_that_are_none_are_left_out(tmp_path):
   (tmp_path / "val" / "1" / "0.png").write_bytes(b"no picture")
   images = dataclasses.replace(protocol.images_of(str(tmp_path)), max_corrupt=0.1)
   result = evaluated(path, images)
-  assert result.index.tolist() == [0, 1, *range(3, 20)] and [*result.corrupt] == [2]
+  assert result.index.tolist() == [0, 1, *range(3, 20)] and [*result.corrupt] == [2] and result.summary["left_out"] == 1
   whole = evaluated(write_weights(tmp_path / "y.safetensors", preprocessing=SQUASHED, seed=1), images)
   first, second = evaluate.compare_all([result, whole])
   assert first is None and second["only_first"] == (result.images.correct & ~whole.images.correct).sum()
@@ -162,3 +166,17 @@ def test_published_figures_are_shown_where_they_belong():
   assert published("nfnet_f0", "imagenet2012", classes=1000, split="validation[:50%]") is None
   assert published("nfnet_f0", "imagenet_v2/topimages", classes=1000) is None
   assert published("nf_resnet_tiny", "imagenet2012", classes=1000) is None
+
+
+def test_the_published_figure_stands_beside_ours_with_the_difference(tmp_path):
+  ours = evaluated(write_weights(tmp_path / "x.safetensors"))
+  ours = dataclasses.replace(ours, model="nfnet_f0", class_names=tuple(map(str, range(1000))))
+  fact = report.facts(ours, None, "imagenet2012")
+  assert (
+    fact["published"]["difference"] == pytest.approx(ours.summary["top1"] - 0.83468) and "timm" in fact["published"]["source"]
+  )
+  console = rich.console.Console(width=150, file=io.StringIO())
+  for table in report.tables([(ours, fact)], "title"):
+    console.print(table)
+  (row,) = [line for line in console.file.getvalue().splitlines() if "83.47% at 256 px" in line]
+  assert f" {ours.summary['top1'] - 0.83468:+.2%} " in row

@@ -1,6 +1,7 @@
 """launch.evaluate --weights: tables, files and JSON, the same from one process and from two; mistakes are one line."""
 
 import csv
+import errno
 import json
 import os
 import pathlib
@@ -112,3 +113,14 @@ def test_two_processes_give_what_one_gives(weights, tmp_path):
   for one, two in zip(*rows, strict=True):
     assert all(one[key] == two[key] for key in ("index", "image", "label", "predicted"))
     assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4, abs=1e-5)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(weights, tmp_path, monkeypatch, capsys):
+  def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, "fsync", full)
+  out = tmp_path / "report"
+  status, _, said = call(monkeypatch, capsys, "evaluate", f"--weights={weights[0]}", f"--out={out}")
+  assert status == 2 and f"error: --out={out}: cannot be written: No space left on device\n" in said
+  assert list(out.iterdir()) == []
