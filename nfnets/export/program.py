@@ -17,6 +17,7 @@ from jax.extend import core
 from nfnets import models
 
 Array = jax.Array
+Pixels = tuple[Sequence[float], Sequence[float]]  # mean and std by channel, on the scale 0-255
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)
@@ -126,25 +127,32 @@ def trace(fn: Callable[[Any, Array], Array], parameters: Any, shape: tuple[Any, 
   return Program(images, output)
 
 
-def of_network(
-  network: models.Network, shape: tuple[Any, ...], uint8: tuple[Sequence[float], Sequence[float]] | None = None
-) -> Program:
-  """Traces the network's logits into a program.
+def of_network(network: models.Network, shape: tuple[Any, ...], uint8: Pixels | None = None) -> Program:
+  """Traces the network's logits into a program; arguments as for `logits`.
+
+  Args:
+    shape: of the images, [batch, height, width, 3]; the batch may be symbolic.
+  """
+  fn, state = logits(network, uint8)
+  return trace(fn, state, shape, jnp.float32 if uint8 is None else jnp.uint8)
+
+
+def logits(network: models.Network, uint8: Pixels | None = None) -> tuple[Callable[[Any, Array], Array], Any]:
+  """Returns fn(state, images) → logits, and the network's state.
 
   Args:
     network: any of nfnets.models.
-    shape: of the images, [batch, height, width, 3]; the batch may be symbolic.
-    uint8: mean and std by channel, with which the program normalises images that are uint8; None takes normalised float32.
+    uint8: mean and std by channel, with which images that are uint8 are normalised; None takes normalised float32.
   """
   graph, state = nnx.split(network)
 
-  def logits(state: Any, images: Array) -> Array:
+  def fn(state: Any, images: Array) -> Array:
     if uint8 is not None:
       mean, std = (jnp.asarray(value, jnp.float32) for value in uint8)
       images = (images.astype(jnp.float32) - mean) / std
     return nnx.merge(graph, state)(images)
 
-  return trace(logits, state, shape, jnp.float32 if uint8 is None else jnp.uint8)
+  return fn, state
 
 
 def _inline(closed: core.ClosedJaxpr, arguments: list[Node]) -> list[Node]:
@@ -159,6 +167,8 @@ def _inline(closed: core.ClosedJaxpr, arguments: list[Node]) -> list[Node]:
     if called is not None:
       called = called if isinstance(called, core.ClosedJaxpr) else core.ClosedJaxpr(called, ())
       results = _inline(called, inputs)
+    elif eqn.primitive.name == "copy":
+      results = inputs
     else:
       if len(eqn.outvars) != 1:
         raise NotImplementedError(

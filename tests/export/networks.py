@@ -14,17 +14,20 @@ _B0 = {"width": (32, 48, 64, 96), "depth": (1, 1, 2, 1)}
 _SMALL = {"depth": (2, 2), "width": (64, 128), "stage_strides": (1, 2)}
 # By the name that a test shows: model, fields of its variant, side of the images (odd ones cut windows at the edge).
 NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
-  "nfnet": ("nfnet_tiny", {}, 32),
-  "nfnet at an odd size": ("nfnet_tiny", {"depth": (1, 1, 1, 1)}, 37),
-  "nfnet with remat": ("nfnet_tiny", {"depth": (1, 1, 1, 1), "remat": True, "activation": "gelu_erf"}, 16),
-  "nfnet_l0": ("nfnet_l0", _L0, 64),
-  "eca_nfnet_l0": ("eca_nfnet_l0", _L0, 48),
-  "nf_resnet": ("nf_resnet_tiny", {}, 32),
+  "nfnet": ("nfnet_tiny", {"depth": (1, 1, 1, 1)}, 37),
+  "nfnet with remat": (
+    "nfnet_tiny",
+    {"depth": (1, 1), "width": (32, 64), "stage_strides": (1, 2), "remat": True, "activation": "gelu_erf"},
+    16,
+  ),
+  "nfnet_l0": ("nfnet_l0", _L0, 32),
+  "eca_nfnet_l0": ("eca_nfnet_l0", _L0, 32),
+  "nf_resnet": ("nf_resnet_tiny", _SMALL, 32),
   "nf_resnet with ELU": ("nf_resnet_tiny", {**_SMALL, "activation": "elu"}, 16),
   "nf_seresnet": ("nf_seresnet26", {**_SMALL, "stem_pool": True}, 32),
   "nf_ecaresnet": ("nf_ecaresnet26", _SMALL, 32),
-  "nf_regnet": ("nf_regnet_b0", _B0, 64),
-  "resnet, batch": ("resnet_tiny", {}, 32),
+  "nf_regnet": ("nf_regnet_b0", _B0, 32),
+  "resnet, batch": ("resnet_tiny", _SMALL, 32),
   "resnet, group": ("resnet_tiny", {**_SMALL, "norm": "group"}, 16),
   "resnet, layer": ("resnet_tiny", {**_SMALL, "norm": "layer"}, 16),
   "resnet, none": ("resnet_tiny", {**_SMALL, "norm": "none", "stem_pool": True}, 32),

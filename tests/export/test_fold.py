@@ -35,7 +35,7 @@ def test_the_logits_stay_and_operations_go(name):
 def test_a_network_without_gates_is_convolutions_biases_activations_and_sums_alone():
   _, _, _, folded = both("nf_resnet")
   counts = collections.Counter(node.op for node in folded.operations())
-  convolutions, blocks = 6 * 3 + 3 + 1, 6
+  convolutions, blocks = 4 * 3 + 2 + 1, 4
   assert counts == {
     "conv_general_dilated": convolutions,
     "add": convolutions + blocks + 1,  # a bias each, the sums of the branches, and the classifier's bias
@@ -55,8 +55,8 @@ def test_a_gate_takes_the_scales_of_its_branch():
 def test_batch_norm_vanishes_in_the_convolution_that_it_follows():
   _, _, _, folded = both("resnet, batch")
   counts = collections.Counter(node.op for node in folded.operations())
-  # What is left: norm0 of six blocks but the first's, and the last norm, which read sums; the stem's convolution takes the first.
-  assert counts["mul"] <= 7 and counts["rsqrt"] == 0
+  # What is left: the first norm of each block but the first, and the last norm, which read sums.
+  assert counts["mul"] == 4 and counts["rsqrt"] == 0
 
 
 def test_a_skip_gain_of_zero_and_shared_values_stay_right():
