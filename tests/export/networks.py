@@ -1,13 +1,19 @@
 """Small networks of every family with weights that hide nothing: no gain is one, no bias and no skip gain zero."""
 
+import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from nfnets import models
+from nfnets.agc import named_leaves
+from nfnets.config import Config, DataConfig, ModelConfig
 
 _L0 = {"width": (32, 64, 128, 128), "group_width": 16, "stem_width": (8, 12, 16), "stem_features": 16, "depth": (1, 1, 1, 1)}
 _B0 = {"width": (32, 48, 64, 96), "depth": (1, 1, 2, 1)}
@@ -61,3 +67,18 @@ def images(size: int, batch: int = 2, seed: int = 1) -> np.ndarray:
 def difference(got: Any, expected: Any) -> float:
   """The largest difference, relative to the largest expected value."""
   return float(np.abs(np.asarray(got, np.float64) - expected).max() / np.abs(np.asarray(expected)).max())
+
+
+def write_weights(path: pathlib.Path, name: str = "nf_resnet", **data: Any) -> models.Network:
+  """Writes the network as `launch.checkpoint export` does, for ten classes named "class 0" and so on; returns it."""
+  network, size = make(name)
+  model, overrides, _ = NETWORKS[name]
+  config = Config(
+    model=ModelConfig(name=model, overrides=overrides), data=DataConfig(name="digits", test_image_size=size, **data)
+  )
+  facts = {"config": dataclasses.asdict(config), "num_classes": 10, "class_names": [f"class {label}" for label in range(10)]}
+  leaves = named_leaves(nnx.state(network, nnx.Any(nnx.Param, nnx.BatchStat)))
+  arrays = {name: np.asarray(leaf) for name, leaf, _ in leaves}
+  metadata = {"format": "nfnets", **{name: json.dumps(fact) for name, fact in facts.items()}}
+  safetensors.numpy.save_file(arrays, path, metadata)
+  return network
