@@ -61,8 +61,7 @@ def model(program: Program, about: dict[str, Any], *, nchw: bool = False) -> onn
   Raises:
     UserError: the network has an operation that this writer does not know, or is larger than ONNX's 2 GB.
   """
-  weights = sum(node.constant.nbytes for node in program.nodes() if node.constant is not None)
-  if weights > LIMIT:
+  if (weights := program.weights_bytes()) > LIMIT:
     raise UserError(f"--to=onnx: the weights take {weights:,} bytes, an ONNX file holds {LIMIT:,}; expected --to=stablehlo")
   writer = _Writer(program, nchw)
   height, width, channels = program.input.shape[1:]

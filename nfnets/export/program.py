@@ -93,6 +93,10 @@ class Program:
     """The values that an operation computes each time the program runs; which platform it runs on is no computation."""
     return [node for node in self.nodes() if node.primitive is not None and node.op != "platform_index"]
 
+  def weights_bytes(self) -> int:
+    """The bytes of all constants."""
+    return sum(node.constant.nbytes for node in self.nodes() if node.constant is not None)
+
   def __call__(self, images: Array) -> Array:
     """Runs the program; under jit or export it is traced as any JAX function. `images` have the traced shape and dtype."""
     values: dict[Node, Any] = {self.input: images}

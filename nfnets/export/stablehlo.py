@@ -14,8 +14,11 @@ import jax
 from jax import export
 
 from nfnets import files
+from nfnets.errors import UserError
+from nfnets.export.program import Program
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+LIMIT = 2**31 - 1  # bytes of a flatbuffer, which the program with its weights is
 
 
 def symbolic_shape(size: int) -> tuple[Any, ...]:
@@ -23,19 +26,20 @@ def symbolic_shape(size: int) -> tuple[Any, ...]:
   return (*export.symbolic_shape("batch"), size, size, 3)
 
 
-def write(
-  path: pathlib.Path, program: Callable[[jax.Array], jax.Array], shape: tuple[Any, ...], dtype: Any, about: dict[str, Any]
-) -> None:
+def write(path: pathlib.Path, program: Program, shape: tuple[Any, ...], dtype: Any, about: dict[str, Any]) -> None:
   """Writes the file, whole or not at all.
 
   Args:
     path: the file; another one there is replaced.
-    program: from images to logits.
+    program: traced with this shape and dtype.
     shape, dtype: of the images.
     about: becomes about.json.
 
-  Raises OSError.
+  Raises:
+    UserError: the weights are larger than the format holds. OSError: the file cannot be written.
   """
+  if (weights := program.weights_bytes()) > LIMIT:
+    raise UserError(f"--to=stablehlo: the weights take {weights:,} bytes, the format holds {LIMIT:,}; expected --dtype=bfloat16")
   exported = export.export(jax.jit(program), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, dtype))
   serialized = exported.serialize()
   with files.whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -33,6 +33,7 @@ def test_jax_computes_the_networks_logits(name, dtype, tmp_path):
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
   file = tmp_path / "network.zip"
   file.write_text("old")
-  with pytest.raises(TypeError):
-    stablehlo.write(file, lambda images: images * 2, (1, 2), jnp.float32, {"model": object()})
+  double = program.trace(lambda _, images: images * 2, {}, (1, 2))
+  with pytest.raises(TypeError, match="not JSON serializable"):
+    stablehlo.write(file, double, (1, 2), jnp.float32, {"model": object()})
   assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]

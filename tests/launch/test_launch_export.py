@@ -52,7 +52,8 @@ def test_onnx_runs_by_the_lines_in_readme(weights, tmp_path, monkeypatch, capsys
   arguments = (f"--weights={weights}", "--to=onnx", "--uint8", f"--out={tmp_path / 'digits.onnx'}", "--check")
   status, out, _ = call(monkeypatch, capsys, *arguments)
   assert status == 0 and "opset 17" in out and "check: largest difference" in out
-  assert run_readme("onnxruntime.InferenceSession", tmp_path, "onnxruntime") == photo(weights, tmp_path)
+  expected = photo(weights, tmp_path)
+  assert run_readme("onnxruntime.InferenceSession", tmp_path, "onnxruntime") == expected
 
 
 @pytest.mark.parametrize("options", [("--fold", "--check", "--bench"), ("--dtype=bfloat16", "--fold"), ()], ids=str)
@@ -64,7 +65,8 @@ def test_stablehlo_runs_by_the_lines_in_readme(weights, tmp_path, monkeypatch, c
   assert status == 0 and ("after folding" in out) == ("--bench" in options)
   about = json.loads(zipfile.ZipFile(file).read("about.json"))
   assert about["class_names"][3] == "class 3" and about["preprocessing"]["size"] == 32
-  assert run_readme("jax.export.deserialize", tmp_path, "jax") == photo(weights, tmp_path)
+  expected = photo(weights, tmp_path)
+  assert run_readme("jax.export.deserialize", tmp_path, "jax") == expected
 
 
 def test_safetensors_give_the_same_network(weights, tmp_path, monkeypatch, capsys):
