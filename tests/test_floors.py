@@ -28,6 +28,7 @@ MAY_IMPORT = {
   "nfnets.data.tools": (*BASE, "nfnets.config", "nfnets.data"),
   "nfnets.data": (),
   "nfnets.weights": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models"),
+  "nfnets.export": (*BASE, "nfnets.models"),
   "nfnets.train.step": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.models", "nfnets.optim"),
   "nfnets.train.checkpoints": (*BASE, "nfnets", "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),
   "nfnets.train.logs": (*BASE, "nfnets.agc", "nfnets.config", "nfnets.distributed", "nfnets.train.step"),

@@ -95,8 +95,16 @@ def test_requirements_agree_with_pyproject():
   lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
   required = {line for line in lines if line and not line.startswith("#")}
   extras = project["optional-dependencies"]
-  assert set(extras) == {"train", "s3", "gcs", "peers", "dev"}  # gcs and peers (TensorFlow) are not in requirements.txt
-  assert required == set(project["dependencies"]).union(*(extras[name] for name in ("train", "s3", "dev")))
+  assert set(extras) == {
+    "train",
+    "export",
+    "onnx",
+    "s3",
+    "gcs",
+    "peers",
+    "dev",
+  }  # gcs, onnx and peers (TensorFlow) are not in requirements.txt
+  assert required == set(project["dependencies"]).union(*(extras[name] for name in ("train", "export", "s3", "dev")))
 
 
 def tracked() -> list[str]:

@@ -298,7 +298,7 @@ class EfficientChannelAttention(nnx.Module):
     mixed = jax.lax.conv_general_dilated(
       mean, self.kernel[...].astype(x.dtype), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
     )
-    return jax.nn.sigmoid(mixed)[:, None, None, :, 0]
+    return jax.nn.sigmoid(mixed.squeeze(2))[:, None, None, :]
 
 
 # ---- randomness
