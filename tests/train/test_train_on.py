@@ -8,7 +8,7 @@ from PIL import Image
 from configs import finetune
 from nfnets.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig
 from nfnets.train import loop
-from nfnets.train.initial import read_weights
+from nfnets.train.initial import initial_network, read_weights
 
 MODEL = ModelConfig(name="nf_resnet_tiny", overrides={"width": (16, 16), "depth": (1, 1), "stage_strides": (1, 2)})
 OPTIM = OptimConfig(base_lr=0.4, warmup_epochs=0.25, ema_decay=0.9)
@@ -50,3 +50,16 @@ def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(tmp_path)
   result = loop.train(config, str(tmp_path / "second"))
   assert result.results["params"]["top1"] == 1.0
   assert read_weights(tmp_path / "second").class_names == ("blue", "red")
+
+
+def test_images_on_another_scale_than_the_weights_were_trained_on_are_said(tmp_path):
+  first = str(tmp_path / "first")
+  loop.train(BASE, first)
+  said = []
+  same = dataclasses.replace(BASE, init=InitConfig(weights=first))
+  initial_network(same, 10, said.append)
+  assert len(said) == 1 and "begins with the weights" in said[0]
+  initial_network(dataclasses.replace(same, data=DataConfig(name="digits", std=(1.0, 2.0, 3.0))), 10, said.append)
+  assert (
+    "this run has mean (123.675, 116.28, 103.53) and std (1.0, 2.0, 3.0): set config.data.mean and config.data.std" in said[-1]
+  )
