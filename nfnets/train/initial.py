@@ -41,6 +41,12 @@ def initial_network(config: Config, num_classes: int, say: Callable[[str], None]
   wanted = {name: branch for name, branch in state.items() if not (config.init.new_head and f"{name}/" == HEAD)}
   nnx.update(network, fill(nnx.State(wanted), arrays, stored.source))
   say(f"begins with the weights {stored.source}{', and a new classifier' if config.init.new_head else ''}")
+  theirs, ours = ((tuple(data.mean), tuple(data.std)) for data in (stored.preprocessing or stored.config.data, config.data))
+  if theirs != ours:
+    say(
+      f"{stored.source} was trained on images normalised with mean {theirs[0]} and std {theirs[1]}, this run has mean {ours[0]} "
+      f"and std {ours[1]}: set config.data.mean and config.data.std as they were, unless another scale is meant"
+    )
   return network
 
 

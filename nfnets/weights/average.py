@@ -55,6 +55,10 @@ def _check_same(first: Stored, part: Stored) -> None:
   problems = [f"{name} is {others.get(name, 'missing')}, expected {shapes.get(name, 'none')}" for name in differing]
   before, after = _facts(first), _facts(part)
   problems += [f"{name} is {after[name]!r}, expected {before[name]!r}" for name in before if before[name] != after.get(name)]
+  names = list(zip(first.class_names, part.class_names, strict=False))  # either may be unknown
+  problems += [
+    f"class {label} is {got!r}, expected {expected!r}" for label, (expected, got) in enumerate(names) if got != expected
+  ]
   if problems:
     more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise WeightsError(f"{part.source} does not fit {first.source}, so they have no average: {'; '.join(problems[:3])}{more}")
@@ -67,7 +71,6 @@ def _facts(stored: Stored) -> dict[str, Any]:
   return {
     **{f"the network's {name}": value for name, value in row.items() if name not in _TRAINING_ONLY},
     "the number of classes": stored.num_classes,
-    "the names of the classes": stored.class_names,
     "config.loss": stored.config.loss,
     "config.data.mean": tuple(data.mean),
     "config.data.std": tuple(data.std),

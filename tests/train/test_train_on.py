@@ -2,13 +2,18 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+from flax import nnx
 from PIL import Image
 
 from configs import finetune
+from nfnets import optim
 from nfnets.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig
 from nfnets.train import loop
-from nfnets.train.initial import read_weights
+from nfnets.train.initial import initial_network, read_weights
+from nfnets.train.step.state import build_network, init_state, split_network
+from nfnets.train.step.step import make_train_step
 
 MODEL = ModelConfig(name="nf_resnet_tiny", overrides={"width": (16, 16), "depth": (1, 1), "stage_strides": (1, 2)})
 OPTIM = OptimConfig(base_lr=0.4, warmup_epochs=0.25, ema_decay=0.9)
@@ -19,8 +24,8 @@ def test_frozen_layers_keep_their_bits_through_a_resume(tmp_path):
   first, second = str(tmp_path / "first"), str(tmp_path / "second")
   loop.train(BASE, first)
   # with SAM, whose ascent must leave them where they are too
-  optim = dataclasses.replace(OPTIM, frozen=("^stem/", "^blocks/0/"), layer_decay=0.5, weight_decay=0.1, sam_rho=0.05)
-  config = dataclasses.replace(BASE, optim=optim, init=InitConfig(weights=first, new_head=True), seed=1)
+  slower = dataclasses.replace(OPTIM, frozen=("^stem/", "^blocks/0/"), layer_decay=0.5, weight_decay=0.1, sam_rho=0.05)
+  config = dataclasses.replace(BASE, optim=slower, init=InitConfig(weights=first, new_head=True), seed=1)
   loop.train(config, second)
   loop.train(dataclasses.replace(config, epochs=2), second)
   source = read_weights(first).arrays
@@ -50,3 +55,33 @@ def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(tmp_path)
   result = loop.train(config, str(tmp_path / "second"))
   assert result.results["params"]["top1"] == 1.0
   assert read_weights(tmp_path / "second").class_names == ("blue", "red")
+
+
+def test_images_on_another_scale_than_the_weights_were_trained_on_are_said(tmp_path):
+  first = str(tmp_path / "first")
+  loop.train(BASE, first)
+  said = []
+  same = dataclasses.replace(BASE, init=InitConfig(weights=first))
+  initial_network(same, 10, said.append)
+  assert len(said) == 1 and "begins with the weights" in said[0]
+  initial_network(dataclasses.replace(same, data=DataConfig(name="digits", std=(1.0, 2.0, 3.0))), 10, said.append)
+  assert (
+    "this run has mean (123.675, 116.28, 103.53) and std (1.0, 2.0, 3.0): set config.data.mean and config.data.std" in said[-1]
+  )
+
+
+def test_what_is_frozen_costs_no_backward_pass_and_no_moments():
+  """Counted by XLA in the compiled step: a backward pass is two thirds of its operations."""
+
+  def cost(frozen):
+    config = dataclasses.replace(BASE, batch=8, optim=dataclasses.replace(OPTIM, frozen=frozen))
+    graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, 10)))
+    optimizer = optim.make_optimizer(config.optim, params, batch=8, steps_per_epoch=10, total_steps=100)
+    state = jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
+    batch = {"image": jax.ShapeDtypeStruct((8, 32, 32, 3), np.uint8), "label": jax.ShapeDtypeStruct((8,), np.int32)}
+    compiled = jax.jit(make_train_step(config, graph, optimizer)).lower(state, batch).compile()
+    return compiled.cost_analysis()["flops"], sum(x.size for x in jax.tree.leaves(state.opt_state))
+
+  (all_flops, _), (head_flops, head_numbers) = cost(()), cost(("^(?!fc/)",))
+  assert head_flops < 0.4 * all_flops
+  assert head_numbers == 16 * 10 + 10 + 1  # the classifier's momentum, and the count of updates

@@ -78,7 +78,7 @@ def with_config(**changes):
     (with_array("more", np.zeros(2, np.float32)), r"more is \(2,\), expected none"),
     (with_array("fc/bias", np.full(4, np.nan, np.float32)), "part 1: fc/bias has values that are not finite"),
     (stored(1, num_classes=5, class_names=()), "the number of classes is 5, expected 4"),
-    (stored(1, class_names=tuple("abdc")), "the names of the classes is "),
+    (stored(1, class_names=tuple("abdc")), "class 2 is 'd', expected 'c'; class 3 is 'c', expected 'd'$"),
     (with_config(loss="sigmoid"), "config.loss is 'sigmoid', expected 'softmax'"),
     (with_config(data=DataConfig(mean=(1.0, 2.0, 3.0))), r"config.data.mean is \(1.0, 2.0, 3.0\)"),
     (
