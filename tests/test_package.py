@@ -98,6 +98,7 @@ def test_requirements_agree_with_pyproject():
   assert set(extras) == {
     "train",
     "export",
+    "hub",
     "onnx",
     "s3",
     "gcs",
