@@ -52,7 +52,7 @@ def test_timms_weights_go_there_and_back_and_open_anywhere(tmp_path, monkeypatch
   for folder in ("ours", "back"):
     assert metadata["source_sha256"] in (tmp_path / "ours" / "README.md").read_text()
     assert str(tmp_path) not in (tmp_path / folder / "README.md").read_text()
-  probabilities = predict.load(tmp_path / "ours" / "model.safetensors")([np.zeros((170, 190, 3), np.uint8)])
+  probabilities = predict.load(tmp_path / "ours")([np.zeros((170, 190, 3), np.uint8)])
   np.testing.assert_array_equal(probabilities, predict.load(source)([np.zeros((170, 190, 3), np.uint8)]))
 
 
