@@ -95,7 +95,14 @@ def test_requirements_agree_with_pyproject():
   lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
   required = {line for line in lines if line and not line.startswith("#")}
   extras = project["optional-dependencies"]
-  assert set(extras) == {"train", "s3", "gcs", "peers", "dev"}  # gcs and peers (TensorFlow) are not in requirements.txt
+  assert set(extras) == {
+    "train",
+    "s3",
+    "gcs",
+    "hub",
+    "peers",
+    "dev",
+  }  # gcs, hub and peers (TensorFlow) are not in requirements.txt
   assert required == set(project["dependencies"]).union(*(extras[name] for name in ("train", "s3", "dev")))
 
 

@@ -66,7 +66,8 @@ MODULES = {"nfnet_f0": 94, "nf_resnet50": 70, "nf_regnet_b0": 103, "skipinit_res
 def arrays_of(name: str, num_classes: int = 10) -> dict[str, np.ndarray]:
   state = nnx.state(nnx.eval_shape(lambda: models.create(name, num_classes)), nnx.Any(nnx.Param, nnx.BatchStat))
   return {
-    path: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + i for i, (path, leaf, _) in enumerate(named_leaves(state))
+    path: np.arange(i, i + leaf.size, dtype=np.float32).reshape(leaf.shape)
+    for i, (path, leaf, _) in enumerate(named_leaves(state))
   }
 
 
