@@ -90,6 +90,8 @@ def read_config(name: str, **overrides):
     ("nf_resnet50", {}, "timm"),
     ("nfnet_f7", {}, "timm"),
     ("nfnet_f0+", {}, "timm"),
+    ("nfnet_f0", {"activation": "silu"}, "timm"),
+    ("nfnet_f0", {"activation": "silu", "dialect": "timm_dm"}, "haiku"),
     ("nf_regnet_b6", {"dialect": "timm"}, "timm"),
     ("resnet50", {}, "timm"),
     ("nf_resnet50", {"dialect": "timm"}, "haiku"),
