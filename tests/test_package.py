@@ -104,7 +104,7 @@ def test_requirements_agree_with_pyproject():
     "gcs",
     "peers",
     "dev",
-  }  # gcs, onnx and peers (TensorFlow) are not in requirements.txt
+  }  # gcs, hub, onnx and peers (TensorFlow) are not in requirements.txt
   assert required == set(project["dependencies"]).union(*(extras[name] for name in ("train", "export", "s3", "dev")))
 
 

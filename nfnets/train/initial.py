@@ -18,6 +18,8 @@ from nfnets.weights.reader import read
 from nfnets.weights.remote import local
 from nfnets.weights.stored import Stored
 
+CONVERTED = ("model.safetensors", "model.npz")  # what a folder that `launch.convert` wrote, or the hub, holds
+
 
 def initial_network(config: Config, num_classes: int, say: Callable[[str], None]) -> models.Network:
   """Makes the network with the weights that `config.init` asks for; all processes of a run call it together.
@@ -54,8 +56,8 @@ def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, 
   """Reads the weights of a network, and what belongs to them.
 
   Args:
-    source: a file of weights (see nfnets.weights.reader), hf://OWNER/NAME or a published file's address (see
-      nfnets.weights.remote), a workdir, or WORKDIR/checkpoints/STEP.
+    source: a file of weights (see nfnets.weights.reader), a folder of `launch.convert`, hf://OWNER/NAME or a
+      published file's address (see nfnets.weights.remote), a workdir, or WORKDIR/checkpoints/STEP.
     weights: of a run, "params" or "ema"; None takes the average where it was kept.
     best: of a workdir, the best step by the run's own evaluations instead of the newest.
 
@@ -65,6 +67,7 @@ def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, 
   path = pathlib.Path(local(source))
   if not path.exists():
     raise WeightsError(f"{path} is not there; expected a file of weights, a workdir, or WORKDIR/checkpoints/STEP")
+  path = next((path / name for name in CONVERTED if (path / name).is_file()), path)
   if not path.is_dir():
     if weights is not None or best:
       raise WeightsError(f"{path} is one file of weights; weights={weights!r} and best={best} choose among those of a run")

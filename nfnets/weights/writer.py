@@ -62,7 +62,7 @@ def convert(stored: Stored, framework: str) -> Converted:
   dialect = getattr(row, "dialect", "official")
   wanted = {"timm": "timm_dm", "haiku": "official"}[framework]
   remark = ""
-  if {dialect, wanted} == {"official", "timm_dm"} and model.name.startswith("nfnet_f"):
+  if {dialect, wanted} == {"official", "timm_dm"} and getattr(row, "activation", "").startswith("gelu"):
     gelu = "gelu_erf" if framework == "timm" else "gelu"
     row = models.variant(model.name, **{**model.all_overrides(), "dialect": wanted, "activation": gelu})
     remark = (

@@ -52,7 +52,7 @@ def test_timms_weights_go_there_and_back_and_open_anywhere(tmp_path, monkeypatch
   for folder in ("ours", "back"):
     assert metadata["source_sha256"] in (tmp_path / "ours" / "README.md").read_text()
     assert str(tmp_path) not in (tmp_path / folder / "README.md").read_text()
-  probabilities = predict.load(tmp_path / "ours" / "model.safetensors")([np.zeros((170, 190, 3), np.uint8)])
+  probabilities = predict.load(tmp_path / "ours")([np.zeros((170, 190, 3), np.uint8)])
   np.testing.assert_array_equal(probabilities, predict.load(source)([np.zeros((170, 190, 3), np.uint8)]))
 
 
@@ -90,6 +90,8 @@ def read_config(name: str, **overrides):
     ("nf_resnet50", {}, "timm"),
     ("nfnet_f7", {}, "timm"),
     ("nfnet_f0+", {}, "timm"),
+    ("nfnet_f0", {"activation": "silu"}, "timm"),
+    ("nfnet_f0", {"activation": "silu", "dialect": "timm_dm"}, "haiku"),
     ("nf_regnet_b6", {"dialect": "timm"}, "timm"),
     ("resnet50", {}, "timm"),
     ("nf_resnet50", {"dialect": "timm"}, "haiku"),

@@ -1,5 +1,6 @@
 """Haiku's names and ours: one list of theirs for each family, and the way there and back, equal to the bit."""
 
+import hashlib
 import pickle
 
 import numpy as np
@@ -65,7 +66,8 @@ MODULES = {"nfnet_f0": 94, "nf_resnet50": 70, "nf_regnet_b0": 103, "skipinit_res
 def arrays_of(name: str, num_classes: int = 10) -> dict[str, np.ndarray]:
   state = nnx.state(nnx.eval_shape(lambda: models.create(name, num_classes)), nnx.Any(nnx.Param, nnx.BatchStat))
   return {
-    path: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + i for i, (path, leaf, _) in enumerate(named_leaves(state))
+    path: np.arange(i, i + leaf.size, dtype=np.float32).reshape(leaf.shape)
+    for i, (path, leaf, _) in enumerate(named_leaves(state))
   }
 
 
@@ -91,6 +93,13 @@ def test_outputs_of_haikus_weights_are_the_releases(tmp_path):
   expected = golden.load("nf_regnet_b0")
   logits = nnx.jit(lambda network, images: network(images))(build(read(tmp_path / "x.npz")), golden.images(72))
   assert np.linalg.norm(logits - expected["logits"]) < 1e-4 * np.linalg.norm(expected["logits"])
+
+
+def test_a_published_file_is_named(tmp_path, monkeypatch):
+  content = pickle.dumps(haiku.to_theirs(arrays_of("nf_resnet26", 3), "NF_ResNet"))
+  monkeypatch.setitem(haiku.PUBLISHED, hashlib.md5(content, usedforsecurity=False).hexdigest(), "nfnet_f3")
+  (tmp_path / "x.npz").write_bytes(content)
+  assert read(tmp_path / "x.npz").source.endswith("x.npz (the published nfnet_f3, by its MD5 sum)")
 
 
 def tiny() -> dict[str, np.ndarray]:

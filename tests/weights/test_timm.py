@@ -1,6 +1,7 @@
 """timm's names, layout and arithmetic against timm itself: golden/README.md says how tests/golden/timm.npz was computed."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -27,8 +28,7 @@ def theirs(name: str) -> dict[str, tuple[int, ...]]:
 
 def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
   return {
-    key: (np.arange(np.prod(shape, dtype=int), dtype=np.float32) + i).reshape(shape)
-    for i, (key, shape) in enumerate(shapes.items())
+    key: np.arange(i, i + math.prod(shape), dtype=np.float32).reshape(shape) for i, (key, shape) in enumerate(shapes.items())
   }
 
 
