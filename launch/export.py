@@ -172,7 +172,7 @@ class Job:
     else:
       from nfnets.export import stablehlo
 
-      _write(self.out, lambda: stablehlo.write(self.out, chosen, self.shape, whole.input.dtype, self.about))
+      _write(self.out, lambda: stablehlo.write(self.out, chosen, self.about))
       detail = f"StableHLO for {', '.join(stablehlo.PLATFORMS)}"
     counts = f"{len(whole.operations()):,} operations"
     if chosen is not whole:

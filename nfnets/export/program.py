@@ -94,8 +94,8 @@ class Program:
     return [node for node in self.nodes() if node.primitive is not None and node.op != "platform_index"]
 
   def weights_bytes(self) -> int:
-    """The bytes of all constants."""
-    return sum(node.constant.nbytes for node in self.nodes() if node.constant is not None)
+    """The bytes of all constants, in the program's dtypes."""
+    return sum(node.constant.size * jnp.dtype(node.dtype).itemsize for node in self.nodes() if node.constant is not None)
 
   def __call__(self, images: Array) -> Array:
     """Runs the program; under jit or export it is traced as any JAX function. `images` have the traced shape and dtype."""
@@ -118,14 +118,12 @@ def trace(fn: Callable[[Any, Array], Array], parameters: Any, shape: tuple[Any, 
     shape: of the images; the batch may be symbolic (`jax.export.symbolic_shape`).
     dtype: of the images.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(parameters)
+  named = lambda path: jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")  # of an nnx.Variable
   closed = jax.make_jaxpr(fn)(parameters, jax.ShapeDtypeStruct(shape, dtype))
   images = Node(shape=shape, dtype=jnp.dtype(dtype))
   constants = [
-    Node(
-      shape=leaf.shape, dtype=leaf.dtype, constant=np.asarray(leaf), name=jax.tree_util.keystr(path, simple=True, separator="/")
-    )
-    for path, leaf in leaves
+    Node(shape=leaf.shape, dtype=leaf.dtype, constant=np.asarray(leaf), name=named(path))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters)
   ]
   (output,) = _inline(closed, [*constants, images])
   return Program(images, output)

@@ -26,13 +26,12 @@ def symbolic_shape(size: int) -> tuple[Any, ...]:
   return (*export.symbolic_shape("batch"), size, size, 3)
 
 
-def write(path: pathlib.Path, program: Program, shape: tuple[Any, ...], dtype: Any, about: dict[str, Any]) -> None:
+def write(path: pathlib.Path, program: Program, about: dict[str, Any]) -> None:
   """Writes the file, whole or not at all.
 
   Args:
     path: the file; another one there is replaced.
-    program: traced with this shape and dtype.
-    shape, dtype: of the images.
+    program: from images to logits.
     about: becomes about.json.
 
   Raises:
@@ -40,7 +39,8 @@ def write(path: pathlib.Path, program: Program, shape: tuple[Any, ...], dtype: A
   """
   if (weights := program.weights_bytes()) > LIMIT:
     raise UserError(f"--to=stablehlo: the weights take {weights:,} bytes, the format holds {LIMIT:,}; expected --dtype=bfloat16")
-  exported = export.export(jax.jit(program), platforms=PLATFORMS)(jax.ShapeDtypeStruct(shape, dtype))
+  images = jax.ShapeDtypeStruct(program.input.shape, program.input.dtype)
+  exported = export.export(jax.jit(program), platforms=PLATFORMS)(images)
   serialized = exported.serialize()
   with files.whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
     archive.writestr("program", bytes(serialized))

@@ -4,7 +4,6 @@ import json
 import zipfile
 
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -20,7 +19,7 @@ pytest.importorskip("flatbuffers")
 def test_jax_computes_the_networks_logits(name, dtype, tmp_path):
   network, size = networks.make(name, dtype=dtype)
   shape, file = stablehlo.symbolic_shape(size), tmp_path / "network.zip"
-  stablehlo.write(file, fold(program.of_network(network, shape)), shape, jnp.float32, {"model": name})
+  stablehlo.write(file, fold(program.of_network(network, shape)), {"model": name})
   with zipfile.ZipFile(file) as archive:
     assert json.loads(archive.read("about.json")) == {"model": name}
     exported = jax.jit(jax.export.deserialize(bytearray(archive.read("program"))).call)
@@ -35,5 +34,5 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
   file.write_text("old")
   double = program.trace(lambda _, images: images * 2, {}, (1, 2))
   with pytest.raises(TypeError, match="not JSON serializable"):
-    stablehlo.write(file, double, (1, 2), jnp.float32, {"model": object()})
+    stablehlo.write(file, double, {"model": object()})
   assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
