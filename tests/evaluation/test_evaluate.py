@@ -17,14 +17,14 @@ from nfnets.evaluation import evaluate, protocol, report
 from nfnets.evaluation.published import published
 from nfnets.train.step import sharding
 from nfnets.weights.errors import WeightsError
-from nfnets.weights.stored import read_safetensors
+from nfnets.weights.reader import read
 from tests.evaluation.made import SQUASHED, write_pictures, write_weights
 
 AS_THE_WEIGHTS = protocol.Overrides()
 
 
 def evaluated(path, images=None, overrides=AS_THE_WEIGHTS, **more):
-  return evaluate.evaluate_weights(read_safetensors(path), images, overrides, say=lambda line: None, **more)
+  return evaluate.evaluate_weights(read(path), images, overrides, say=lambda line: None, **more)
 
 
 @pytest.mark.parametrize("devices, batch", [(8, 64), (3, 77), (1, 1000)])
@@ -57,7 +57,7 @@ def test_flips_average_the_logits_of_both(tmp_path):
 
 
 def test_the_protocol_is_the_weights_unless_overridden(tmp_path):
-  stored = read_safetensors(write_weights(tmp_path / "x.safetensors", preprocessing=SQUASHED))
+  stored = read(write_weights(tmp_path / "x.safetensors", preprocessing=SQUASHED))
   folder = DataConfig(name="folder", dir="somewhere", test_split="val", test_crop="crop", test_image_size=99, max_corrupt=0.5)
   data = protocol.data_config(stored, folder, AS_THE_WEIGHTS)
   assert (data.dir, data.test_split, data.max_corrupt) == ("somewhere", "val", 0.5)
@@ -69,7 +69,7 @@ def test_the_protocol_is_the_weights_unless_overridden(tmp_path):
 
 
 def test_a_protocol_that_cannot_be_is_one_line(tmp_path):
-  stored = read_safetensors(write_weights(tmp_path / "x.safetensors"))
+  stored = read(write_weights(tmp_path / "x.safetensors"))
   for overrides, message in (
     (protocol.Overrides(resolution=24), "takes images as they are stored"),
     (protocol.Overrides(crop="squash"), "says no size; expected --resolution=N"),
@@ -77,7 +77,7 @@ def test_a_protocol_that_cannot_be_is_one_line(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       protocol.data_config(stored, None, overrides)
-  huge = read_safetensors(write_weights(tmp_path / "y.safetensors", preprocessing={**SQUASHED, "size": 10**6}))
+  huge = read(write_weights(tmp_path / "y.safetensors", preprocessing={**SQUASHED, "size": 10**6}))
   with pytest.raises(WeightsError, match="1,000,000 pixels a side; expected 4,096 at most"):
     protocol.data_config(huge, None, AS_THE_WEIGHTS)
   with pytest.raises(UserError, match="no such directory"):

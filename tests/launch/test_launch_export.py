@@ -11,7 +11,7 @@ from PIL import Image
 
 from launch import cli, export
 from nfnets import predict
-from nfnets.weights.stored import read_safetensors
+from nfnets.weights.reader import read
 from tests.export import networks
 from tests.test_readme import block
 
@@ -72,7 +72,7 @@ def test_stablehlo_runs_by_the_lines_in_readme(weights, tmp_path, monkeypatch, c
 def test_safetensors_give_the_same_network(weights, tmp_path, monkeypatch, capsys):
   out = tmp_path / "again.safetensors"
   assert call(monkeypatch, capsys, f"--weights={weights}", "--to=safetensors", f"--out={out}")[0] == 0
-  before, after = read_safetensors(weights), read_safetensors(out)
+  before, after = read(weights), read(out)
   assert after.config == before.config and after.class_names == before.class_names and after.preprocessing is not None
   assert after.preprocessing.test_image_size == 32
   np.testing.assert_equal(after.arrays, before.arrays)
