@@ -14,8 +14,7 @@ from tests.export import networks
 pytest.importorskip("flatbuffers")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["nfnet", "eca_nfnet_l0", "nf_regnet"])
+@pytest.mark.parametrize(("name", "dtype"), [("nfnet", "float32"), ("eca_nfnet_l0", "bfloat16"), ("nf_regnet", "float32")])
 def test_jax_computes_the_networks_logits(name, dtype, tmp_path):
   network, size = networks.make(name, dtype=dtype)
   shape, file = stablehlo.symbolic_shape(size), tmp_path / "network.zip"
