@@ -15,12 +15,13 @@ from nfnets import models
 from nfnets.agc import named_leaves
 from nfnets.config import Config, DataConfig, ModelConfig
 
-_L0 = {"width": (32, 64, 128, 128), "group_width": 16, "stem_width": (8, 12, 16), "stem_features": 16, "depth": (1, 1, 1, 1)}
-_B0 = {"width": (32, 48, 64, 96), "depth": (1, 1, 2, 1)}
+_TWO_STAGES = {"depth": (1, 1), "stage_strides": (1, 2)}
+_L0 = {**_TWO_STAGES, "width": (32, 64), "group_width": 16, "stem_width": (8, 12, 16), "stem_features": 16}
+_B0 = {"depth": (1, 2), "stage_strides": (1, 2), "width": (32, 48)}
 _SMALL = {"depth": (2, 2), "width": (64, 128), "stage_strides": (1, 2)}
 # By the name that a test shows: model, fields of its variant, side of the images (odd ones cut windows at the edge).
 NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
-  "nfnet": ("nfnet_tiny", {"depth": (1, 1, 1, 1)}, 37),
+  "nfnet": ("nfnet_tiny", {**_TWO_STAGES, "width": (32, 64)}, 37),
   "nfnet with remat": (
     "nfnet_tiny",
     {"depth": (1, 1), "width": (32, 64), "stage_strides": (1, 2), "remat": True, "activation": "gelu_erf"},
