@@ -89,6 +89,11 @@ def _kind(value: Any) -> str:
   return type(value).__name__.lstrip("_").lower()
 
 
+def _shown(name: Any) -> str:
+  """The beginning of a name, in letters that can be printed; the kind of what is no name."""
+  return ascii(name[:60])[1:-1] if isinstance(name, str) else _kind(name)
+
+
 def _finished(value: Any, left: list[int], depth: int) -> Any:
   """Puts arrays into the places of `_Array`, in at most four dictionaries one in the other.
 
@@ -209,7 +214,7 @@ class _Machine:
   # ---- names and what they do
   def name(self, module: Any, name: Any) -> None:
     if not (isinstance(module, str) and isinstance(name, str) and (module, name) in _MEANINGS):
-      raise WeightsError(f"it asks for {str(module)[:60]}.{str(name)[:60]}, which may be code; expected numpy arrays alone")
+      raise WeightsError(f"it asks for {_shown(module)}.{_shown(name)}, which may be code; expected numpy arrays alone")
     self.push(_Name(_MEANINGS[module, name]))
 
   def reduce(self) -> None:
