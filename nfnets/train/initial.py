@@ -13,7 +13,7 @@ from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.evaluate import saved_config
 from nfnets.train.step.state import build_network
 from nfnets.weights.errors import WeightsError
-from nfnets.weights.network import HEAD, fill
+from nfnets.weights.network import fill, headless, without_head
 from nfnets.weights.reader import read
 from nfnets.weights.remote import local
 from nfnets.weights.stored import Stored
@@ -31,17 +31,15 @@ def initial_network(config: Config, num_classes: int, say: Callable[[str], None]
   if not config.init.weights:
     return network
   stored = read_weights(config.init.weights)
-  arrays = stored.arrays
+  state, arrays = nnx.state(network, nnx.Any(nnx.Param, nnx.BatchStat)), stored.arrays
   if config.init.new_head:
-    arrays = {name: array for name, array in arrays.items() if not name.startswith(HEAD)}
+    state, arrays = without_head(state), headless(arrays)
   elif stored.num_classes != num_classes:
     raise WeightsError(
       f"config.init.weights={config.init.weights} has {stored.num_classes:,} classes, the dataset {num_classes:,}; "
       "expected as many, or config.init.new_head=True for a new classifier"
     )
-  state = nnx.state(network, nnx.Any(nnx.Param, nnx.BatchStat))
-  wanted = {name: branch for name, branch in state.items() if not (config.init.new_head and f"{name}/" == HEAD)}
-  nnx.update(network, fill(nnx.State(wanted), arrays, stored.source))
+  nnx.update(network, fill(state, arrays, stored.source))
   say(f"begins with the weights {stored.source}{', and a new classifier' if config.init.new_head else ''}")
   theirs, ours = ((tuple(data.mean), tuple(data.std)) for data in (stored.preprocessing or stored.config.data, config.data))
   if theirs != ours:

@@ -61,9 +61,20 @@ def build(stored: Stored, *, num_classes: int | None = None, dtype: Any = None, 
   if sum(models.variant(model.name, **overrides).depth) > len(arrays):
     raise WeightsError(f"{stored.source} has {len(arrays)} arrays, fewer than {model.name} has blocks")
   make = lambda: models.create(model.name, num_classes or stored.num_classes, rngs=rngs, dtype=dtype or model.dtype, **overrides)
-  network = nnx.eval_shape(make) if num_classes is None else make()
-  graph, state, others = nnx.split(network, nnx.Any(nnx.Param, nnx.BatchStat), ...)
-  if num_classes is not None:
-    head = {name: np.asarray(leaf) for name, leaf, _ in named_leaves(state) if name.startswith(HEAD)}
-    arrays = {**{name: array for name, array in arrays.items() if not name.startswith(HEAD)}, **head}
-  return nnx.merge(graph, fill(state, arrays, stored.source), others)
+  graph, state, others = nnx.split(nnx.eval_shape(make), nnx.Any(nnx.Param, nnx.BatchStat), ...)
+  if num_classes is None:
+    return nnx.merge(graph, fill(state, arrays, stored.source), others)
+  body = fill(without_head(state), headless(arrays), stored.source)  # before a network of that size is made
+  network = make()
+  nnx.update(network, body)
+  return network
+
+
+def without_head(state: nnx.State) -> nnx.State:
+  """The state of a network without that of its classifier."""
+  return nnx.State({name: branch for name, branch in state.items() if f"{name}/" != HEAD})
+
+
+def headless(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The arrays of a network without those of its classifier."""
+  return {name: array for name, array in arrays.items() if not name.startswith(HEAD)}
