@@ -13,8 +13,6 @@ average: writes the mean of the weights of several exports, workdirs or WORKDIR/
 (a model soup, or steps of one run); its metadata name them. It is read like an export.
 """
 
-import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -144,9 +142,9 @@ def export(values: flags.FlagValues, where: str) -> int:
   """Writes the network of a checkpoint to `--out`."""
   out = _out(values)
   from nfnets.config.text import from_json
-  from nfnets.train import resolve
   from nfnets.train.checkpoints import retention
   from nfnets.train.checkpoints.reader import CheckpointReader
+  from nfnets.weights.stored import Stored
 
   directory, _ = _steps(where)
   _, asked = retention.locate(where)
@@ -157,10 +155,15 @@ def export(values: flags.FlagValues, where: str) -> int:
   meta: dict[str, Any] = {**reader.meta(step), "metrics": reader.metrics(step)}
   weights = values.weights or ("ema" if meta["shapes"]["ema"] else "params")
   arrays = reader.restore_weights(step, weights)
-  facts = {name: meta[name] for name in ("step", "epoch", "num_classes", "config", "versions", "metrics", "commit")}
-  facts["class_names"] = meta["data"].get("class_names", [])
-  facts["preprocessing"] = resolve.preprocessing(from_json(meta["config"]))
-  _write(out, arrays, {"weights": weights, **facts}, f"{weights} of {reader.path(step)}")
+  stored = Stored(
+    source=f"{weights} of {reader.path(step)}",
+    arrays=arrays,
+    config=from_json(meta["config"]),
+    num_classes=meta["num_classes"],
+    class_names=tuple(meta["data"].get("class_names", ())),
+  )
+  facts = {name: meta[name] for name in ("step", "epoch", "versions", "metrics", "commit")}
+  _write(out, stored, {"weights": weights, **facts})
   return 0
 
 
@@ -171,23 +174,13 @@ def average(values: flags.FlagValues, *sources: str) -> int:
       f"average: expected two or more of: an export, a workdir, WORKDIR/checkpoints/STEP; got {' '.join(sources) or 'none'}"
     )
   out = _out(values)
-  from nfnets.train import resolve
-  from nfnets.train.checkpoints.compatibility import to_json, versions
+  from nfnets.train.checkpoints.compatibility import versions
   from nfnets.train.initial import read_weights
   from nfnets.weights.average import average
 
   mean = average(read_weights(source, weights=values.weights, best=values.best) for source in sources)
-  preprocessed = mean.config if mean.preprocessing is None else dataclasses.replace(mean.config, data=mean.preprocessing)
-  facts = {
-    "weights": "average",
-    "averaged": [str(source) for source in sources],
-    "num_classes": mean.num_classes,
-    "class_names": list(mean.class_names),
-    "config": to_json(mean.config),
-    "preprocessing": resolve.preprocessing(preprocessed),
-    "versions": versions(),
-  }
-  _write(out, mean.arrays, facts, mean.source)
+  facts = {"weights": "average", "averaged": [str(source) for source in sources], "versions": versions()}
+  _write(out, mean, facts)
   return 0
 
 
@@ -203,15 +196,14 @@ def _out(values: flags.FlagValues) -> pathlib.Path:
   return out
 
 
-def _write(out: pathlib.Path, arrays: dict[str, Any], facts: dict[str, Any], what: str) -> None:
-  """Writes arrays and what belongs to them as a safetensors file, and says so. what: words for the arrays."""
-  import safetensors.numpy
+def _write(out: pathlib.Path, stored: Any, facts: dict[str, Any]) -> None:
+  """Writes weights as a safetensors file, and says so. facts: what is known of them beside what all such files say."""
+  from nfnets.train import resolve
+  from nfnets.weights.stored import as_file, facts_of
 
-  texts = {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
-  write_file(out, safetensors.numpy.save(arrays, {"format": "nfnets", **texts}))
-  plain_console().print(
-    f"{out}: {what}, {len(arrays)} arrays, {sum(array.size for array in arrays.values()):,} numbers, {out.stat().st_size:,} bytes"
-  )
+  write_file(out, as_file(stored.arrays, {**facts, **facts_of(stored, resolve.preprocessing(stored))}))
+  numbers = sum(array.size for array in stored.arrays.values())
+  plain_console().print(f"{out}: {stored.source}, {len(stored.arrays)} arrays, {numbers:,} numbers, {out.stat().st_size:,} bytes")
 
 
 SUBCOMMANDS: dict[str, Callable[..., int]] = {"list": show, "verify": verify, "export": export, "average": average}

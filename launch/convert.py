@@ -41,8 +41,7 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
   converted = writer.convert(stored, values.to)
   if converted.remark:
     console.print(f"note: {converted.remark}")
-  data = stored.preprocessing or resolve.data_config(stored.config)
-  for file in writer.write(out, converted, stored, data, sha256=_sha256(source), force=values.force):
+  for file in writer.write(out, converted, stored, resolve.preprocessing(stored), sha256=_sha256(source), force=values.force):
     console.print(f"{file}: {file.stat().st_size:,} bytes")
   return 0
 

@@ -13,7 +13,6 @@ milliseconds a batch, before and after folding.
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -55,7 +54,9 @@ def run(values: flags.FlagValues) -> int:
 
   stored = read_weights(values.weights)
   if values.to == "safetensors":
-    _write(out, lambda: write_file(out, _safetensors(stored)))
+    from nfnets.weights.stored import as_file
+
+    _write(out, lambda: write_file(out, as_file(stored.arrays, _facts(stored))))
     plain_console().print(f"{out}: {len(stored.arrays)} arrays of {stored.source}, {out.stat().st_size:,} bytes")
     return 0
   from nfnets.weights.network import build
@@ -107,21 +108,12 @@ def _write(out: pathlib.Path, write: Callable[[], None]) -> None:
     raise UserError(f"--out={out}: {error.strerror}") from error
 
 
-def _safetensors(stored: Any) -> bytes:
-  import safetensors.numpy
-
-  facts = {"config": dataclasses.asdict(stored.config), "num_classes": stored.num_classes, **_facts(stored)}
-  return safetensors.numpy.save(stored.arrays, {"format": "nfnets", **{name: json.dumps(fact) for name, fact in facts.items()}})
-
-
 def _facts(stored: Any) -> dict[str, Any]:
   """What turns photographs into the network's input, and its output into words."""
   from nfnets.train import resolve
+  from nfnets.weights.stored import facts_of
 
-  config = stored.config
-  if stored.preprocessing is not None:
-    config = dataclasses.replace(config, data=stored.preprocessing)
-  return {"class_names": list(stored.class_names), "preprocessing": resolve.preprocessing(config)}
+  return facts_of(stored, resolve.preprocessing(stored))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -144,7 +136,7 @@ class Job:
     self.shape = symbolic_shape(self.size)
     self.pixels = (facts["preprocessing"]["mean"], facts["preprocessing"]["std"]) if self.values.uint8 else None
     self.about = {
-      **facts,
+      "class_names": facts["class_names"],
       "preprocessing": {**facts["preprocessing"], "size": self.size},
       "model": model.name,
       "source": self.stored.source,

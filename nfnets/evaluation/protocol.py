@@ -9,7 +9,6 @@ from nfnets.train import resolve
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.stored import Stored
 
-LARGEST = 4096  # pixels a side that a file of weights may ask for by itself; whoever evaluates may ask for more
 # What says which images there are, and how they are read; everything else in DataConfig is the protocol's.
 _WHICH = ("name", "dir", "index_dir", "train_split", "test_split", "image_key", "label_key", "num_classes", "image_size")
 _READ = ("threads", "formats", "max_pixels", "max_corrupt")
@@ -45,11 +44,11 @@ def data_config(stored: Stored, images: DataConfig | None, overrides: Overrides)
     WeightsError: the file of weights asks for enormous images.
     UserError: the overrides do not go together.
   """
-  protocol = stored.preprocessing or resolve.data_config(stored.config)
-  if overrides.resolution is None and (protocol.test_image_size or 0) > LARGEST:
+  protocol = resolve.preprocessing(stored)
+  if overrides.resolution is None and (protocol.test_image_size or 0) > resolve.LARGEST_SIDE:
     raise WeightsError(
-      f"{stored.source}: its images are to have {protocol.test_image_size:,} pixels a side; expected {LARGEST:,} at most, "
-      "or --resolution=N for another size"
+      f"{stored.source}: its images are to have {protocol.test_image_size:,} pixels a side; "
+      f"expected {resolve.LARGEST_SIDE:,} at most, or --resolution=N for another size"
     )
   images = images or stored.config.data
   changes = {name: getattr(images, name) for name in (*_WHICH, *_READ)}

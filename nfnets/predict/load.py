@@ -38,7 +38,7 @@ def classifier_of(stored: Stored, *, num_classes: int | None = None, dtype: Any 
   return Classifier(
     network=network.build(stored, num_classes=num_classes, dtype=dtype),
     class_names=stored.class_names if num_classes is None else (),
-    preprocessing=stored.preprocessing or resolve.data_config(stored.config),
+    preprocessing=resolve.preprocessing(stored),
     loss=stored.config.loss,
     source=stored.source,
   )

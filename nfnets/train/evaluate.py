@@ -30,7 +30,7 @@ from nfnets.train.step.state import build_network, split_network
 from nfnets.train.step.step import eval_step_over
 
 Weights = dict[str, tuple[nnx.State, nnx.State]]  # name → (params, running statistics)
-_LARGEST = 4096  # pixels, or any number of a model's row, that a checkpoint's own configuration may ask for in any case
+_LARGEST = 4096  # what any number of a model's row may be in any case
 Results = dict[str, dict[str, float | int]]  # name → {"loss", "top1", "top5", "count"}
 
 
@@ -175,7 +175,7 @@ def saved_config(meta: dict[str, Any], path: str) -> Config:
     for number in (value if isinstance(value, tuple) else (value,))
     if isinstance(number, int)
   ]
-  if sum(row.depth) > len(shapes) or max(numbers) > most or size > _LARGEST:
+  if sum(row.depth) > len(shapes) or max(numbers) > most or size > resolve.LARGEST_SIDE:
     raise CheckpointError(
       f"{path}: its configuration cannot be used: {config.model.name} of depth {row.depth} and width {row.width} on images of "
       f"{size} pixels, but it holds {len(shapes)} arrays, none of more than {most:,} numbers; give another one by --config=FILE"

@@ -6,6 +6,9 @@ from typing import Any
 from nfnets import models
 from nfnets.config import Config, DataConfig
 from nfnets.errors import UserError
+from nfnets.weights.stored import Stored
+
+LARGEST_SIDE = 4096  # pixels of the images that weights or a checkpoint, which may be anyone's, may ask for by themselves
 
 
 def data_config(config: Config) -> DataConfig:
@@ -36,18 +39,6 @@ def data_config(config: Config) -> DataConfig:
   return dataclasses.replace(data, **filled)
 
 
-def preprocessing(config: Config) -> dict[str, Any]:
-  """What turns a photograph into the network's input at an evaluation, as JSON has it, so that no recipe is needed.
-
-  Returns:
-    {"crop": config.data.test_crop, "size": side of the square image, pixels, or None as it is stored, "interpolation": of the
-    resizing, "mean", "std": per channel, on the scale 0-255}.
-  """
-  data = data_config(config)
-  return {
-    "crop": data.test_crop,
-    "size": data.test_image_size,
-    "interpolation": "bicubic",
-    "mean": list(data.mean),
-    "std": list(data.std),
-  }
+def preprocessing(stored: Stored) -> DataConfig:
+  """What turns a photograph into the network's input at an evaluation: test_crop, test_image_size, mean and std are set."""
+  return stored.preprocessing or data_config(stored.config)

@@ -1,4 +1,4 @@
-"""Weights as they are stored, with what their user must know; checks what `launch.checkpoint export` wrote beside the arrays."""
+"""Weights with what their user must know, and our own form of a file of them: how it is written, and how it is read back."""
 
 import dataclasses
 import json
@@ -54,6 +54,42 @@ def of_export(path: str, arrays: dict[str, np.ndarray], metadata: dict[str, str]
   )
 
 
+def facts_of(stored: Stored, data: DataConfig) -> dict[str, Any]:
+  """What our files say beside the arrays, so that no recipe is needed to use them; `of_export` reads it back.
+
+  Args:
+    stored: the weights.
+    data: the preprocessing of an evaluation: test_crop, test_image_size (None: as stored), mean and std.
+
+  Returns:
+    {"config", "num_classes", "class_names", "preprocessing": {"crop", "size": pixels, "interpolation", "mean", "std"}}.
+  """
+  return {
+    "config": dataclasses.asdict(stored.config),
+    "num_classes": stored.num_classes,
+    "class_names": list(stored.class_names),
+    "preprocessing": {
+      "crop": data.test_crop,
+      "size": data.test_image_size,
+      "interpolation": "bicubic",
+      "mean": list(data.mean),
+      "std": list(data.std),
+    },
+  }
+
+
+def as_metadata(facts: dict[str, Any]) -> dict[str, str]:
+  """Facts as safetensors has them: texts, which are JSON where the fact is none."""
+  return {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
+
+
+def as_file(arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> bytes:
+  """The bytes of our safetensors file. facts: those of `facts_of`, and whatever else is to be known."""
+  import safetensors.numpy
+
+  return safetensors.numpy.save(arrays, as_metadata({"format": "nfnets", **facts}))
+
+
 def _json(metadata: dict[str, str], key: str, kind: type) -> Any:
   try:
     value = json.loads(metadata[key])
@@ -65,7 +101,7 @@ def _json(metadata: dict[str, str], key: str, kind: type) -> Any:
 
 
 def _preprocessing(saved: dict[str, Any]) -> DataConfig:
-  """The fields of `nfnets.train.resolve.preprocessing` as configuration, which checks their values."""
+  """What `facts_of` says of the preprocessing, as configuration, which checks the values."""
   missing = {"crop", "size", "mean", "std"} - set(saved)
   if missing:
     raise WeightsError(f"its preprocessing lacks {', '.join(sorted(missing))}")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import pathlib
 import pickle
 from typing import Any
@@ -16,7 +15,7 @@ from nfnets.files import write_file
 from nfnets.weights import formats, haiku, timm
 from nfnets.weights.card import card, timm_config
 from nfnets.weights.errors import WeightsError
-from nfnets.weights.stored import Stored
+from nfnets.weights.stored import Stored, as_metadata, facts_of
 
 # Which files each framework's weights can be, the first where a directory is named.
 SUFFIXES = {"nfnets": (".safetensors",), "timm": (".safetensors",), "haiku": (".npz", ".safetensors", ".pkl")}
@@ -101,7 +100,7 @@ def _same(row: Any, other: Any) -> bool:
   if type(row) is not type(other):
     return False
   first, second = (
-    {name: value for name, value in dataclasses.asdict(each).items() if name not in _TRAINING} for each in (row, other)
+    {name: value for name, value in dataclasses.asdict(variant).items() if name not in _TRAINING} for variant in (row, other)
   )
   return first == second
 
@@ -166,19 +165,9 @@ def _metadata(converted: Converted, stored: Stored, data: DataConfig, sha256: st
     else stored.source,  # an uploaded folder tells nothing of this machine
     "source_sha256": sha256,
     "model": converted.network,
-    "num_classes": stored.num_classes,
-    "preprocessing": {
-      "crop": data.test_crop,
-      "size": data.test_image_size,
-      "interpolation": "bicubic",
-      "mean": data.mean,
-      "std": data.std,
-    },
-    "config": dataclasses.asdict(stored.config),
+    **facts_of(stored, data),
   }
-  if stored.class_names:
-    facts["class_names"] = list(stored.class_names)
-  return {name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()}
+  return as_metadata(facts)
 
 
 def _content(path: pathlib.Path, arrays: dict[str, np.ndarray], facts: dict[str, str]) -> bytes:
