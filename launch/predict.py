@@ -109,7 +109,7 @@ def _as_table() -> Printer:
 
   def show(name: str, top: Top, error: str) -> None:
     if top:
-      classes = ", ".join(f"{printable(each)} {share:.1%}" for each, share in top)
+      classes = ", ".join(f"{printable(label)} {share:.1%}" for label, share in top)
       table.add_row(rich.markup.escape(printable(name)), rich.markup.escape(classes))
 
   return show, lambda: rich.console.Console().print(table)
@@ -120,15 +120,15 @@ def _as_csv() -> Printer:
   writer.writerow(["image", "rank", "class", "probability"])
 
   def show(name: str, top: Top, error: str) -> None:
-    for rank, (each, share) in enumerate(top, start=1):
-      writer.writerow([printable(name), rank, printable(each), f"{share:.6f}"])
+    for rank, (label, share) in enumerate(top, start=1):
+      writer.writerow([printable(name), rank, printable(label), f"{share:.6f}"])
 
   return show, sys.stdout.flush
 
 
 def _as_jsonl() -> Printer:
   def show(name: str, top: Top, error: str) -> None:
-    said = {"error": error} if error else {"classes": [{"class": each, "probability": share} for each, share in top]}
+    said = {"error": error} if error else {"classes": [{"class": label, "probability": share} for label, share in top]}
     sys.stdout.write(json.dumps({"image": name, **said}) + "\n")
 
   return show, sys.stdout.flush

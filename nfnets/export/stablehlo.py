@@ -1,7 +1,7 @@
 """Writes a program as StableHLO in one zip file, which jax alone runs: the program with its weights, and what its user must know.
 
-The zip holds "program", which `jax.export.deserialize` reads, and "about.json" (see `nfnets.export.about`). Nobody but its maker
-knows what a program does: run only those of people whom you trust.
+The zip holds "program", which `jax.export.deserialize` reads, and "about.json": classes, preprocessing, form of the input. Nobody
+but its maker knows what a program does: run only those of people whom you trust.
 """
 
 import json

@@ -17,22 +17,22 @@ def find_photos(names: Iterable[str], formats: Sequence[str]) -> list[str]:
     formats: Pillow's names of the formats whose files a folder's images are.
   """
   suffixes = tuple(suffix for name in formats for suffix in SUFFIXES[name])
-  found: list[str] = []
+  photos: list[str] = []
   for name in names:
     if os.path.isdir(name):
-      found += _below(name, suffixes) or [name]
+      photos += _below(name, suffixes) or [name]
     elif not os.path.lexists(name) and glob.has_magic(name):
-      found += sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path)) or [name]
+      photos += sorted(path for path in glob.glob(name, recursive=True) if not os.path.isdir(path)) or [name]
     else:
-      found.append(name)
-  return found
+      photos.append(name)
+  return photos
 
 
 def _below(directory: str, suffixes: tuple[str, ...]) -> list[str]:
   """The images in a folder and in those below it; links to folders are not followed, since they may lead round in a circle."""
-  found = []
+  paths = []
   for root, folders, files in os.walk(directory):
     folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
     images = (file for file in sorted(files) if not file.startswith(".") and file.lower().endswith(suffixes))
-    found += [str(pathlib.Path(root, file)) for file in images]
-  return found
+    paths += [str(pathlib.Path(root, file)) for file in images]
+  return paths

@@ -110,7 +110,7 @@ def _batches(results: Iterator[Result], rows: int) -> Iterator[list[Result]]:
   group: list[Result] = []
   for result in results:
     group.append(result)
-    if sum(each.pixels is not None for each in group) == rows or len(group) == 2 * rows:
+    if sum(member.pixels is not None for member in group) == rows or len(group) == 2 * rows:
       yield group
       group = []
   if group:
