@@ -3,10 +3,11 @@
   python -m launch.evaluate --checkpoint=DIR
 
 SOURCE is an exported file, a workdir, or WORKDIR/checkpoints/STEP. Images are shown as the weights say (size, crop, mean, std);
-the protocol is printed, and --resolution, --crop, --mean and --std change a part of it. The images are those of --data, a folder
-with train/ or val/ in it or the name of a data set; of a recipe, --config; or those that the first weights were trained on. It
-prints accuracy with 95 % confidence intervals, calibration, the published figure where one is known, and McNemar's test of each
-against the first; the last line is JSON. --out writes report.json and pictures; --per_image adds a line of CSV for each image.
+the protocol is printed; --resolution, --crop, --crop_pct, --resize, --mean and --std change a part of it. The images are those of
+--data, a folder with train/ or val/ in it or the name of a data set; of a recipe, --config; or those that the first weights
+were trained on. It prints accuracy with 95 % confidence intervals, calibration, the published figure where one is known, and
+McNemar's test of each against the first; the last line is JSON. --out writes report.json and pictures; --per_image adds a line of
+CSV for each image. --real_labels=real.json adds accuracy by ImageNet ReaL's labels; --corruptions=DIR evaluates on ImageNet-C.
 
 --checkpoint compares the parameters of a run with their average (EMA), by the run's own configuration or that of --config.
 """
@@ -16,6 +17,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import rich.console
 from absl import flags
@@ -24,7 +26,14 @@ from launch import cli, recipe
 from launch.progress import Meter, meter
 from nfnets.distributed import Processes
 
-PROTOCOL = {"test_image_size": "resolution", "test_crop": "crop", "mean": "mean", "std": "std"}  # field of config.data: flag
+PROTOCOL = {  # field of config.data: flag
+  "test_image_size": "resolution",
+  "test_crop": "crop",
+  "test_crop_pct": "crop_pct",
+  "test_resize": "resize",
+  "mean": "mean",
+  "std": "std",
+}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -42,10 +51,16 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("resolution", None, "Side of the images, pixels.", lower_bound=1, flag_values=values)
   flags.DEFINE_list("resolutions", [], "Several sides, each evaluated.", flag_values=values)
   flags.DEFINE_enum("crop", None, ["none", "squash", "crop", "short_side"], "As config.data.test_crop.", flag_values=values)
+  flags.DEFINE_float("crop_pct", None, "As config.data.test_crop_pct.", flag_values=values)
+  flags.DEFINE_enum("resize", None, ["tensorflow", "pillow"], "As config.data.test_resize.", flag_values=values)
   flags.DEFINE_list("mean", [], "Three numbers, on the scale 0-255.", flag_values=values)
   flags.DEFINE_list("std", [], "Three numbers, on the scale 0-255.", flag_values=values)
   flag("flip", "Average the logits of each image and of its mirror image.")
-  text("classes_map", "names, present, or a JSON file: which classes of the network the data's are (README).")
+  text(
+    "classes_map", "names, present, imagenet_a, imagenet_r or a JSON file: which classes of the network the data's are (README)."
+  )
+  text("real_labels", "real.json of ImageNet ReaL, or a JSON file of that form: several labels for each image.")
+  text("corruptions", "Instead of --data: a folder CORRUPTION/SEVERITY/CLASS, or imagenet2012_corrupted; prints mCE.")
   text("published_as", "Name of the data set whose published figures are shown, e.g. imagenet2012; by default the data's.")
   flags.DEFINE_integer("batch", None, "Images at once, over all devices.", lower_bound=1, flag_values=values)
   text("out", "A directory for report.json and pictures.")
@@ -81,32 +96,19 @@ def evaluate_weights(values: flags.FlagValues, process: Processes) -> int:
     raise cli.UsageError("--per_image writes images.csv, but --out is missing: a directory for it, e.g. --out=report")
   if values.out:
     cli.check_directory("out", values.out, "a directory for the report")
-  from nfnets.evaluation import evaluate, protocol, report
+  if values.corruptions:
+    return evaluate_corruptions(values, process)
+  from nfnets.evaluation import evaluate, report
   from nfnets.train.initial import read_weights
 
   first, say = process.index == 0, print if process.index == 0 else lambda line: None
-  batch = values.batch or (recipe.parse(values).eval_batch if values.config else 256)
   rows = []
   for where in values.weights:
     stored = read_weights(where, best=values.best)
     images = images or stored.config.data  # the same images for all
     for size in sizes:
-      overrides = protocol.Overrides(
-        resolution=size, crop=values.crop, mean=_three(values, "mean"), std=_three(values, "std"), flip=values.flip
-      )
-      with _progress(stored.source, shown=first) as progress:
-        evaluated = evaluate.evaluate_weights(
-          stored,
-          images,
-          overrides,
-          batch=batch,
-          classes_map=values.classes_map or "",
-          other_class_names=values.other_class_names,
-          progress=progress,
-          say=say,
-        )
-      rows.append(evaluated)
-      say(f"{len(rows)}: {evaluated.source}, {evaluated.model}: {evaluated.protocol}")
+      rows.append(_evaluate(values, stored, images, size, stored.source, shown=first, say=say))
+      say(f"{len(rows)}: {rows[-1].source}, {rows[-1].model}: {rows[-1].protocol}")
   if first:
     dataset = values.published_as or rows[0].data.name
     compared = evaluate.compare_all(rows)
@@ -118,6 +120,81 @@ def evaluate_weights(values: flags.FlagValues, process: Processes) -> int:
       _write(values, rows, facts)
     print(json.dumps({"results": facts}))
   return 0
+
+
+def evaluate_corruptions(values: flags.FlagValues, process: Processes) -> int:
+  """Evaluates `--weights` on every corruption and severity of `--corruptions`; prints a table for each, and writes a picture."""
+  from nfnets.evaluation import corruptions, evaluate
+  from nfnets.files import write_file
+  from nfnets.train.initial import read_weights
+
+  for name in ("data", "config", "resolutions", "real_labels", "per_image"):
+    if getattr(values, name):
+      raise cli.UsageError(f"--{name} and --corruptions: expected one of them")
+  say = print if process.index == 0 else lambda line: None
+  parts = corruptions.parts_of(values.corruptions, values.data_dir or "", values.split or "")
+  measured, results = [], []
+  for number, where in enumerate(values.weights, start=1):
+    stored, right, classes = read_weights(where, best=values.best), {}, 0
+    for done, ((name, level), images) in enumerate(parts.items(), start=1):
+      title = f"{stored.source}: {name} {level} ({done} of {len(parts)})"
+      row = _evaluate(values, stored, images, values.resolution, title, shown=process.index == 0)
+      right[name, level], classes = (int(row.images.correct.sum()), len(row.images)), len(row.class_names)
+      if done == 1:
+        say(f"{number}: {row.source}, {row.model}: {row.protocol}")
+    result = corruptions.measure(right, classes=classes)
+    measured.append((f"{number}: {stored.config.model.name}", result))
+    results.append({"weights": stored.source, "model": stored.config.model.name, **corruptions.facts(result)})
+  if process.index == 0:
+    for title, result in measured:
+      rich.console.Console().print(corruptions.table(result, f"{title}, {evaluate.devices()}"))
+    if values.out:
+      out = pathlib.Path(values.out)
+      try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / "corruptions.json", json.dumps({"results": results}, indent=1).encode())
+        write_file(out / "corruptions.png", corruptions.draw(measured))
+      except OSError as error:
+        raise cli.UsageError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+      print(f"{out}: corruptions.json, corruptions.png")
+    print(json.dumps({"results": results}))
+  return 0
+
+
+def _evaluate(
+  values: flags.FlagValues,
+  stored: Any,
+  images: Any,
+  size: int | None,
+  title: str,
+  *,
+  shown: bool,
+  say: Callable[[str], None] = lambda line: None,
+) -> Any:
+  """Evaluates weights on some images at one resolution, with a progress bar on the first process."""
+  from nfnets.evaluation import evaluate, protocol
+
+  overrides = protocol.Overrides(
+    resolution=size,
+    crop=values.crop,
+    crop_pct=values.crop_pct,
+    resize=values.resize,
+    mean=_three(values, "mean"),
+    std=_three(values, "std"),
+    flip=values.flip,
+  )
+  with _progress(title, shown=shown) as progress:
+    return evaluate.evaluate_weights(
+      stored,
+      images,
+      overrides,
+      batch=values.batch or (recipe.parse(values).eval_batch if values.config else 256),
+      classes_map=values.classes_map or "",
+      real_labels=values.real_labels or "",
+      other_class_names=values.other_class_names,
+      progress=progress,
+      say=say,
+    )
 
 
 def _write(values: flags.FlagValues, rows: list, facts: list) -> None:
@@ -147,7 +224,7 @@ def _images(values: flags.FlagValues):
   """Which images `--data` or `--config` name; None for those that the weights were trained on."""
   if values.data is None:
     for name in ("data_dir", "split"):
-      if getattr(values, name) is not None and (name == "data_dir" or values.config is None):
+      if getattr(values, name) is not None and not values.corruptions and (name == "data_dir" or values.config is None):
         raise cli.UsageError(f"--{name} belongs to --data, which is missing: a folder, or the name of a data set")
     if values.config is None:
       return None

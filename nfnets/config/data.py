@@ -46,6 +46,11 @@ class DataConfig:
   # Evaluation images: "none" (as stored); "squash" to size + 32 and crop the centre (NFNets); "crop" the centre, size /
   # (size + 32) of the shorter side, and resize (ResNets); "short_side" resized to size / 0.875 and crop the centre.
   test_crop: str = "none"
+  # The square's share of what it is cut out of (timm's crop_pct); None = the shares above.
+  test_crop_pct: float | None = None
+  # How evaluation images are resized, always bicubic: as "tensorflow" does, without antialiasing, which DeepMind's figures were
+  # measured with; or as "pillow" does, with it, as torchvision and timm.
+  test_resize: str = "tensorflow"
   # Random shift by up to this many pixels each way (edges repeat), and mirroring of half the images.
   shift: int = 0
   flip: bool = False
@@ -104,6 +109,8 @@ _RULES: dict[str, checks.Rule] = {
   ),
   "crop_aspect": checks.numbers(2, "two numbers, 0 < least <= most", lambda least, most: 0 < least <= most < math.inf),
   "test_crop": checks.choice("none", "squash", "crop", "short_side"),
+  "test_crop_pct": checks.optional(checks.number("a share in [0.05, 1]", lambda value: 0.05 <= value <= 1)),
+  "test_resize": checks.choice("tensorflow", "pillow"),
   "shift": checks.whole(0),
   "flip": checks.flag,
   "mix": checks.choice("none", "mixup", "cutmix", "mixup_cutmix"),

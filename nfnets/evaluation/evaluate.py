@@ -10,7 +10,7 @@ import numpy as np
 
 from nfnets.config import DataConfig
 from nfnets.data.sources.open import open_source
-from nfnets.evaluation import classes, metrics, protocol
+from nfnets.evaluation import classes, metrics, protocol, real
 from nfnets.evaluation.outputs import Outputs, run_split
 from nfnets.predict.forward import flipped_logits, logits
 from nfnets.weights import network
@@ -30,7 +30,8 @@ class Evaluated:
     images: what is kept of every image.
     index: int64 [n], their numbers in the split.
     corrupt: what is wrong with the images that were left out, by their number.
-    summary: `metrics.summarize`, with "top1_interval" (95 %) and "left_out" (images that cannot be read).
+    summary: `metrics.summarize`, with "top1_interval" (95 %), "left_out" (images that cannot be read) and "real", see
+      `real.measure` (None without such labels).
     temperature: `metrics.temperature_scaling`.
     images_per_s: see `Outputs`.
   """
@@ -55,6 +56,7 @@ def evaluate_weights(
   *,
   batch: int = 256,
   classes_map: str = "",
+  real_labels: str = "",
   other_class_names: bool = False,
   progress: Callable[[int, int], None] = lambda done, total: None,
   say: Callable[[str], None] = print,
@@ -66,7 +68,8 @@ def evaluate_weights(
     images: which images (test_split); None takes those that the weights were trained on.
     overrides: of the weights' protocol.
     batch: images at once, over all devices.
-    classes_map: see `classes.columns_by`.
+    classes_map: see `classes.plan`.
+    real_labels: a file for `real.read`; its labels are classes of the network.
     other_class_names: the data may call the classes by other names; labels are compared by number alone.
     progress: gets the number of images that are done, and of all.
     say: gets a line about whatever takes long or goes wrong.
@@ -75,9 +78,10 @@ def evaluate_weights(
     UserError: with its kinds: the images cannot be read, or images, classes or protocol do not fit the weights.
   """
   data = protocol.data_config(stored, images, overrides)
+  several = real.read(real_labels) if real_labels else None  # before minutes are spent
   with contextlib.closing(open_source(data, data.test_split, progress=say)) as source:
-    columns = classes.columns_by(classes_map, stored.class_names, stored.num_classes, source)
-    if columns is None and not other_class_names:
+    plan = classes.plan(classes_map, stored.class_names, stored.num_classes, source)
+    if plan.columns is None and not other_class_names:
       classes.check_names(stored.class_names, source)
     read = flipped_logits if overrides.flip else logits
     outputs = run_split(
@@ -89,19 +93,29 @@ def evaluate_weights(
       progress=lambda done: progress(done, len(source)),
       say=say,
     )
-    told = classes.distinguish(classes_map, columns, outputs.labels, source)
-  return _measured(stored, data, overrides, outputs, told)
+    told, kept = classes.distinguish(plan, outputs.labels, source)
+    outputs = outputs.of(kept)
+    by_many = None
+    if several is not None:
+      by_many = real.measure(several, told.predicted(outputs.values["logits"]), outputs.index.tolist(), source)
+  return _measured(stored, data, overrides, outputs, told, by_many)
 
 
 def _measured(
-  stored: Stored, data: DataConfig, overrides: protocol.Overrides, outputs: Outputs, told: classes.Classes
+  stored: Stored,
+  data: DataConfig,
+  overrides: protocol.Overrides,
+  outputs: Outputs,
+  told: classes.Classes,
+  by_many: dict[str, Any] | None,
 ) -> Evaluated:
-  """Measures the logits of a split."""
+  """Measures the logits of a split; by_many: of `real.measure`."""
   kind, scores = stored.config.loss, told.logits(outputs.values["logits"])
   images = metrics.per_image(scores, told.labels, kind=kind)
   summary: dict[str, Any] = metrics.summarize(images)
   summary["left_out"] = outputs.left_out
   summary["top1_interval"] = metrics.interval(int(images.correct.sum()), len(images))
+  summary["real"] = by_many
   return Evaluated(
     source=stored.source,
     model=stored.config.model.name,

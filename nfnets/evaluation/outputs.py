@@ -39,6 +39,11 @@ class Outputs:
   corrupt: dict[int, str]
   images_per_s: float | None
 
+  def of(self, kept: np.ndarray) -> "Outputs":
+    """Those of the images that a mask, bool [rows], keeps."""
+    values = {name: rows[kept] for name, rows in self.values.items()}
+    return dataclasses.replace(self, values=values, index=self.index[kept], labels=self.labels[kept])
+
 
 def run_split(
   network: models.Network,

@@ -20,13 +20,15 @@ class Overrides:
 
   Attributes:
     resolution: side of the square images, pixels.
-    crop: a value of config.data.test_crop.
+    crop, crop_pct, resize: values of config.data.test_crop, test_crop_pct and test_resize.
     mean, std: per channel, on the scale 0-255.
     flip: whether the logits of an image and of its mirror image are averaged.
   """
 
   resolution: int | None = None
   crop: str | None = None
+  crop_pct: float | None = None
+  resize: str | None = None
   mean: tuple[float, ...] | None = None
   std: tuple[float, ...] | None = None
   flip: bool = False
@@ -52,7 +54,14 @@ def data_config(stored: Stored, images: DataConfig | None, overrides: Overrides)
     )
   images = images or stored.config.data
   changes = {name: getattr(images, name) for name in (*_WHICH, *_READ)}
-  renamed = {"test_image_size": overrides.resolution, "test_crop": overrides.crop, "mean": overrides.mean, "std": overrides.std}
+  renamed = {
+    "test_image_size": overrides.resolution,
+    "test_crop": overrides.crop,
+    "test_crop_pct": overrides.crop_pct,
+    "test_resize": overrides.resize,
+    "mean": overrides.mean,
+    "std": overrides.std,
+  }
   changes |= {name: value for name, value in renamed.items() if value is not None}
   data = dataclasses.replace(protocol, **changes)
   data.validate()
@@ -68,8 +77,10 @@ def data_config(stored: Stored, images: DataConfig | None, overrides: Overrides)
 
 def describe(data: DataConfig, overrides: Overrides) -> str:
   """The protocol in a line, for people, with what of it was overridden."""
-  size = "images as they are stored" if data.test_crop == "none" else f"{data.test_image_size} pixels, {data.test_crop}, bicubic"
-  changed = [name for name in ("resolution", "crop", "mean", "std", "flip") if getattr(overrides, name) not in (None, False)]
+  share = f" {data.test_crop_pct:g}" if data.test_crop_pct else ""
+  size = f"{data.test_image_size} pixels, {data.test_crop}{share}, {data.test_resize}'s bicubic"
+  size = "images as they are stored" if data.test_crop == "none" else size
+  changed = [field.name for field in dataclasses.fields(overrides) if getattr(overrides, field.name) not in (None, False)]
   return (
     f"{size}; mean {_numbers(data.mean)}, std {_numbers(data.std)}"
     f"{'; averaged with the mirror image' if overrides.flip else ''}"

@@ -30,9 +30,12 @@ def facts(evaluated: Evaluated, comparison: dict[str, Any] | None, dataset: str)
     comparison: with the first one, where there are several.
     dataset: whose published figures stand beside it, see `published`.
   """
-  known = published(evaluated.model, dataset, classes=len(evaluated.class_names), split=evaluated.data.test_split)
+  look_up = lambda name: published(evaluated.model, name, classes=len(evaluated.class_names), split=evaluated.data.test_split)
+  known, by_many = look_up(dataset), evaluated.summary["real"]
   if known:
     known = {**known, "difference": evaluated.summary["top1"] - known["top1"]}
+  if by_many and (theirs := look_up(f"{dataset}_real")):
+    by_many = {**by_many, "published": {**theirs, "difference": by_many["top1"] - theirs["top1"]}}
   return _plain(
     {
       "weights": evaluated.source,
@@ -40,6 +43,7 @@ def facts(evaluated: Evaluated, comparison: dict[str, Any] | None, dataset: str)
       "data": {name: getattr(evaluated.data, name) for name in ("name", "dir", "test_split")},
       "protocol": evaluated.protocol,
       **evaluated.summary,
+      "real": by_many,
       "temperature": evaluated.temperature,
       "published": known,
       "compared_with_first": comparison,
@@ -76,11 +80,13 @@ def tables(rows: Rows, title: str) -> list[rich.table.Table]:
 
 def _accuracy(rows: Rows, title: str) -> rich.table.Table:
   known = any(fact["published"] for _, fact in rows)
-  columns = ["top-1 (95 %)", "top-5", "loss", *(["published", "ours − theirs"] if known else []), "images", "images/s"]
+  by_many = any(fact["real"] for _, fact in rows)
+  columns = ["top-1 (95 %)", "top-5", *(["by real labels (95 %)"] if by_many else []), "loss"]
+  columns += [*(["published", "ours − theirs"] if known else []), "images", "images/s"]
   result = _numbered(title, columns)
   for number, (_, fact) in enumerate(rows, start=1):
-    low, high = fact["top1_interval"]
-    cells = [f"{fact['top1']:.2%} ({100 * low:.2f}–{100 * high:.2f})", f"{fact['top5']:.2%}", _with_error(fact, "loss")]
+    cells = [_with_interval(fact), f"{fact['top5']:.2%}", *([_with_interval(fact["real"])] if by_many else [])]
+    cells.append(_with_error(fact, "loss"))
     if known:
       theirs = fact["published"]
       cells += [f"{theirs['top1']:.2%} at {theirs['resolution']} px", f"{theirs['difference']:+.2%}"] if theirs else ["", ""]
@@ -217,6 +223,11 @@ def _png(figure: Any) -> bytes:
 def _short(name: str) -> str:
   name = printable(name)
   return name if len(name) <= _SHOWN else f"{name[: _SHOWN - 1]}…"
+
+
+def _with_interval(fact: dict[str, Any]) -> str:
+  low, high = fact["top1_interval"]
+  return f"{fact['top1']:.2%} ({100 * low:.2f}–{100 * high:.2f})"
 
 
 def _with_error(fact: dict[str, Any], name: str) -> str:

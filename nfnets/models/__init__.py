@@ -6,8 +6,9 @@
   logits = net(images)                                   # images [batch, height, width, 3], normalised
   logits = net(images, train=True, rngs=nnx.Rngs(1))     # with dropout and stochastic depth
   net.outputs(images)["pool"]                            # or "features", or "logits"
+  net = models.create("nfnet_f0", weights="F0_haiku.npz")
 
-This room knows nothing of data, training or files.
+This room knows nothing of data, training or files; `weights=` asks the room that does.
 """
 
 from nfnets.models.description import Description, describe

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import importlib
 import math
+import os
 import re
 import types
 import typing
@@ -62,23 +64,37 @@ def variant(name: str, **overrides) -> Config:
 
 
 def create(
-  name: str, num_classes: int = 1000, *, rngs: nnx.Rngs | jax.Array | int = 0, dtype=jnp.float32, **overrides
+  name: str,
+  num_classes: int | None = None,
+  *,
+  rngs: nnx.Rngs | jax.Array | int = 0,
+  dtype=jnp.float32,
+  weights: str | os.PathLike[str] | None = None,
+  **overrides,
 ) -> Network:
-  """Creates the named network with initialised float32 parameters.
+  """Creates the named network with initialised float32 parameters, or with stored ones.
 
   `nnx.eval_shape(lambda: create(name))` gives the shapes alone and takes no memory.
 
   Args:
     name: the model's name, as for `variant`.
-    num_classes: the number of logits.
+    num_classes: the number of logits. None is 1,000, or as stored; another number than the stored one gives the network a new
+      classifier, which a warning says.
     rngs: where initial values come from: an nnx.Rngs (its "params" stream), a jax.random key or a seed.
     dtype: what convolutions compute in; statistics, pooling and logits stay float32.
+    weights: where stored parameters and statistics are, as for `nfnets.predict.load`: a file (ours, Haiku's, timm's), a workdir,
+      hf://OWNER/NAME. The network computes what these weights were trained for, where the row leaves a choice (timm's GELU).
     overrides: fields of the variant's row with other values, such as drop_rate=0.0, remat=True, activation="silu".
 
   Raises:
     UnknownModelError, UnknownOverrideError, InvalidOverrideError: as `variant`, and for `num_classes` and `dtype`.
+    UserError: the weights cannot be read, or are another network's.
   """
   network, config = _lookup(name, overrides)
+  if weights is not None:  # what reads files is in a room above this one, and is imported only where it is asked for
+    stored_network = importlib.import_module("nfnets.train.initial").stored_network
+    return stored_network(variant_name(name), weights, num_classes, rngs=rngs, dtype=dtype, overrides=overrides)
+  num_classes = 1000 if num_classes is None else num_classes
   if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
     raise InvalidOverrideError(f"num_classes={num_classes!r}: expected a positive int")
   try:
@@ -91,28 +107,33 @@ def create(
   return network(config, num_classes, dtype=dtype, rngs=layers.ParamKeys(key))
 
 
+def variant_name(name: str) -> str:
+  """The name as `names` has it; raises UnknownModelError."""
+  simplify = lambda text: re.sub(r"[-_\s]", "", text.lower())
+  by_key = {simplify(known): known for known in _VARIANTS}
+  if (key := simplify(str(name))) in by_key:
+    return by_key[key]
+  near = [by_key[close] for close in difflib.get_close_matches(key, by_key, n=5, cutoff=0.5)]
+  raise UnknownModelError(
+    f"unknown model {name!r}; near: {', '.join(near) or 'none'} (nfnets.models.names() lists all {len(_VARIANTS)})"
+  )
+
+
 def _lookup(name: str, overrides: dict[str, Any]) -> tuple[Callable[..., Network], Config]:
   """The network's class and its row with overrides; raises as `variant`."""
-  simplify = lambda text: re.sub(r"[-_\s]", "", text.lower())
-  by_key = {simplify(variant_name): variant_name for variant_name in _VARIANTS}
-  variant_name = by_key.get(simplify(str(name)))
-  if variant_name is None:
-    near = [by_key[key] for key in difflib.get_close_matches(simplify(str(name)), by_key, n=5, cutoff=0.5)]
-    raise UnknownModelError(
-      f"unknown model {name!r}; near: {', '.join(near) or 'none'} (nfnets.models.names() lists all {len(_VARIANTS)})"
-    )
-  network, config = _VARIANTS[variant_name]
+  name = variant_name(name)
+  network, config = _VARIANTS[name]
   fields = typing.get_type_hints(type(config))
   for field, value in overrides.items():
     if field not in fields:
       near = difflib.get_close_matches(field, fields, n=3, cutoff=0.5) or sorted(fields)
-      raise UnknownOverrideError(f"{variant_name} has no field {field!r}; near: {', '.join(near)}")
-    _check(variant_name, field, value, fields[field])
+      raise UnknownOverrideError(f"{name} has no field {field!r}; near: {', '.join(near)}")
+    _check(name, field, value, fields[field])
   changes: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in overrides.items()}
   config = dataclasses.replace(config, **changes)
   if not len(config.depth) == len(config.width) == len(config.stage_strides):
     raise InvalidOverrideError(
-      f"{variant_name}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
+      f"{name}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
       "must have one entry a stage each"
     )
   return network, config

@@ -30,7 +30,7 @@ class Classifier:
   Attributes:
     network: an nnx module; gives logits for prepared images.
     class_names: by label; empty where they are not known.
-    preprocessing: test_crop, test_image_size, mean and std; formats and max_pixels say which images are decoded at all.
+    preprocessing: the test_… fields, mean and std; formats and max_pixels say which images are decoded at all.
     loss: "softmax" or "sigmoid", which the probabilities follow from.
     source: where the weights come from.
   """
@@ -90,7 +90,9 @@ class Classifier:
     if data.test_crop == "none":
       return image
     assert data.test_image_size is not None  # `resolve.data_config` fills it in
-    return decode.TEST_CROPS[data.test_crop](image, data.test_image_size)
+    return decode.test_image(
+      image, data.test_image_size, crop=data.test_crop, crop_pct=data.test_crop_pct, resize=data.test_resize
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,19 +1,22 @@
 """The weights that a run begins with: drawn from its seed, or those of a file or of another run."""
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flax import nnx
 
 from nfnets import models
-from nfnets.config import Config
+from nfnets.config import Config, ModelConfig
 from nfnets.train.checkpoints import retention
 from nfnets.train.checkpoints.reader import CheckpointReader
 from nfnets.train.evaluate import saved_config
 from nfnets.train.step.state import build_network
 from nfnets.weights.errors import WeightsError
-from nfnets.weights.network import fill, headless, without_head
+from nfnets.weights.network import build, fill, headless, without_head
 from nfnets.weights.reader import read
 from nfnets.weights.remote import local
 from nfnets.weights.stored import Stored
@@ -48,6 +51,40 @@ def initial_network(config: Config, num_classes: int, say: Callable[[str], None]
       f"and std {ours[1]}: set config.data.mean and config.data.std as they were, unless another scale is meant"
     )
   return network
+
+
+def stored_network(
+  name: str,
+  source: str | os.PathLike[str],
+  num_classes: int | None = None,
+  *,
+  rngs: Any = 0,
+  dtype: Any = None,
+  overrides: Mapping[str, Any] | None = None,
+) -> models.Network:
+  """Makes a network with the weights of `source`; `nfnets.models.create(name, weights=source)` is the front door.
+
+  Args:
+    name: the variant that the weights must be of.
+    source: as for `read_weights`.
+    num_classes: None keeps the stored classifier, as does its own number; another gives a new one, drawn from `rngs`.
+    rngs, dtype, overrides: as for `nfnets.models.create`; overrides come on top of those that the weights were trained with.
+
+  Raises:
+    UserError: the weights cannot be read, or are another network's.
+  """
+  stored = read_weights(source)
+  model = stored.config.model
+  if model.name != name:
+    raise WeightsError(f"{stored.source} holds the weights of {model.name}, not of {name}; expected create({model.name!r}, …)")
+  model = ModelConfig(name=name, dtype=model.dtype, overrides={**model.all_overrides(), **(overrides or {})})
+  stored = dataclasses.replace(stored, config=dataclasses.replace(stored.config, model=model))
+  if num_classes == stored.num_classes:
+    num_classes = None
+  if num_classes is not None:
+    said = f"{stored.source}: a new classifier of {num_classes:,} classes instead of the {stored.num_classes:,}"
+    warnings.warn(said, stacklevel=3)
+  return build(stored, num_classes=num_classes, dtype=dtype, rngs=rngs)
 
 
 def read_weights(source: str | os.PathLike[str], *, weights: str | None = None, best: bool = False) -> Stored:

@@ -40,5 +40,5 @@ def data_config(config: Config) -> DataConfig:
 
 
 def preprocessing(stored: Stored) -> DataConfig:
-  """What turns a photograph into the network's input at an evaluation: test_crop, test_image_size, mean and std are set."""
+  """What turns a photograph into the network's input at an evaluation: its test_… fields, mean and std."""
   return stored.preprocessing or data_config(stored.config)

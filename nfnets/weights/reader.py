@@ -1,13 +1,15 @@
 """Reads a file of weights, ours or another framework's, as `Stored`: our names, and the network that they belong to."""
 
+import dataclasses
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from nfnets import models
 from nfnets.config import Config, DataConfig
-from nfnets.weights import formats, haiku, timm
+from nfnets.weights import card, formats, haiku, timm
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.identify import identify
 from nfnets.weights.stored import Stored, of_export
@@ -69,8 +71,13 @@ def _of_timm(source: str, file: formats.File) -> Stored:
   model = identify(arrays, [(row.name, row.overrides) for row in known], source)
   row = next(row for row in known if row.name == model.name)
   mean, std = (tuple(255 * value for value in values) for values in (row.mean, row.std))
-  data = DataConfig(test_crop="squash" if dm else "crop", test_image_size=row.test_size, mean=mean, std=std)
-  return _stored(source, arrays, Config(model=model, data=data))
+  crop = "squash" if dm else "short_side"
+  data = DataConfig(
+    test_crop=crop, test_crop_pct=row.crop_pct, test_resize="pillow", test_image_size=row.test_size, mean=mean, std=std
+  )
+  stored = _stored(source, arrays, Config(model=model, data=data))
+  data, names = card.read_config(pathlib.Path(source), data, stored.num_classes)
+  return dataclasses.replace(stored, config=Config(model=model, data=data), class_names=names)
 
 
 def _refuse(source: str, unknown: list[str], framework: str) -> None:

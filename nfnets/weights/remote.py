@@ -1,5 +1,6 @@
 """Weights that lie elsewhere: on the Hugging Face hub, and DeepMind's published files; both end up in a cache on this machine."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -18,7 +19,7 @@ LARGEST = 4 << 30  # bytes; the largest published file has 1.8e9
 
 
 def local(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
-  """Returns the place on this machine of hf://OWNER/NAME or of a published file's https:// address; other sources as they are.
+  """Returns the place on this machine of hf://OWNER/NAME, timm/NAME or a published file's https:// address; others as they are.
 
   The hub's files are kept in huggingface_hub's cache, which serves where there is no network; DeepMind's in
   ~/.cache/nfnets/weights (or $XDG_CACHE_HOME), and a file of another MD5 sum is refused.
@@ -26,6 +27,8 @@ def local(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
   Raises:
     WeightsError: there is no such file, no network, or no huggingface_hub.
   """
+  if isinstance(source, str) and source.startswith("timm/") and not os.path.exists(source):
+    source = HUB + source
   if not isinstance(source, str) or "://" not in source:
     return source
   if source.startswith(HUB):
@@ -46,7 +49,10 @@ def _of_hub(source: str) -> pathlib.Path:
   except ImportError as error:
     raise WeightsError(f"{source} needs huggingface_hub, which is not installed; pip install huggingface_hub") from error
   try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
+    file = pathlib.Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
+    with contextlib.suppress(Exception):  # a repository may do without it
+      huggingface_hub.hf_hub_download(repository, "config.json")  # lies beside it then, where `card.read_config` looks
+    return file
   except Exception as error:  # of its own, of its HTTP library, of the disk; none of them is a mistake of ours
     missing = type(error).__name__ == "LocalEntryNotFoundError"
     reason = "no network" if missing else str(error).strip().split("\n")[0][:200] or type(error).__name__

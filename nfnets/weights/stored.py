@@ -22,8 +22,8 @@ class Stored:
     config: the configuration that they were trained with.
     num_classes: of the classifier.
     class_names: by label; empty where they are not known.
-    preprocessing: of the evaluation, as configuration: test_crop, test_image_size, mean and std are set. None where it follows
-      from `config`.
+    preprocessing: of the evaluation, as configuration: test_crop, test_crop_pct, test_resize, test_image_size, mean and std are
+      set. None where it follows from `config`.
   """
 
   source: str
@@ -59,10 +59,11 @@ def facts_of(stored: Stored, data: DataConfig) -> dict[str, Any]:
 
   Args:
     stored: the weights.
-    data: the preprocessing of an evaluation: test_crop, test_image_size (None: as stored), mean and std.
+    data: the preprocessing of an evaluation: the test_… fields (no size: as stored), mean and std.
 
   Returns:
-    {"config", "num_classes", "class_names", "preprocessing": {"crop", "size": pixels, "interpolation", "mean", "std"}}.
+    {"config", "num_classes", "class_names", "preprocessing": {"crop", "crop_pct" (None: as published), "size": pixels,
+    "interpolation", "resize": whose interpolation, "mean", "std"}}.
   """
   return {
     "config": dataclasses.asdict(stored.config),
@@ -70,8 +71,10 @@ def facts_of(stored: Stored, data: DataConfig) -> dict[str, Any]:
     "class_names": list(stored.class_names),
     "preprocessing": {
       "crop": data.test_crop,
+      "crop_pct": data.test_crop_pct,
       "size": data.test_image_size,
       "interpolation": "bicubic",
+      "resize": data.test_resize,
       "mean": list(data.mean),
       "std": list(data.std),
     },
@@ -107,6 +110,13 @@ def _preprocessing(saved: dict[str, Any]) -> DataConfig:
     raise WeightsError(f"its preprocessing lacks {', '.join(sorted(missing))}")
   if not all(isinstance(saved[name], list) for name in ("mean", "std")):
     raise WeightsError("its preprocessing's mean and std must be lists of three numbers")
-  data = DataConfig(test_crop=saved["crop"], test_image_size=saved["size"], mean=tuple(saved["mean"]), std=tuple(saved["std"]))
+  data = DataConfig(
+    test_crop=saved["crop"],
+    test_crop_pct=saved.get("crop_pct"),
+    test_resize=saved.get("resize", "tensorflow"),
+    test_image_size=saved["size"],
+    mean=tuple(saved["mean"]),
+    std=tuple(saved["std"]),
+  )
   data.validate()
   return data

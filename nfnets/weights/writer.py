@@ -114,7 +114,7 @@ def write(
     path: a directory, which may be new and gets model.safetensors (or model.npz), or a file with a suffix of `SUFFIXES`.
     converted: what to write.
     stored: where it comes from.
-    data: the preprocessing of an evaluation: test_crop, test_image_size, mean and std.
+    data: the preprocessing of an evaluation: the test_… fields, mean and std.
     sha256: of the file that was read; empty for a run's checkpoint.
     force: whether files that are already there are replaced.
 

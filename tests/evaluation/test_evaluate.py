@@ -11,9 +11,10 @@ import rich.console
 
 from nfnets import predict
 from nfnets.config import DataConfig
+from nfnets.data.sources.base import ArraySource
 from nfnets.data.sources.open import open_source
 from nfnets.errors import UserError
-from nfnets.evaluation import evaluate, protocol, report
+from nfnets.evaluation import classes, evaluate, protocol, report
 from nfnets.evaluation.published import published
 from nfnets.train.step import sharding
 from nfnets.weights.errors import WeightsError
@@ -115,7 +116,7 @@ def test_classes_are_found_by_name_by_number_and_by_what_is_there(tmp_path):
     ("[" * 100_000, "is no JSON"),
     ('{"classes": {"a": 1}}', "expected {"),
     ('{"classes": [1, true]}', "expected {"),
-    ('{"classes": [1]}', "has 1 classes, digits 10"),
+    ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}', "has 11 classes, digits 10"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]}', "class 9 of digits is 10, which is no class of the weights"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, "nine"]}', "class 9 of digits is 'nine'"),
     ('{"classes": [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]}', "the same class of the network"),
@@ -158,9 +159,65 @@ def test_images_that_are_none_are_left_out(tmp_path):
   assert first is None and second["only_first"] == (result.images.correct & ~whole.images.correct).sum()
 
 
+def test_a_map_restricts_data_that_has_all_classes(tmp_path):
+  """As ImageNet-A's does with ImageNet's validation images: images of other classes are left out, and so are their logits."""
+  path = write_weights(tmp_path / "x.safetensors", preprocessing=SQUASHED)
+  write_pictures(tmp_path / "data" / "val", {str(label): 2 for label in range(10)})
+  write_pictures(tmp_path / "part" / "val", {"3": 2, "7": 2, "8": 2})
+  (tmp_path / "map.json").write_text(json.dumps({"source": "a test", "classes": [8, 3, 7]}))
+  part = evaluated(path, protocol.images_of(str(tmp_path / "data")), classes_map=str(tmp_path / "map.json"))
+  assert part.class_names == ("3", "7", "8") and part.index.tolist() == [6, 7, 14, 15, 16, 17]
+  logits = predict.load(path)([tmp_path / "data" / "val" / name / f"{n}.png" for name in "378" for n in range(2)])[:, [3, 7, 8]]
+  assert part.images.predicted.tolist() == logits.argmax(axis=1).tolist()
+
+
+def test_imagenets_subsets_are_known_by_name():
+  """TFDS gives ImageNet-A and -R all 1,000 classes; as folders they have 200."""
+
+  class Images(ArraySource):
+    def __init__(self, name, classes):
+      super().__init__(name, "test", [str(label) for label in range(classes)], np.zeros((1, 1, 1, 3), np.uint8), np.zeros(1))
+
+  for name, some in (("imagenet_a", [6, 11, 988]), ("imagenet_r", [1, 2, 988])):
+    whole, folder = classes.plan("", (), 1000, Images(name, 1000)), classes.plan(name, (), 1000, Images("folder", 200))
+    assert len(whole.subset) == 200 and whole.columns is None and set(some) <= set(whole.subset.tolist())
+    np.testing.assert_array_equal(folder.columns, whole.subset)
+  assert classes.plan("", (), 1000, Images("imagenet_v2/matched-frequency", 1000)) == classes.Plan()
+
+
+def test_labels_by_several_people(tmp_path):
+  path = write_weights(tmp_path / "x.safetensors", preprocessing=SQUASHED)
+  write_pictures(tmp_path / "pictures", {str(label): 2 for label in range(10)})
+  files = sorted((tmp_path / "pictures").glob("*/*.png"))
+  for number, file in enumerate(files):
+    (tmp_path / "data" / "val" / file.parent.name).mkdir(parents=True, exist_ok=True)
+    file.rename(tmp_path / "data" / "val" / file.parent.name / f"ILSVRC2012_val_{number + 1:08}.JPEG")
+  images = protocol.images_of(str(tmp_path / "data"))
+  predicted = evaluated(path, images).images.predicted.tolist()
+  labels = [[], [predicted[1]], [predicted[2], 3], [(predicted[3] + 1) % 10], *[[label] for label in predicted[4:]]]
+  (tmp_path / "real.json").write_text(json.dumps(labels))
+  real = evaluated(path, images, real_labels=str(tmp_path / "real.json")).summary["real"]
+  assert (real["top1"], real["count"]) == (pytest.approx(18 / 19), 19)  # one has no label, one is wrong
+  by_name = {f"ILSVRC2012_val_{number + 1:08}.JPEG": entry for number, entry in enumerate(labels)}
+  (tmp_path / "names.json").write_text(json.dumps(by_name))
+  assert evaluated(path, images, real_labels=str(tmp_path / "names.json")).summary["real"] == real
+  (tmp_path / "short.json").write_text(json.dumps(labels[:5]))
+  with pytest.raises(UserError, match="val_00000006.JPEG, which is not among the 5 labelled images; expected ILSVRC2012_val"):
+    evaluated(path, images, real_labels=str(tmp_path / "short.json"))
+  for content, message in (
+    ("{", "is no JSON"),
+    ('{"a": 1}', "expected a list of lists"),
+    ("[[true]]", "expected a list of lists"),
+  ):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+      evaluated(path, images, real_labels=str(tmp_path / "bad.json"))
+
+
 def test_published_figures_are_shown_where_they_belong():
   row = published("nfnet_f0", "imagenet2012", classes=1000, split="validation")
   assert (row["top1"], row["top5"], row["resolution"]) == (pytest.approx(0.83468), pytest.approx(0.9657), 256)
+  assert published("nfnet_f0", "imagenet2012_real", classes=1000)["top1"] == pytest.approx(0.88123)
   assert published("dm_nfnet_f0", "imagenet_a", classes=200)["top1"] == pytest.approx(0.26773)
   assert published("nfnet_f0", "imagenet_a", classes=1000) is None  # published for the 200 classes that it has
   assert published("nfnet_f0", "imagenet2012", classes=1000, split="validation[:50%]") is None

@@ -87,6 +87,9 @@ def test_a_recipe_says_which_images_but_not_how_they_are_shown(weights, monkeypa
     (["--weights=W", "--data=digitz"], "unknown dataset config.data.name='digitz'; near: digits"),
     (["--weights=W", "--split=train"], "--split belongs to --data, which is missing"),
     (["--weights=W", "--data=digits", "--config=configs/digits.py"], "--data and --config: expected one of them"),
+    (["--weights=W", "--corruptions=nowhere"], "--corruptions=nowhere: expected a folder with CORRUPTION/1/CLASS"),
+    (["--weights=W", "--corruptions=nowhere", "--data=digits"], "--data and --corruptions: expected one of them"),
+    (["--weights=W", "--crop_pct=2"], "test_crop_pct"),
     (["--weights=W", "--classes_map=nowhere.json"], "--classes_map=nowhere.json cannot be read"),
   ],
 )
@@ -95,6 +98,26 @@ def test_mistakes_are_one_line_and_status_2(weights, monkeypatch, capsys, argume
   status, _, said = call(monkeypatch, capsys, "evaluate", *arguments)
   lines = [line for line in said.splitlines() if line.startswith("error: ")]
   assert status == 2 and len(lines) == 1 and expected in lines[0] and "Traceback" not in said
+
+
+def test_corruptions_are_a_table_and_a_picture(weights, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("COLUMNS", "140")
+  path = write_weights(tmp_path / "squashed.safetensors", preprocessing=SQUASHED)
+  names = ["blur/defocus_blur/1", "blur/defocus_blur/5", "noise/shot_noise/3"]
+  for name in names:
+    write_pictures(tmp_path / "c" / name, {str(label): 2 for label in range(10)})
+  arguments = [f"--weights={path}", f"--corruptions={tmp_path / 'c'}", f"--out={tmp_path / 'out'}"]
+  status, printed, said = call(monkeypatch, capsys, "evaluate", *arguments)
+  (result,) = json.loads(printed.splitlines()[-1])["results"]
+  assert status == 0 and "shot_noise 3 (1 of 3)" in said and "not all of ImageNet-C's 15 are there" in printed
+  assert [*result["corruptions"]] == ["shot_noise", "defocus_blur"] and result["mce"] is None
+  assert result["corruptions"]["defocus_blur"]["images"] == {"1": 20, "5": 20}
+  _, alone, _ = call(monkeypatch, capsys, "evaluate", f"--weights={path}", f"--data={tmp_path / 'c' / names[2]}", "--split=all")
+  top1 = json.loads(alone.splitlines()[-1])["results"][0]["top1"]
+  assert result["corruptions"]["shot_noise"]["error"]["3"] == pytest.approx(1 - top1)
+  assert json.loads((tmp_path / "out" / "corruptions.json").read_text())["results"] == [result]
+  with Image.open(tmp_path / "out" / "corruptions.png") as picture:
+    assert picture.size[0] > 300
 
 
 def test_two_processes_give_what_one_gives(weights, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfnets import predict
+from nfnets import models, predict
 from nfnets.config import Config, DataConfig, InitConfig, ModelConfig, OptimConfig
 from nfnets.data.images import decode
 from nfnets.data.sources.open import open_source
@@ -53,6 +53,25 @@ def test_a_run_and_its_export_predict_what_the_evaluation_counted(trained, tmp_p
   assert first[0][1] == pytest.approx(probabilities[0].max())
 
 
+def test_create_takes_weights(trained, tmp_path):
+  """The front door, as in the README; the network is the classifier's, and everything that does not fit is said."""
+  workdir, name = trained[0], config().model.name
+  expected = predict.load(workdir)
+  network = models.create(name, weights=workdir)
+  images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  np.testing.assert_array_equal(network(images), expected.network(images))
+  with pytest.warns(UserWarning, match="a new classifier of 3 classes instead of the 10"):
+    smaller = models.create(name, 3, weights=workdir)
+  assert smaller(images).shape == (2, 3)
+  np.testing.assert_array_equal(smaller.outputs(images)["pool"], network.outputs(images)["pool"])
+  with pytest.raises(UserError, match="holds the weights of .*, not of nfnet_f0"):
+    models.create("NFNet-F0", weights=workdir)
+  with pytest.raises(UserError, match="nowhere is not there"):
+    models.create(name, weights="nowhere")
+  with pytest.raises(models.UnknownModelError):
+    models.create("nfnet_f9", weights=workdir)
+
+
 def test_photographs_are_cropped_and_turned_as_in_an_evaluation(trained):
   import dataclasses
 
@@ -66,7 +85,7 @@ def test_photographs_are_cropped_and_turned_as_in_an_evaluation(trained):
   upright = np.rot90(pixels, -1)
   prepared = classifier.prepare([file.getvalue(), upright])
   np.testing.assert_array_equal(prepared[0], prepared[1])
-  expected = (decode.squash(upright, 16) - np.float32(data.mean)) / np.float32(data.std)
+  expected = (decode.test_image(upright, 16, crop="squash") - np.float32(data.mean)) / np.float32(data.std)
   np.testing.assert_allclose(prepared[1], expected, rtol=1e-6, atol=1e-6)
 
 

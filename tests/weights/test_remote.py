@@ -34,8 +34,15 @@ def raising(error: Exception):
 def test_the_hubs_file_is_asked_for_by_its_repository(monkeypatch):
   hub(monkeypatch, lambda repository, file: f"/cache/{repository}/{file}")
   assert remote.local("hf://timm/nfnet_l0.ra2_in1k") == pathlib.Path("/cache/timm/nfnet_l0.ra2_in1k/model.safetensors")
-  for path in ("runs/digits", pathlib.Path("x.npz"), "timm/nfnet_l0.ra2_in1k"):
+  assert remote.local("timm/nfnet_l0.ra2_in1k") == remote.local("hf://timm/nfnet_l0.ra2_in1k")
+  for path in ("runs/digits", pathlib.Path("x.npz")):
     assert remote.local(path) == path
+
+
+def test_a_path_that_is_there_is_no_repository(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "timm" / "mine").mkdir(parents=True)
+  assert remote.local("timm/mine") == "timm/mine"
 
 
 @pytest.mark.parametrize(

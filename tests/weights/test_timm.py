@@ -1,6 +1,7 @@
 """timm's names, layout and arithmetic against timm itself: golden/README.md says how tests/golden/timm.npz was computed."""
 
 import functools
+import json
 import math
 
 import numpy as np
@@ -11,7 +12,9 @@ from flax import nnx
 from nfnets import models
 from nfnets.agc import named_leaves
 from nfnets.errors import UserError
+from nfnets.train.initial import read_weights
 from nfnets.weights import timm
+from nfnets.weights.errors import WeightsError
 from nfnets.weights.network import build, fill
 from nfnets.weights.reader import read
 from tests import golden
@@ -39,7 +42,7 @@ def test_there_and_back_is_equal_to_the_bit(tmp_path, name):
   stored = read(tmp_path / "x")
   known, model = timm.ARCHITECTURES[name], stored.config.model
   assert (model.name, model.overrides, stored.num_classes) == (known.name, known.overrides, 10)
-  assert stored.config.data.test_crop == ("squash" if name.startswith("dm_") else "crop")
+  assert stored.config.data.test_crop == ("squash" if name.startswith("dm_") else "short_side")
   back = timm.to_theirs(stored.arrays, models.variant(model.name).depth, gate_inside="regnet" in name)
   assert {key: array.shape for key, array in back.items()} == theirs(name)
   for key, array in arrays.items():
@@ -105,6 +108,46 @@ def test_what_does_not_fit_is_one_line(tmp_path, change, message):
   with pytest.raises(UserError, match=message) as refused:
     read(tmp_path / "x")
   assert "\n" not in str(refused.value)
+
+
+def config_json(**changes) -> dict:
+  shown = {"input_size": [3, 96, 96], "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bicubic"}
+  cfg = {**shown, "mean": [0.5] * 3, "std": [0.25] * 3, **changes}
+  return {"architecture": "nf_resnet26", "label_names": list("abcdefghij"), "pretrained_cfg": cfg}
+
+
+def test_the_config_json_beside_the_weights_says_how_images_are_shown(tmp_path):
+  safetensors.numpy.save_file(numbered(theirs("nf_resnet26")), tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps(config_json()))
+  stored = read_weights(tmp_path)
+  data = stored.config.data
+  assert (data.test_crop, data.test_crop_pct, data.test_resize, data.test_image_size) == ("squash", 0.8, "pillow", 96)
+  assert (data.mean, data.std, stored.class_names) == ((127.5,) * 3, (63.75,) * 3, tuple("abcdefghij"))
+  (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"test_input_size": [3, 64, 64]}}))
+  assert read_weights(tmp_path).config.data.test_image_size == 64
+  assert read_weights(tmp_path).config.data.test_crop_pct == 0.94  # as the architecture's table says
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("{", "is no config.json of timm"),
+    ("[]", "is no config.json of timm"),
+    ('{"pretrained_cfg": {"mean": [1' + "0" * 400 + "]}}", "is no config.json of timm"),
+    ('{"pretrained_cfg": {"input_size": [3, [1], 8]}}', "is no config.json of timm"),
+    (json.dumps(config_json(crop_mode="border")), "asks for crop_mode='border'"),
+    (json.dumps(config_json(interpolation="bilinear")), "and interpolation='bilinear'"),
+    (json.dumps(config_json(input_size=[3, 96, 64])), "'bicubic' of squares"),
+    (json.dumps(config_json(crop_pct=0)), "test_crop_pct"),
+    (json.dumps(config_json() | {"label_names": ["a"]}), "label_names has 1 entries, expected the names of 10 classes"),
+  ],
+)
+def test_a_config_json_that_does_not_fit_is_one_line(tmp_path, content, message):
+  safetensors.numpy.save_file(numbered(theirs("nf_resnet26")), tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(WeightsError, match=message) as refused:
+    read_weights(tmp_path)
+  assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
 def test_pth_is_read_where_torch_is_installed(tmp_path):

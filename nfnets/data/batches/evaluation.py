@@ -63,7 +63,10 @@ class EvalBatches(DecodedBatches):
           batch["mask"][row] = False
           continue
         with self._decoder.timed("decode"):
-          crop = decode.TEST_CROPS.get(self.config.test_crop)
-          batch["image"][row] = crop(image, self.size) if crop else self._decoder.as_stored(image, first + row, "test_crop")
+          if self.config.test_crop == "none":
+            batch["image"][row] = self._decoder.as_stored(image, first + row, "test_crop")
+          else:
+            shown = {name: getattr(self.config, f"test_{name}") for name in ("crop", "crop_pct", "resize")}
+            batch["image"][row] = decode.test_image(image, self.size, **shown)
 
     return self._decoder.run(fill, max(0, stop - first), lambda: batch)

@@ -24,6 +24,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width, pixels
 LEAST_COVER = 0.1
 ATTEMPTS = 10  # random boxes that are tried
 PADDING = 32  # pixels; evaluation takes the central size / (size + 32) of the image
+_RESIZED_WHOLE = 1 << 24  # pixels; larger results are not made for the sake of a square of them
 _JPEG = b"\xff\xd8\xff"  # how every JPEG begins
 
 # Pillow warns of images that are large, but not larger than config.data.max_pixels has been set to, or that we refuse.
@@ -168,9 +169,9 @@ def inception_box(
   return centre_box(height, width, size)
 
 
-def centre_box(height: int, width: int, size: int) -> Box:
-  """Returns the central square: size / (size + 32) of the shorter side."""
-  side = max(1, int(min(height, width) / (size + PADDING) * size))
+def centre_box(height: int, width: int, size: int, share: float | None = None) -> Box:
+  """Returns the central square: size / (size + 32) of the shorter side, or the given share of it."""
+  side = max(1, int(min(height, width) / (size + PADDING) * size if share is None else min(height, width) * share))
   return (height - side + 1) // 2, (width - side + 1) // 2, side, side
 
 
@@ -195,27 +196,57 @@ def shift(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
 
 
 # ---- evaluation
-def squash(image: np.ndarray, size: int) -> np.ndarray:
+Resize = Callable[[np.ndarray, tuple[int, int], tuple[int, int], int], np.ndarray]  # as `bicubic`
+
+
+def test_image(
+  image: np.ndarray, size: int, *, crop: str, crop_pct: float | None = None, resize: str = "tensorflow"
+) -> np.ndarray:
+  """Cuts the square out of an image that an evaluation shows.
+
+  Args:
+    image: uint8 [height, width, 3].
+    size: side of the square, pixels.
+    crop, crop_pct, resize: as config.data.test_crop (not "none"), test_crop_pct and test_resize.
+  """
+  return _TEST_CROPS[crop](image, size, crop_pct, _RESIZES[resize])
+
+
+def _squash(image: np.ndarray, size: int, share: float | None, resize: Resize) -> np.ndarray:
   """Resizes any shape to (size + 32)² and crops the central size²: what NFNets were published with."""
-  return bicubic(image, (size + PADDING,) * 2, ((PADDING + 1) // 2,) * 2, size)
+  side = size + PADDING if share is None else int(size / share)
+  return resize(image, (side, side), (_centred(side, size),) * 2, size)
 
 
-def crop(image: np.ndarray, size: int) -> np.ndarray:
-  """Crops `centre_box` and resizes it to size²: what ResNets and NF-RegNets were published with."""
-  rows, columns = image.shape[:2]
-  top, left, height, width = centre_box(rows, columns, size)
-  return bicubic(image[top : top + height, left : left + width], (size, size), (0, 0), size)
+def _crop(image: np.ndarray, size: int, share: float | None, resize: Resize) -> np.ndarray:
+  """Crops the central square and resizes it to size²: what ResNets and NF-RegNets were published with."""
+  top, left, height, width = centre_box(image.shape[0], image.shape[1], size, share)
+  return resize(image[top : top + height, left : left + width], (size, size), (0, 0), size)
 
 
-def short_side(image: np.ndarray, size: int) -> np.ndarray:
-  """Resizes the shorter side to size / 0.875, keeping the shape, and crops the central size²: the common 256 → 224."""
-  height, width = image.shape[:2]
-  scale = int(size / 0.875) / min(height, width)
-  new_height, new_width = max(size, round(height * scale)), max(size, round(width * scale))
-  return bicubic(image, (new_height, new_width), ((new_height - size) // 2, (new_width - size) // 2), size)
+def _short_side(image: np.ndarray, size: int, share: float | None, resize: Resize) -> np.ndarray:
+  """Resizes the shorter side to size / 0.875, keeping the shape, and crops the central size²; rounds as torchvision does."""
+  short = int(size / (share or 0.875))
+  height, width = (int(short * side / min(image.shape[:2])) for side in image.shape[:2])
+  return resize(image, (height, width), (_centred(height, size), _centred(width, size)), size)
 
 
-TEST_CROPS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"squash": squash, "crop": crop, "short_side": short_side}
+_TEST_CROPS = {"squash": _squash, "crop": _crop, "short_side": _short_side}
+
+
+def _centred(whole: int, part: int) -> int:
+  return round((whole - part) / 2)
+
+
+def antialiased(image: np.ndarray, resized: tuple[int, int], offset: tuple[int, int], size: int) -> np.ndarray:
+  """As `bicubic`, but Pillow's, whose filter grows with the shrinking."""
+  (height, width), (top, left) = resized, offset
+  picture, bicubic = Image.fromarray(image), Image.Resampling.BICUBIC
+  if height * width <= _RESIZED_WHOLE:
+    return np.asarray(picture.resize((width, height), bicubic))[top : top + size, left : left + size]
+  across, down = image.shape[1] / width, image.shape[0] / height  # an image of an extreme shape: the square alone
+  box = left * across, top * down, (left + size) * across, (top + size) * down
+  return np.asarray(picture.resize((size, size), bicubic, box=box))
 
 
 def bicubic(image: np.ndarray, resized: tuple[int, int], offset: tuple[int, int], size: int) -> np.ndarray:
@@ -239,6 +270,9 @@ def bicubic(image: np.ndarray, resized: tuple[int, int], offset: tuple[int, int]
   out = cv2.transpose(_resample(cv2.transpose(_resample(image.astype(np.float32), *row_taps)), *column_taps))
   out += 0.5
   return np.clip(out, 0, 255, out=out).astype(np.uint8)
+
+
+_RESIZES: dict[str, Resize] = {"tensorflow": bicubic, "pillow": antialiased}
 
 
 def _resample(image: np.ndarray, positions: np.ndarray, weights: np.ndarray) -> np.ndarray:

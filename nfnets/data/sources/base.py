@@ -62,6 +62,10 @@ class Source(abc.ABC):
   def address(self, index: int) -> str:
     """Returns the file and the position of a record, for messages: "PATH at byte N (record I of M)", I from 1."""
 
+  def file_name(self, index: int) -> str:
+    """Returns what the image's file was called, without its folder; empty where that is not known. Raises CorruptRecord."""
+    return ""
+
   @abc.abstractmethod
   def content(self) -> Iterable[bytes]:
     """Yields what tells these records from others without reading them all: names of files below the dataset's, lengths …"""

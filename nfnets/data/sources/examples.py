@@ -63,6 +63,14 @@ class _ExampleSource(Source):
       )
     return Record(image, label)
 
+  def file_name(self, index: int) -> str:
+    """Returns the feature `file_name`, as TFDS calls it."""
+    try:
+      name = parse_example(self.payload(self.raw(index)), ("file_name",))["file_name"]
+    except ValueError:  # there is no such feature
+      return ""
+    return os.path.basename(name.decode(errors="replace")) if isinstance(name, bytes) else ""
+
 
 class TFRecordSource(_ExampleSource):
   """Records of TFRecord shards; the checksums of length and payload are compared at every read.

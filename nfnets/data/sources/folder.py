@@ -58,6 +58,9 @@ class FolderSource(Source):
   def address(self, index: int) -> str:
     return os.path.join(self._root, self._files[index])
 
+  def file_name(self, index: int) -> str:
+    return os.path.basename(self._files[index])
+
   def content(self) -> Iterable[bytes]:
     yield "\0".join(self._files).replace(os.sep, "/").encode(errors="surrogateescape")
     yield self._labels.astype("<i4").tobytes()
@@ -94,8 +97,9 @@ def open_folder(config: DataConfig, split: str, progress: Callable[[str], None])
   Kaggle's archive of ImageNet was unpacked. Or it holds CLASS alone: then `config.validation` of each class is for validation, by
   `stratify.held_out`.
 
-  The label of an image is the place of its class folder among train's, sorted by name. A whole split comes in the order of its
-  classes and files; a slice is taken from an order that mixes the classes evenly, `stratify.mixed_order`.
+  The label of an image is the place of its class folder among train's, sorted by name (0, 1, 2, … by number). A whole split comes
+  in the order of its classes and files; a slice is taken from an order that mixes the classes evenly, `stratify.mixed_order`.
+  "all" is everything that is there.
 
   Args:
     config: `dir` is the folder, `formats` are the formats whose files are images.
@@ -209,6 +213,9 @@ def _terms(split: str, splits: dict[str, Callable[[], _Listing]], root: str) -> 
   """Returns the terms of a split expression, with the limits that TFDS computes. splits: lists the images of each split."""
   from tensorflow_datasets.core import splits as tfds_splits
 
+  if split == "all":
+    listings = {id(listed()): name for name, listed in splits.items()}  # two names may mean one folder
+    split = "+".join(name for name in splits if name in listings.values())
   sizes = {name: len(listed().names) for name, listed in splits.items() if name in split}  # the others need not be listed
   infos = {name: tfds_splits.SplitInfo(name=name, shard_lengths=[size], num_bytes=0) for name, size in sizes.items()}
   try:
@@ -308,7 +315,10 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _subfolders(path: str) -> list[str]:
-  return [entry.name for entry in _entries(path) if _is(entry.is_dir)]
+  """The names of the folders in a directory, sorted by name; those of ImageNet-V2 and its like, 0, 1, 2, …, by number."""
+  names = [entry.name for entry in _entries(path) if _is(entry.is_dir)]
+  numbered = {*names} == {str(number) for number in range(len(names))}
+  return [str(number) for number in range(len(names))] if numbered else names
 
 
 def _images(path: str, suffixes: tuple[str, ...]) -> _Images:

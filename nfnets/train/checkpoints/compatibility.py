@@ -26,6 +26,8 @@ MAY_DIFFER = (
   "data.shuffle_block",
   "data.test_split",
   "data.test_crop",
+  "data.test_crop_pct",
+  "data.test_resize",
   "data.test_image_size",
   "init.weights",
   "init.new_head",

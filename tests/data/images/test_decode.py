@@ -1,6 +1,7 @@
 """Pixels and crops are TensorFlow's (tests/golden/README.md), and bytes that are no image are refused."""
 
 import io
+import math
 import pathlib
 
 import numpy as np
@@ -23,15 +24,43 @@ def test_pixels_are_tensorflows(name):
 
 @pytest.mark.parametrize("name", ["squash", "crop"])
 def test_evaluation_crops_are_tensorflows_rounded(name):
-  crop = decode.TEST_CROPS[name](GOLDEN["pixels_plain"], 32)
+  crop = decode.test_image(GOLDEN["pixels_plain"], 32, crop=name)
   expected = GOLDEN[f"{name}_32"] / 8  # stored in eighths
   assert np.abs(crop - np.clip(expected, 0, 255)).max() <= 0.5 + 1 / 16
 
 
 def test_short_side_only_crops_an_image_that_needs_no_resizing():
   image = GOLDEN["pixels_plain"]  # 80×120
-  np.testing.assert_array_equal(decode.short_side(image, 70), image[5:75, 25:95])
-  assert decode.short_side(image, 33).shape == (33, 33, 3)
+  np.testing.assert_array_equal(decode.test_image(image, 70, crop="short_side"), image[5:75, 25:95])
+  assert decode.test_image(image, 33, crop="short_side").shape == (33, 33, 3)
+
+
+@pytest.mark.parametrize("size, share", [(256, 0.9), (288, 0.94), (160, 0.95), (64, 1.0), (33, 0.951)])
+@pytest.mark.parametrize("crop", ["squash", "short_side"])
+def test_timms_protocol_gives_what_pillow_gives(crop, size, share):
+  """As timm's evaluation: Resize(floor(size / crop_pct)) and CenterCrop(size) of torchvision, on a Pillow image."""
+  image = np.random.default_rng(0).integers(0, 256, (201, 333, 3), np.uint8)
+  short = math.floor(size / share)
+  resized = (short, short) if crop == "squash" else (int(short * 333 / 201), short)  # width, height
+  left, top = (int(round((side - size) / 2.0)) for side in resized)
+  whole = Image.fromarray(image).resize(resized, Image.Resampling.BICUBIC)
+  ours = decode.test_image(image, size, crop=crop, crop_pct=share, resize="pillow")
+  np.testing.assert_array_equal(ours, np.asarray(whole.crop((left, top, left + size, top + size))))
+
+
+def test_the_square_alone_is_that_of_the_whole(monkeypatch):
+  """Of an image that would be resized to millions of pixels Pillow makes the square alone, whose place it knows in float32."""
+  image = np.random.default_rng(0).integers(0, 256, (40, 700, 3), np.uint8)
+  whole = decode.test_image(image, 64, crop="short_side", resize="pillow")
+  monkeypatch.setattr(decode, "_RESIZED_WHOLE", 0)
+  square = decode.test_image(image, 64, crop="short_side", resize="pillow")
+  assert np.abs(square - whole.astype(int)).max() <= 1
+
+
+def test_a_share_cuts_it_out_of_the_shorter_side():
+  image = GOLDEN["pixels_plain"]
+  cut = decode.test_image(image, 40, crop="crop", crop_pct=0.5)
+  np.testing.assert_array_equal(cut, image[20:60, 40:80])
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (300, 900)])

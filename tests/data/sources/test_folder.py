@@ -137,6 +137,23 @@ def test_a_folder_of_classes_alone_has_a_validation_share(plain):
   assert set(half) <= set(files(train)) and len(half) == round(len(train) / 2)
 
 
+def test_all_is_everything_once(plain, tmp_path):
+  assert sorted(files(load(plain, "all"))) == sorted(files(load(plain, "train+val")))
+  make(tmp_path / "two", {"ant": 2, "bee": 2})
+  (tmp_path / "both").mkdir()
+  for name in ("train", "val"):
+    (tmp_path / "both" / name).symlink_to(tmp_path / "two")
+  assert len(load(tmp_path / "both", "all")) == 8
+
+
+def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path):
+  """As the folders of ImageNet-V2."""
+  make(tmp_path / "numbers", {str(number): 2 for number in range(12)})
+  assert load(tmp_path / "numbers", "train").class_names == tuple(map(str, range(12)))
+  make(tmp_path / "others", {str(number): 2 for number in range(1, 12)})
+  assert load(tmp_path / "others", "train").class_names[:3] == ("1", "10", "11")
+
+
 def test_the_share_is_a_field(plain):
   few, many = (files(load(plain, "val", validation=share)) for share in (0.1, 0.3))
   assert len(many) > 2 * len(few) and set(few) <= set(many)
