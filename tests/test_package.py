@@ -103,6 +103,7 @@ def test_requirements_agree_with_pyproject():
     "s3",
     "gcs",
     "peers",
+    "saved",
     "dev",
   }  # gcs, hub, onnx and peers (TensorFlow) are not in requirements.txt
   assert required == set(project["dependencies"]).union(*(extras[name] for name in ("train", "export", "s3", "dev")))

@@ -7,11 +7,13 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from launch import cli, export
 from nfnets import predict
 from nfnets.weights.reader import read
+from tests import golden
 from tests.export import networks
 from tests.test_readme import block
 
@@ -69,6 +71,30 @@ def test_stablehlo_runs_by_the_lines_in_readme(weights, tmp_path, monkeypatch, c
   assert run_readme("jax.export.deserialize", tmp_path, "jax") == expected
 
 
+def test_a_saved_model_gives_the_networks_logits(weights, tmp_path, monkeypatch, capsys):
+  pytest.importorskip("tensorflow")
+  out = tmp_path / "saved"
+  status, said, _ = call(
+    monkeypatch, capsys, f"--weights={weights}", "--to=saved", "--uint8", "--fold", f"--out={out}", "--check"
+  )
+  assert status == 0 and "check: largest difference" in said
+  assert json.loads((out / "assets.extra" / "about.json").read_text())["class_names"][3] == "class 3"
+  status, _, error = call(monkeypatch, capsys, f"--weights={weights}", "--to=saved", f"--out={out}")
+  assert status == 2 and "--force replaces it" in error
+  assert call(monkeypatch, capsys, f"--weights={weights}", "--to=saved", f"--out={out}", "--force")[0] == 0
+  assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_timms_names_are_those_of_convert(tmp_path, monkeypatch, capsys):
+  lines = str(golden.load("timm")["test_nfnet/names"]).split("\n")
+  arrays = {line.split()[0]: np.ones([int(size) for size in line.split()[1:]], np.float32) for line in lines}
+  source, out = tmp_path / "test_nfnet.safetensors", tmp_path / "folder"
+  safetensors.numpy.save_file(arrays, source)
+  assert call(monkeypatch, capsys, f"--weights={source}", "--to=timm", f"--out={out}")[0] == 0
+  assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+  np.testing.assert_equal(safetensors.numpy.load_file(out / "model.safetensors"), arrays)
+
+
 def test_safetensors_give_the_same_network(weights, tmp_path, monkeypatch, capsys):
   out = tmp_path / "again.safetensors"
   assert call(monkeypatch, capsys, f"--weights={weights}", "--to=safetensors", f"--out={out}")[0] == 0
@@ -81,7 +107,7 @@ def test_safetensors_give_the_same_network(weights, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--to=onx", "--out=x"), "--to=onx: expected stablehlo, onnx or safetensors"),
+    (("--to=onx", "--out=x"), "--to=onx: expected onnx, stablehlo, saved, timm or safetensors"),
     (("--out=x",), "--to is missing"),
     (("--to=onnx",), "--out is missing"),
     (("--to=safetensors", "--out=nowhere/x"), "there is no directory nowhere"),
@@ -102,7 +128,7 @@ def test_mistakes_are_one_line_and_leave_no_file(weights, tmp_path, monkeypatch,
   assert [path.name for path in tmp_path.iterdir()] == ["there"] and (tmp_path / "there").read_text() == "old"
 
 
-@pytest.mark.parametrize("to", ["onnx", "stablehlo"])
+@pytest.mark.parametrize("to", ["onnx", "stablehlo", "saved"])
 def test_a_missing_package_is_named(weights, tmp_path, monkeypatch, capsys, to):
   monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
   status, _, error = call(monkeypatch, capsys, f"--weights={weights}", f"--to={to}", f"--out={tmp_path / 'x'}")

@@ -212,9 +212,16 @@ def test_image(
   return _TEST_CROPS[crop](image, size, crop_pct, _RESIZES[resize])
 
 
+def resized_side(size: int, *, crop: str, crop_pct: float | None = None) -> int:
+  """Side, or shorter side, of the resized image that the central size² is cut out of, pixels; "crop" cuts it out before."""
+  if crop == "none":
+    return size
+  return int(size / (crop_pct or 0.875)) if crop_pct or crop == "short_side" else size + PADDING
+
+
 def _squash(image: np.ndarray, size: int, share: float | None, resize: Resize) -> np.ndarray:
   """Resizes any shape to (size + 32)² and crops the central size²: what NFNets were published with."""
-  side = size + PADDING if share is None else int(size / share)
+  side = resized_side(size, crop="squash", crop_pct=share)
   return resize(image, (side, side), (_centred(side, size),) * 2, size)
 
 
@@ -226,7 +233,7 @@ def _crop(image: np.ndarray, size: int, share: float | None, resize: Resize) -> 
 
 def _short_side(image: np.ndarray, size: int, share: float | None, resize: Resize) -> np.ndarray:
   """Resizes the shorter side to size / 0.875, keeping the shape, and crops the central size²; rounds as torchvision does."""
-  short = int(size / (share or 0.875))
+  short = resized_side(size, crop="short_side", crop_pct=share)
   height, width = (int(short * side / min(image.shape[:2])) for side in image.shape[:2])
   return resize(image, (height, width), (_centred(height, size), _centred(width, size)), size)
 
