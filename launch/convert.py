@@ -4,7 +4,8 @@ SRC is a file of weights in our names, Haiku's (the published .npz, a true npz, 
 torch is installed), hf://OWNER/NAME, the address of a published file, a workdir, or WORKDIR/checkpoints/STEP. DST is a directory,
 which may be new, or a file: .safetensors, for Haiku .npz and .pkl too. A model card (README.md) is written beside the weights,
 and with --to=timm the config.json that timm reads.
---check compares the outputs of every stage with timm's own on the same weights; timm and torch must be installed.
+--check compares the outputs of every stage with timm's own on the same weights (timm and torch must be installed); with
+--official=DIR, which holds the release's package nfnets, those of the release, and its statistics of every block (dm-haiku).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from launch.progress import plain_console
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_enum("to", "nfnets", ["nfnets", "timm", "haiku"], "Whose names and layout DST has.", flag_values=values)
   flags.DEFINE_boolean("check", False, "Print how far timm's outputs are from ours, for every stage.", flag_values=values)
+  flags.DEFINE_string("official", None, "With --check: the folder that holds the release's nfnets/.", flag_values=values)
   flags.DEFINE_boolean("force", False, "Replace files that are already there.", flag_values=values)
 
 
@@ -35,9 +37,12 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
   stored = read_weights(source)
   console = plain_console()
   console.print(f"{stored.source}: {writer.described(stored)}, {stored.num_classes:,} classes")
+  if values.official and not values.check:
+    raise cli.UsageError("--official is for --check, which is missing")
   if values.check:
-    for stage, error in parity.against_timm(stored):
-      console.print(f"{stage}: largest relative error {error:.1e}")
+    rows = parity.against_release(stored, values.official) if values.official else parity.against_timm(stored)
+    for stage, error in rows:
+      console.print(f"{stage}: relative error {error:.1e}")
   converted = writer.convert(stored, values.to)
   if converted.remark:
     console.print(f"note: {converted.remark}")

@@ -136,7 +136,7 @@ def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padd
   """Computes a 2-D convolution.
 
   Programs for CPUs get a grouped convolution as several plain ones, since XLA's CPU backend has no fast form of groups (18 times
-  slower on NFNet-F0).
+  slower on NFNet-F0), and a 1×1 convolution as a matrix product, which that backend computes about twice as fast.
 
   Args:
     x: [B, H, W, I].
@@ -148,11 +148,18 @@ def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padd
   Returns:
     [B, H', W', O], in x's dtype.
   """
-  if groups == 1:
-    return _convolve_at_once(x, kernel, strides=strides, groups=1, padding=padding)
   options = {"strides": strides, "groups": groups, "padding": padding}
-  split, whole = functools.partial(_convolve_split, **options), functools.partial(_convolve_at_once, **options)
-  return jax.lax.platform_dependent(x, kernel, cpu=split, default=whole)
+  whole = functools.partial(_convolve_at_once, **options)
+  if groups > 1:
+    return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(_convolve_split, **options), default=whole)
+  if kernel.shape[:2] == (1, 1) and strides == 1:
+    return jax.lax.platform_dependent(x, kernel, cpu=_multiply, default=whole)
+  return whole(x, kernel)
+
+
+def _multiply(x: Array, kernel: Array) -> Array:
+  """A 1×1 convolution as a matrix product."""
+  return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0].astype(x.dtype))
 
 
 def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:

@@ -15,6 +15,7 @@ from nfnets import predict
 from nfnets.weights import formats, haiku, timm, writer
 from nfnets.weights.reader import read
 from tests import golden
+from tests.export import networks
 
 
 def call(monkeypatch, *arguments) -> int:
@@ -162,3 +163,20 @@ def test_check_needs_timm(tmp_path, monkeypatch, capsys, theirs):
   monkeypatch.setitem(sys.modules, "timm", None)
   assert call(monkeypatch, theirs[0], tmp_path / "x", "--check") == 2
   assert "timm is not installed" in capsys.readouterr().err
+
+
+def test_what_a_check_against_the_release_needs_is_said(tmp_path, monkeypatch, capsys, theirs):
+  """The release's own code is none of ours, so that it is given by its folder; here there is none."""
+  source, arguments = tmp_path / "b0.safetensors", ["--check", f"--official={tmp_path}"]
+  networks.write_weights(source, "nf_regnet")
+  assert call(monkeypatch, source, tmp_path / "x", *arguments) == 2
+  assert f"--official={tmp_path}: expected the folder that holds nfnets/nf_regnet.py" in capsys.readouterr().err
+  (tmp_path / "nfnets").mkdir()
+  (tmp_path / "nfnets" / "nf_regnet.py").write_text("raise ImportError('no haiku')")
+  assert call(monkeypatch, source, tmp_path / "x", *arguments) == 2
+  assert "could not be run (dm-haiku is needed)" in capsys.readouterr().err
+  assert call(monkeypatch, theirs[0], tmp_path / "x", *arguments) == 2
+  assert "is test_nfnet, which the release has not" in capsys.readouterr().err
+  assert call(monkeypatch, source, tmp_path / "x", f"--official={tmp_path}") == 2
+  assert "--official is for --check, which is missing" in capsys.readouterr().err
+  assert not (tmp_path / "x").exists()
