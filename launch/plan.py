@@ -5,7 +5,8 @@ Compiles the step that launch.train would run for a TPU slice (v5e:2x4, v5e:16x1
 libtpu, but no TPU: pip install 'jax[tpu]') or, without --topology, for this machine's own devices. Prints the memory of a
 device and whether it suffices, arithmetic, what the devices send each other, the compile time, and an estimated time of a step
 with its assumptions; the last line is JSON. Where it does not fit, remat, sharding and accumulation are compiled as well, until
-something does; --advise compiles all of them. docs/plan.md says how to read it.
+something does; --advise compiles all of them; --top=20 lists the operations that move the most, with their layers. docs/plan.md
+says how to read it.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_boolean(
     "advise", False, "Also compile with remat, shard and accumulate=2, 4, 8 where the step fits without them.", flag_values=values
   )
+  flags.DEFINE_integer("top", 0, "Also list so many operations with the most memory traffic.", lower_bound=0, flag_values=values)
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
   flags.DEFINE_string("out", None, "A picture (PNG, PDF, SVG) of the memory of everything that was compiled.", flag_values=values)
 
@@ -45,10 +47,13 @@ def run(values: flags.FlagValues) -> int:
   if values.topology is not None:
     with contextlib.suppress(RuntimeError):  # raised where JAX has already started
       jax.config.update("jax_platforms", "cpu")  # only shapes are made, so a local TPU or GPU is left to others
+  from nfnets.measure import traffic
   from nfnets.measure.plan import make_plan
   from nfnets.measure.plan_report import picture
 
-  plan = make_plan(config, topology=values.topology, advise=values.advise, say=lambda line: print(line, flush=True))
+  plan = make_plan(
+    config, topology=values.topology, advise=values.advise, top=values.top, say=lambda line: print(line, flush=True)
+  )
   console = rich.console.Console(highlight=False)
   console = console if console.is_terminal else rich.console.Console(highlight=False, width=130)
   print()
@@ -56,6 +61,10 @@ def run(values: flags.FlagValues) -> int:
   if len(plan.steps) > 1:
     print()
     console.print(plan.variants())
+  for step in plan.steps if values.top else ():
+    if step.operations:
+      print(f"\n{step.name}")
+      console.print(traffic.table(step.operations, values.top))
   print(f"\nadvice: {plan.advice}\n\nassumed:")
   for note in plan.assumptions():
     print(f"- {note}")

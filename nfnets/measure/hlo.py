@@ -46,7 +46,7 @@ def parse(text: str, devices: int) -> list[Collective]:
   """
   computations, entry = _computations(text)
   collectives = []
-  for name, times in _calls(computations, entry).items():
+  for name, times in calls(computations, entry).items():
     for line in computations[name]:
       match = _COLLECTIVE.match(line)
       if match is None or match["phase"] == "-done":
@@ -56,7 +56,7 @@ def parse(text: str, devices: int) -> list[Collective]:
       parts = _elements(shape)
       if match["phase"] == "-start" and kind != "all-reduce" and len(parts) > 1:
         parts = parts[1:2]  # the shape is (operands, results, context …)
-      size = sum(map(_bytes, parts))
+      size = sum(map(shape_bytes, parts))
       if kind == "reduce-scatter":
         size *= group
       if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
@@ -74,7 +74,7 @@ _COLLECTIVE = re.compile(
   r"\s+(?:ROOT )?%?\S+ = (?P<shape>(?:[^=]|index=)+?) "
   rf"(?P<kind>{'|'.join(KINDS)})(?P<phase>-start|-done)?\("
 )
-_HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
+HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?P<how>calls|to_apply|body|condition|true_computation|false_computation)=%?(?P<name>[\w.\-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{(?P<names>[^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
@@ -93,13 +93,13 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     if line[:1] in (" ", "\t"):
       if "=" in line and (any(kind in line for kind in KINDS) or _CALLS.search(line) or "constant(" in line):
         lines.append(line)
-    elif (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+    elif (header := HEADER.match(line)) and not line.startswith("HloModule"):
       lines = computations.setdefault(header["name"], [])
       entry = header["name"] if header["entry"] else entry
   return computations, entry
 
 
-def _calls(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+def calls(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
   """Counts how often each computation runs in one run of the entry."""
   edges = {name: list(_callees(lines, computations)) for name, lines in computations.items()}
   order, seen = [], set()
@@ -172,7 +172,7 @@ def _elements(shape: str) -> list[str]:
   return elements
 
 
-def _bytes(shape: str) -> int:
+def shape_bytes(shape: str) -> int:
   """Adds up the bytes of all arrays in a shape; tokens and opaque values have none."""
   return sum(
     math.prod(int(size) for size in sizes.split(",") if size) * _item_bits(dtype) // 8 for dtype, sizes in _LEAF.findall(shape)

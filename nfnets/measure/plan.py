@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from nfnets import models
 from nfnets.config import Config
 from nfnets.errors import UserError
-from nfnets.measure import hlo, plan_report, program
+from nfnets.measure import hlo, plan_report, program, traffic
 from nfnets.measure.chips import Chip, chip
 from nfnets.train import resolve
 from nfnets.train.step import sharding
@@ -95,6 +95,7 @@ def make_plan(
   topology: str | None = None,
   advise: bool = False,
   mesh: Mesh | None = None,
+  top: int = 0,
   say: Callable[[str], None] = lambda line: None,
 ) -> plan_report.Plan:
   """Compiles the step of `config` and, where it does not fit, variants of it until one does.
@@ -104,6 +105,7 @@ def make_plan(
     topology: a TPU slice, see `tpu_devices`; None means the devices of `mesh`.
     advise: compile all variants (remat, shard and accumulate = 2, 4, 8, unless set already), whether the step fits or not.
     mesh: the devices, by default all of this machine.
+    top: how many of each program's operations are kept, see `traffic.operations`.
     say: gets a line as each compilation begins and ends, and every minute between.
 
   Raises:
@@ -119,7 +121,9 @@ def make_plan(
   say(f"{classes} classes, {source}")
   description = models.describe(config.model.name, classes, resolutions={"train": size}, **config.model.all_overrides())
   capacity = _capacity(device, None if row is None else row.memory)
-  setup = _Setup(mesh=mesh, chip=row, image_size=size, num_classes=classes, macs=description.macs[size], capacity=capacity)
+  setup = _Setup(
+    mesh=mesh, chip=row, image_size=size, num_classes=classes, macs=description.macs[size], capacity=capacity, top=top
+  )
   steps = _compile_steps(config, setup, advise, say)
   capacity = next(filter(None, (_refused(step.refusal)[1] for step in steps)), capacity)
   return plan_report.Plan(
@@ -187,7 +191,10 @@ def lower(config: Config, mesh: Mesh, size: int, classes: int) -> jax.stages.Low
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Setup:
-  """Holds what all compilations of a plan share. macs: multiply-adds of a forward pass of one image; capacity: bytes a device."""
+  """Holds what all compilations of a plan share.
+
+  macs: multiply-adds of a forward pass of one image; capacity: bytes a device; top: how many operations are kept.
+  """
 
   mesh: Mesh
   chip: Chip | None
@@ -195,6 +202,7 @@ class _Setup:
   num_classes: int
   macs: int
   capacity: int | None
+  top: int
 
 
 def _compile_steps(config: Config, setup: _Setup, advise: bool, say: Callable[[str], None]) -> list[plan_report.CompiledStep]:
@@ -258,7 +266,8 @@ def _compile(name: str, config: Config, setup: _Setup, say: Callable[[str], None
   else:
     fits = None if memory is None or setup.capacity is None else memory.total <= setup.capacity
   flops, moved = program.cost(compiled, "flops"), program.cost(compiled, "bytes accessed")
-  collectives = hlo.parse(compiled.as_text() or "", mesh.size)
+  text = compiled.as_text() or ""
+  collectives = hlo.parse(text, mesh.size)
   sent = sum(collective.sent for collective in collectives)
   return plan_report.CompiledStep(
     name=name,
@@ -274,6 +283,7 @@ def _compile(name: str, config: Config, setup: _Setup, say: Callable[[str], None
     roofline=plan_report.roofline(
       setup.chip, flops=max(flops or 0, counted), memory_bytes=moved, sent=sent, loops=config.accumulate
     ),
+    operations=traffic.operations(text) if setup.top else [],
   )
 
 

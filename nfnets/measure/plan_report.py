@@ -9,6 +9,7 @@ import rich.table
 from nfnets.measure import hlo
 from nfnets.measure.chips import Chip
 from nfnets.measure.program import ProgramMemory, size_text, versions_text
+from nfnets.measure.traffic import Operation
 
 GIB = 2**30
 
@@ -91,6 +92,7 @@ class CompiledStep:
     memory_bytes: the compiler's count of bytes to and from memory, with the body of a loop once.
     collectives: what the devices send each other.
     roofline: the estimated time.
+    operations: those with the most traffic, as many as were asked for.
   """
 
   name: str
@@ -106,6 +108,7 @@ class CompiledStep:
   memory_bytes: float | None = None
   collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
   roofline: Roofline | None = None
+  operations: list[Operation] = dataclasses.field(default_factory=list)
 
   def by_kind(self) -> dict[str, dict[str, float]]:
     """Sums up the collectives of a step by kind: {"count", "bytes" of the whole arrays, "sent" by a device in a ring}."""
@@ -124,7 +127,8 @@ class CompiledStep:
     memory = None if self.memory is None else {**dataclasses.asdict(self.memory), "total": self.memory.total}
     line = self.roofline
     times = None if line is None else {**dataclasses.asdict(line), "low": line.low, "high": line.high, "bound": line.bound}
-    return {**values, "memory": memory, "collectives": self.by_kind(), "roofline": times}
+    operations = [dataclasses.asdict(operation) for operation in self.operations]
+    return {**values, "memory": memory, "collectives": self.by_kind(), "roofline": times, "operations": operations}
 
   def memory_text(self) -> str:
     """Puts the memory into words: the total, or that it is more than what the compiler refused."""

@@ -8,6 +8,7 @@ its arguments) and the arrays by Haiku's flat names; the answer holds the class'
 import importlib
 import json
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,8 @@ def main(directory: str, request: str, answer: str) -> None:
   if missing or given.keys() - used:
     raise SystemExit(f"the release's network has other arrays, such as {sorted(missing or given.keys() - used)[:3]}")
   outputs, _ = jax.jit(model.apply)(params, state, None, images)
-  np.savez(answer, **{name: np.asarray(value) for name, value in outputs.items()})
+  arrays: dict[str, Any] = {name: np.asarray(value) for name, value in outputs.items()}
+  np.savez(answer, **arrays)
 
 
 if __name__ == "__main__":

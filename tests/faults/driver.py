@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from launch import cli, train as program
-from nfnets import optim
 from nfnets.data.batches.training import TrainBatches
+from nfnets.optim import optimizer
 from nfnets.train import run as training_run
 from nfnets.train.step import gradients
 
@@ -38,7 +38,7 @@ def fill(ballast: pathlib.Path, full: bool) -> None:
 
 
 def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
-  start, normalise, make_optimizer = TrainBatches.start, gradients.normalise, optim.make_optimizer
+  start, normalise, make_schedule = TrainBatches.start, gradients.normalise, optimizer.make_schedule
   train_step_over = training_run.train_step_over
   mine = lambda fault: fault.get("process", 0) == jax.process_index()
 
@@ -85,24 +85,15 @@ def install(faults: dict[str, dict], workdir: pathlib.Path) -> None:
     poisoned = (images == POISON).all()
     return normalise(images, config) * jnp.where(poisoned, jnp.nan, 1.0)
 
-  def faulty_optimizer(*args, **kwargs):
-    schedule, fault = optim.make_schedule, faults["lr"]
-
-    def faulty(*a, **k):
-      usual = schedule(*a, **k)
-      return lambda step: usual(step) * jnp.where((step >= fault["first"]) & (step <= fault["last"]), fault["factor"], 1.0)
-
-    optim.make_schedule = faulty
-    try:
-      return make_optimizer(*args, **kwargs)
-    finally:
-      optim.make_schedule = schedule
+  def faulty_schedule(*args, **kwargs):
+    usual, fault = make_schedule(*args, **kwargs), faults["lr"]
+    return lambda step: usual(step) * jnp.where((step >= fault["first"]) & (step <= fault["last"]), fault["factor"], 1.0)
 
   TrainBatches.start, training_run.train_step_over = faulty_start, faulty_step_over
   if "nan" in faults:
     gradients.normalise = faulty_normalise
   if "lr" in faults:
-    optim.make_optimizer = faulty_optimizer
+    optimizer.make_schedule = faulty_schedule
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""What a program moves and computes, operation by operation, against figures that are known without a compiler."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from nfnets import models
+from nfnets.measure import traffic
+
+TEXT = """HloModule jit_f, entry_computation_layout={()->f32[]}
+
+%fused (param_0: f32[8,16,16,4], param_1: f32[3,3,4,32]) -> f32[8,16,16,32] {
+  %param_0 = f32[8,16,16,4]{3,2,1,0} parameter(0)
+  %param_1 = f32[3,3,4,32]{3,2,1,0} parameter(1)
+  ROOT %convolution.1 = f32[8,16,16,32]{3,2,1,0} convolution(%param_0, %param_1), dim_labels=b01f_01io->b01f
+}
+
+%body (state: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %state = (s32[], f32[64]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[64]{0} get-tuple-element(%state), index=1
+  %double = f32[64]{0} add(%x, %x), metadata={op_name="jit(f)/fc/add"}
+  ROOT %next = (s32[], f32[64]{0}) tuple(%i, %double)
+}
+
+%condition (state: (s32[], f32[64])) -> pred[] {
+  %state.1 = (s32[], f32[64]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%j, %n), direction=LT
+}
+
+ENTRY %main (a: f32[8,16,16,4], b: f32[3,3,4,32], c: (s32[], f32[64])) -> f32[8,16,16,32] {
+  %a = f32[8,16,16,4]{3,2,1,0} parameter(0)
+  %b = f32[3,3,4,32]{3,2,1,0} parameter(1)
+  %c = (s32[], f32[64]{0}) parameter(2)
+  %loop = (s32[], f32[64]{0}) while(%c), condition=%condition, body=%body
+  ROOT %fusion.7 = f32[8,16,16,32]{3,2,1,0} fusion(%a, %b), calls=%fused, metadata={op_name="transpose(jvp(blocks/3))/conv"}
+}
+"""
+
+
+def test_a_fusion_is_charged_its_operands_its_result_and_the_products_inside():
+  found = {operation.name: operation for operation in traffic.operations(TEXT)}
+  fusion = found["fusion.7"]
+  assert fusion.bytes == 4 * (8 * 16 * 16 * 4 + 3 * 3 * 4 * 32 + 8 * 16 * 16 * 32)
+  assert fusion.flops == 2 * 8 * 16 * 16 * 32 * (3 * 3 * 4) and fusion.layer == "blocks/3 (backward)"
+  assert "convolution.1" not in found and "a" not in found
+
+
+def test_what_a_loop_does_counts_as_often_as_it_runs():
+  double = next(operation for operation in traffic.operations(TEXT) if operation.name == "double")
+  assert (double.times, double.bytes, double.layer) == (5, 5 * 4 * 192, "fc")
+
+
+def test_the_products_of_a_real_network_are_those_of_its_description():
+  network = models.create("nf_resnet_tiny", 10)
+  graph, state = nnx.split(network)
+  compiled = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, jnp.zeros((4, 32, 32, 3))).compile()
+  found = traffic.operations(compiled.as_text())
+  macs = models.describe("nf_resnet_tiny", 10, resolutions={"train": 32}).macs[32]
+  assert sum(operation.flops for operation in found) == pytest.approx(2 * 4 * macs, rel=0.02)
+  assert {"stem", "blocks/0", "blocks/5", "fc"} <= {operation.layer for operation in found}
