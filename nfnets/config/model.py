@@ -22,13 +22,16 @@ class ModelConfig:
   activation: str | None = None
   # Recompute each block's activations in the backward pass: less memory, about a third more time.
   remat: bool = False
+  # Equal blocks of a stage are compiled once and run in a loop: deep networks compile in a fraction of the time.
+  scan: bool = False
   # Any other field of the variant's row, e.g. {"stem_strides": (1, 1, 1, 1)}.
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def all_overrides(self) -> dict[str, Any]:
     """What to hand to `models.create` beside the name."""
     named = {field: getattr(self, field) for field in ("drop_rate", "stochastic_depth", "activation")}
-    return {**self.overrides, **{k: v for k, v in named.items() if v is not None}, **({"remat": True} if self.remat else {})}
+    switches = {name: True for name in ("remat", "scan") if getattr(self, name)}
+    return {**self.overrides, **{name: value for name, value in named.items() if value is not None}, **switches}
 
   def validate(self) -> None:
     """Checks every field but whether the variant has it; raises UserError."""
@@ -42,5 +45,6 @@ _RULES: dict[str, checks.Rule] = {
   "stochastic_depth": checks.optional(checks.share("a probability, 0 ≤ rate < 1")),
   "activation": checks.optional(checks.name),
   "remat": checks.flag,
+  "scan": checks.flag,
   "overrides": checks.mapping,
 }

@@ -7,6 +7,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,31 @@ def _run_again(block: nnx.Module, x: Array, key: Array | None, train: bool) -> A
   return block(x, key, train)
 
 
+_NUMBERS = ("beta", "drop_rate")  # in which equal blocks of a stage differ
+
+
+def _runs(blocks: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+  """Divides the blocks into stretches [start, stop) of equal ones, but for their `_NUMBERS` and the values of parameters.
+
+  Blocks with running statistics, which a loop would have to hand out again, stay alone.
+  """
+
+  def kind(block: Any) -> tuple[Any, ...] | None:
+    numbers = {name: getattr(block, name) for name in _NUMBERS if hasattr(block, name)}
+    for name in numbers:
+      setattr(block, name, 0.0)
+    graph, state = nnx.split(block)
+    for name, value in numbers.items():
+      setattr(block, name, value)
+    if jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat)):
+      return None
+    return graph, tuple(leaf.shape for leaf in jax.tree.leaves(state))
+
+  kinds = [kind(block) for block in blocks]
+  starts = [i for i in range(len(blocks)) if i == 0 or kinds[i] is None or kinds[i] != kinds[i - 1]]
+  return tuple(zip(starts, [*starts[1:], len(blocks)], strict=True))
+
+
 class Network(nnx.Module):
   """A stem, residual blocks, a tail and a classifier `fc`; subclasses build them and say what stem and tail do.
 
@@ -91,11 +117,13 @@ class Network(nnx.Module):
     drop_rate: float,
     fc_stddev: float,
     remat: bool,
+    scan: bool,
     dtype,
     rngs: layers.ParamKeys,
   ):
     self.blocks = nnx.List(blocks)
     self.num_classes, self.drop_rate, self.remat, self.dtype = num_classes, drop_rate, remat, jnp.dtype(dtype)
+    self.runs = _runs(blocks) if scan else tuple((i, i + 1) for i in range(len(blocks)))
     self.fc = layers.linear(features, num_classes, stddev=fc_stddev, rngs=rngs)
     self.fc.kernel.set_metadata(agc=False)  # P2, section 4.1: the classifier's weight is not clipped
 
@@ -141,14 +169,13 @@ class Network(nnx.Module):
     with jax.named_scope("stem"):
       x = self.run_stem(images.astype(self.dtype), train, tap)
     tap("stem", x)
-    for i, block in enumerate(self.blocks):
-      block_key = None if key is None else layers.fold_in(key, i)
-      with jax.named_scope(f"blocks/{i}"):
-        if self.remat and tap is no_tap:
-          x = _run_again(block, x, block_key, train)
-        else:
-          x = block(x, block_key, train, lambda name, value, i=i: tap(f"blocks/{i}/{name}", value))
-      tap(f"blocks/{i}", x)
+    for start, stop in self.runs:
+      if stop - start > 1 and tap is no_tap:
+        with jax.named_scope(f"blocks/{start}"):
+          x = self._run_in_a_loop(x, key, train, start, stop)
+      else:
+        for i in range(start, stop):
+          x = self._run_block(x, key, train, i, tap)
     with jax.named_scope("tail"):
       features = self.run_tail(x, train, tap)
       pool = dropped = layers.global_pool(features)
@@ -161,6 +188,33 @@ class Network(nnx.Module):
       logits = self.classify(dropped)
     tap("logits", logits)
     return {"features": features, "pool": pool, "logits": logits}
+
+  def _run_block(self, x: Array, key: Array | None, train: bool, i: int, tap: Tap) -> Array:
+    block, block_key = self.blocks[i], None if key is None else layers.fold_in(key, i)
+    with jax.named_scope(f"blocks/{i}"):
+      if self.remat and tap is no_tap:
+        x = _run_again(block, x, block_key, train)
+      else:
+        x = block(x, block_key, train, lambda name, value: tap(f"blocks/{i}/{name}", value))
+    tap(f"blocks/{i}", x)
+    return x
+
+  def _run_in_a_loop(self, x: Array, key: Array | None, train: bool, start: int, stop: int) -> Array:
+    """Runs the blocks [start, stop), which differ in parameters and in the numbers `beta` and `drop_rate` alone, in one loop."""
+    blocks = [self.blocks[i] for i in range(start, stop)]
+    graph = nnx.split(blocks[0])[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.split(block)[1] for block in blocks))
+    numbers = {name: jnp.asarray([getattr(block, name) for block in blocks]) for name in _NUMBERS if hasattr(blocks[0], name)}
+
+    def body(x, inputs):
+      state, index, numbers = inputs
+      block = nnx.merge(graph, state)
+      for name, value in numbers.items():
+        object.__setattr__(block, name, value)  # a number of the loop's, where the graph holds one for all
+      return block(x, None if key is None else layers.fold_in(key, index), train), None
+
+    body = jax.checkpoint(body) if self.remat else body
+    return jax.lax.scan(body, x, (stacked, jnp.arange(start, stop), numbers))[0]
 
   def _key(self, rngs: nnx.Rngs | Array | None) -> Array | None:
     """The key, or the keys of the images, of a training pass; raises ValueError where one is needed and missing."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from nfnets.models import layers
@@ -43,6 +44,8 @@ class NFRegNetConfig:
   dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
+  # compile blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
+  scan: bool = False
 
 
 class NFRegBlock(nnx.Module):
@@ -50,6 +53,7 @@ class NFRegBlock(nnx.Module):
 
   def __init__(self, config: NFRegNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.drops = spec.drop_rate > 0
     self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     expansion = config.expansion if spec.index else 1.0
     groups = channels(config.dialect, in_features * expansion) // config.group_width
@@ -65,7 +69,7 @@ class NFRegBlock(nnx.Module):
     self.skip_gain = None if timm else nnx.Param(layers.full(0)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
-    out = self.activation(x) * self.beta
+    out = self.activation(x) * jnp.asarray(self.beta, x.dtype)
     shortcut = x
     if self.conv_shortcut is not None:
       shortcut = self.conv_shortcut(layers.average_pool(out) if self.strides > 1 else out)
@@ -78,7 +82,7 @@ class NFRegBlock(nnx.Module):
     out = self.conv2(self.activation(out))
     tap("conv2", out)
     tap("residual", out)
-    if train and self.drop_rate > 0:
+    if train and self.drops:
       out = layers.stochastic_depth(out, self.drop_rate, key)
     if self.skip_gain is not None:
       out = out * self.skip_gain[...].astype(out.dtype)
@@ -112,6 +116,7 @@ class NFRegNet(Network):
       drop_rate=config.drop_rate,
       fc_stddev=0.01 if config.dialect == "timm" else 0.0,
       remat=config.remat,
+      scan=config.scan,
       dtype=dtype,
       rngs=rngs,
     )

@@ -5,6 +5,7 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from nfnets.models import layers
@@ -47,6 +48,8 @@ class NFResNetConfig:
   dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
+  # compile blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
+  scan: bool = False
 
 
 class NFResBlock(nnx.Module):
@@ -54,6 +57,7 @@ class NFResBlock(nnx.Module):
 
   def __init__(self, config: NFResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.drops = spec.drop_rate > 0
     self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     width = int(features * config.bottleneck)
     self.activation, conv = parts(config.dialect, config.activation)
@@ -73,7 +77,7 @@ class NFResBlock(nnx.Module):
     self.skip_gain = None if timm else nnx.Param(layers.full(0)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
-    out = self.activation(x) * self.beta
+    out = self.activation(x) * jnp.asarray(self.beta, x.dtype)
     shortcut = x
     if self.conv_shortcut is not None:
       shortcut = self.conv_shortcut(layers.average_pool(out) if self.pools else out)
@@ -84,7 +88,7 @@ class NFResBlock(nnx.Module):
     if self.gate is not None:
       out = getattr(self, self.gate)(out) * 2 * out
     tap("residual", out)
-    if train and self.drop_rate > 0:
+    if train and self.drops:
       out = layers.stochastic_depth(out, self.drop_rate, key)
     if self.skip_gain is not None:
       out = out * self.skip_gain[...].astype(out.dtype)
@@ -115,6 +119,7 @@ class NFResNet(Network):
       drop_rate=config.drop_rate,
       fc_stddev=0.01,
       remat=config.remat,
+      scan=config.scan,
       dtype=dtype,
       rngs=rngs,
     )

@@ -5,6 +5,7 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from nfnets.models import layers
@@ -55,6 +56,8 @@ class NFNetConfig:
   dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
+  # compile blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
+  scan: bool = False
 
 
 class NFBlock(nnx.Module):
@@ -65,6 +68,7 @@ class NFBlock(nnx.Module):
 
   def __init__(self, config: NFNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, self.strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.drops = spec.drop_rate > 0
     self.alpha, self.beta = config.alpha, 1 / spec.expected_std
     bottleneck = channels(config.dialect, features * config.expansion)
     groups = bottleneck / config.group_width
@@ -86,7 +90,7 @@ class NFBlock(nnx.Module):
     self.skip_gain = None if timm else nnx.Param(layers.full(0)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
-    out = self.activation(x) * self.beta
+    out = self.activation(x) * jnp.asarray(self.beta, x.dtype)
     shortcut = x
     if self.conv_shortcut is not None:
       shortcut = self.conv_shortcut(layers.average_pool(out) if self.strides > 1 else out)
@@ -96,7 +100,7 @@ class NFBlock(nnx.Module):
       tap(name, out)
     out = getattr(self, self.gate)(out) * 2 * out  # ×2: a sigmoid's mean is about 1/2 (P2, section 4)
     tap("residual", out)
-    if train and self.drop_rate > 0:
+    if train and self.drops:
       out = layers.stochastic_depth(out, self.drop_rate, key)
     if self.skip_gain is not None:
       out = out * self.skip_gain[...].astype(out.dtype)
@@ -131,6 +135,7 @@ class NFNet(Network):
       drop_rate=config.drop_rate,
       fc_stddev=0.01,
       remat=config.remat,
+      scan=config.scan,
       dtype=dtype,
       rngs=rngs,
     )

@@ -49,6 +49,8 @@ class ResNetConfig:
   test_resolution: int = 224
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
+  # compile blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
+  scan: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,7 @@ class ResBlock(nnx.Module):
 
   def __init__(self, config: ResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
     bias = config.norm == "none"
     self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
@@ -117,7 +120,7 @@ class ResBlock(nnx.Module):
     out = self.conv2(self.activation(normalize(self.norm2, out, train)))
     tap("conv2", out)
     tap("residual", out)
-    if train and self.drop_rate > 0:
+    if train and self.drops:
       out = layers.stochastic_depth(out, self.drop_rate, key)
     if self.skip_gain is not None:
       out = out * self.skip_gain[...].astype(out.dtype)
@@ -133,6 +136,7 @@ class FixupBlock(nnx.Module):
 
   def __init__(self, config: FixupConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
+    self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
     depth_scale = sum(config.depth) ** -0.25
     init = layers.normal
@@ -166,7 +170,7 @@ class FixupBlock(nnx.Module):
     tap("conv2", out)
     out = out * scalar(self.scale) + scalar(self.bias3b)
     tap("residual", out)
-    if train and self.drop_rate > 0:
+    if train and self.drops:
       out = layers.stochastic_depth(out, self.drop_rate, key)
     return self.activation(out + shortcut)
 
@@ -198,6 +202,7 @@ class ResNet(Network):
       drop_rate=config.drop_rate,
       fc_stddev=0.0,
       remat=config.remat,
+      scan=config.scan,
       dtype=dtype,
       rngs=rngs,
     )

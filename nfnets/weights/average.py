@@ -10,7 +10,12 @@ from nfnets import models
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.stored import Stored
 
-_TRAINING_ONLY = ("drop_rate", "stochastic_depth", "remat")  # fields of a network's row that a prediction does not depend on
+_TRAINING_ONLY = (
+  "drop_rate",
+  "stochastic_depth",
+  "remat",
+  "scan",
+)  # fields of a network's row that a prediction does not depend on
 
 
 def average(parts: Iterable[Stored]) -> Stored:

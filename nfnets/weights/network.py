@@ -57,7 +57,7 @@ def build(stored: Stored, *, num_classes: int | None = None, dtype: Any = None, 
     WeightsError: the arrays do not fit. UserError: the configuration names no network of this nfnets.
   """
   model, arrays = stored.config.model, stored.arrays
-  overrides = model.all_overrides()
+  overrides = {name: value for name, value in model.all_overrides().items() if name != "scan"}  # that is for training
   if sum(models.variant(model.name, **overrides).depth) > len(arrays):
     raise WeightsError(f"{stored.source} has {len(arrays)} arrays, fewer than {model.name} has blocks")
   make = lambda: models.create(model.name, num_classes or stored.num_classes, rngs=rngs, dtype=dtype or model.dtype, **overrides)

@@ -20,7 +20,7 @@ from nfnets.weights.stored import Stored, as_metadata, facts_of
 # Which files each framework's weights can be, the first where a directory is named.
 SUFFIXES = {"nfnets": (".safetensors",), "timm": (".safetensors",), "haiku": (".npz", ".safetensors", ".pkl")}
 # Fields of a row that say nothing of the arrays or of what is computed from them at a test.
-_TRAINING = ("train_resolution", "test_resolution", "drop_rate", "stochastic_depth", "randaugment", "remat")
+_TRAINING = ("train_resolution", "test_resolution", "drop_rate", "stochastic_depth", "randaugment", "remat", "scan")
 _CLASSES = {
   "nfnet_f": "NFNet",
   "nf_regnet": "NF_RegNet",

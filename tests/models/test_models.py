@@ -277,6 +277,33 @@ def test_remat_changes_no_gradient_and_no_statistic(name):
   chex.assert_trees_all_close(kept, recomputed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  "name, remat",
+  [("nfnet_tiny", False), ("nfnet_tiny", True), ("nf_resnet_tiny", False), ("fixup_resnet_tiny", False), ("resnet_tiny", False)],
+)
+def test_a_loop_over_equal_blocks_changes_no_value_no_gradient_and_no_name(name, remat):
+  """With skip gains that are not zero, stochastic depth, and keys of each image; BatchNorm's statistics keep a network unrolled."""
+  keys = jax.random.split(jax.random.key(3), len(images()))
+
+  def run(scan):
+    row = {"depth": (3, 2), "width": (16, 32), "stage_strides": (1, 2), "stochastic_depth": 0.3, "remat": remat, "scan": scan}
+    graph, params, stats = nnx.split(models.create(name, 10, **row), nnx.Param, nnx.BatchStat)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.2 * jnp.asarray(draw.normal(size=leaf.shape), leaf.dtype), params)
+
+    def loss(params):
+      network = nnx.merge(graph, params, stats, copy=True)
+      return jnp.sum(network(images(), train=True, rngs=keys) ** 2)
+
+    grad = jax.value_and_grad(loss)
+    return jax.jit(grad)(params), str(jax.make_jaxpr(grad)(params)), jax.tree.structure(params)
+
+  (unrolled, program, names), (looped, scan_program, scan_names) = run(False), run(True)
+  assert " scan[" not in program and (" scan[" in scan_program) == (name != "resnet_tiny") and names == scan_names
+  scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(unrolled[1]))
+  chex.assert_trees_all_close(unrolled, looped, rtol=1e-5, atol=1e-5 * scale)
+
+
 def test_taps_see_every_layer_in_order_and_cost_nothing_when_off():
   network = models.create("nfnet_tiny", 10)
   taps = []
