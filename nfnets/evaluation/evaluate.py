@@ -84,6 +84,7 @@ def evaluate_weights(
     if plan.columns is None and not other_class_names:
       classes.check_names(stored.class_names, source)
     read = flipped_logits if overrides.flip else logits
+    progress(0, len(source))
     outputs = run_split(
       network.build(stored),
       source,

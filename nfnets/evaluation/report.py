@@ -194,6 +194,7 @@ def draw_confused(evaluated: Evaluated) -> bytes:
   axes.barh(range(len(pairs)), [count for _, _, count in pairs], color="C3")
   axes.set_yticks(range(len(pairs)), [f"{names[a]} taken for {names[b]}" for a, b, _ in pairs], parse_math=False)
   axes.invert_yaxis()
+  axes.xaxis.get_major_locator().set_params(integer=True)
   axes.set_title("images of the worst confused pairs", loc="left")
   return _png(figure)
 

@@ -36,7 +36,7 @@ def draw_curves(records: list[dict[str, Any]], train_label: str = "train") -> by
     clip.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
     figure.colorbar(image, ax=clip, label="share of units clipped")
   else:
-    clip.text(0.5, 0.5, "no AGC in this run", ha="center", transform=clip.transAxes)
+    clip.text(0.5, 0.5, "AGC was not tracked (config.optim.agc_track)", ha="center", transform=clip.transAxes)
   clip.set_title("clip fraction by layer (kernels)", loc="left")
   for axis in (loss, accuracy, rate, clip):
     axis.set_xlabel("epoch")
