@@ -187,6 +187,7 @@ def draw_reliability(evaluated: Evaluated) -> bytes:
 def draw_confused(evaluated: Evaluated) -> bytes:
   """A PNG of the pairs of classes that are confused most often."""
   from matplotlib.figure import Figure
+  from matplotlib.ticker import MaxNLocator
 
   pairs, names = metrics.confused_pairs(evaluated.images), [_short(name) for name in evaluated.class_names]
   figure = Figure(figsize=(8, 1 + 0.28 * len(pairs)), layout="constrained")
@@ -194,7 +195,7 @@ def draw_confused(evaluated: Evaluated) -> bytes:
   axes.barh(range(len(pairs)), [count for _, _, count in pairs], color="C3")
   axes.set_yticks(range(len(pairs)), [f"{names[a]} taken for {names[b]}" for a, b, _ in pairs], parse_math=False)
   axes.invert_yaxis()
-  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_title("images of the worst confused pairs", loc="left")
   return _png(figure)
 

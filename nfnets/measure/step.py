@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -29,12 +27,10 @@ from nfnets.config import Config
 from nfnets.errors import UserError
 from nfnets.measure import program
 from nfnets.measure.chips import peak_tflops
+from nfnets.measure.runs import AGC_PAIRS, Run, agc_overhead, first_step, initial_state, noise_batch
 from nfnets.measure.step_report import AgcOverhead, Memory, Spread, StepReport
 from nfnets.train.step import sharding
-from nfnets.train.step.gradients import Batch, Metrics, needs_all_rows
-from nfnets.train.step.state import TrainState, build_network, init_state, split_network
-
-AGC_PAIRS = 10  # pairs of blocks of steps, one with and one without AGC; each pair gives one ratio
+from nfnets.train.step.gradients import needs_all_rows
 
 
 class OutOfMemoryError(UserError):
@@ -74,41 +70,120 @@ def benchmark_step(
   _check_arguments(config, steps, warmup, without_agc)
   mesh = sharding.make_mesh() if mesh is None else mesh
   sharding.check_batch(config.batch, mesh, config.accumulate)
-  overrides = config.model.all_overrides()
-  size = config.data.image_size or models.variant(config.model.name, **overrides).train_resolution
+  size = config.data.image_size or models.variant(config.model.name, **config.model.all_overrides()).train_resolution
   classes, source = program.class_count(config)
   say(f"{classes} classes, {source}")
-  kind = mesh.devices.flat[0].device_kind
-  devices = f"{mesh.size} × {kind}"
-  with _explained_out_of_memory(config.batch, size, devices):
-    say(f"initialising {config.model.name} on {devices}")
-    (graph, state), init_s = _timed(_initial_state, config, classes, mesh)
-    say(f"compiling the step on {config.batch} images of {size}×{size}")
-    plain_images = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))  # noise needs no mixing
-    lowered, lowering_s = _timed(program.lower, plain_images, graph, state, mesh, size)
-    compiled, compile_s = _timed(lowered.compile)
-    run = _Run(step=compiled, state=state, batch=_batch(config, mesh, size, classes))
-    del state  # its buffers are about to be donated
+  setup = _Setup(config=config, mesh=mesh, size=size, classes=classes)
+  with _explained_out_of_memory(config.batch, size, setup.devices):
+    built = _build(setup, say)
+    measured = _measure(setup, built, steps=steps, warmup=warmup, without_agc=without_agc, say=say)
+  return _report(setup, built, measured)
 
-    say(f"{warmup} steps to warm up, {steps} one by one, {steps} in a row")
-    peak_before = _peak_bytes(mesh)
-    state_bytes, donated_bytes = _first_step(run)
-    if warmup > 1:
-      run.seconds_per_step(warmup - 1)
-    waited = Spread.of([1e3 * run.seconds_per_step(1) for _ in range(steps)])
-    run_s = run.seconds_per_step(steps)
-    memory = Memory(compiled=program.memory(compiled), peak_before=peak_before, peak=_peak_bytes(mesh))
-    run.check()  # before the comparison, which would only waste time on a halted state
-    overhead = None
-    if without_agc:
-      say("compiling the step without AGC, then blocks of both in turn")
-      overhead = _agc_overhead(plain_images, graph, run, mesh, size, warmup=warmup, steps=max(1, round(steps / AGC_PAIRS)))
-    loss = run.check()
 
-  macs = models.describe(config.model.name, classes, resolutions={"train": size}, **overrides).macs[size]
-  images_per_s = config.batch / run_s
-  tflops = 6 * macs * images_per_s / mesh.size / 1e12
-  peak = peak_tflops(kind)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+  """Holds what is measured: the run, its devices, the side of its images in pixels, and its number of classes."""
+
+  config: Config
+  mesh: Mesh
+  size: int
+  classes: int
+
+  @property
+  def kind(self) -> str:
+    return self.mesh.devices.flat[0].device_kind
+
+  @property
+  def devices(self) -> str:
+    return f"{self.mesh.size} × {self.kind}"
+
+  @property
+  def noise(self) -> Config:
+    """The run without mixing, which noise needs not."""
+    return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, mix="none"))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+  """Holds the step before and after compiling, the run that it is for, and the seconds that making them took."""
+
+  graph: nnx.GraphDef
+  run: Run
+  lowered: jax.stages.Lowered
+  compiled: jax.stages.Compiled
+  init_s: float
+  lowering_s: float
+  compile_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+  """Holds what was measured; the fields are those of StepReport. run_s: seconds of a step in a run."""
+
+  waited: Spread
+  run_s: float
+  warmup: int
+  steps: int
+  memory: Memory
+  state_bytes: int
+  donated_bytes: int
+  overhead: AgcOverhead | None
+  loss: float
+
+
+def _build(setup: _Setup, say: Callable[[str], None]) -> _Built:
+  """Makes the state and compiles the step."""
+  config, mesh = setup.config, setup.mesh
+  say(f"initialising {config.model.name} on {setup.devices}")
+  (graph, state), init_s = _timed(initial_state, config, setup.classes, mesh)
+  say(f"compiling the step on {config.batch} images of {setup.size}×{setup.size}")
+  lowered, lowering_s = _timed(program.lower, setup.noise, graph, state, mesh, setup.size)
+  compiled, compile_s = _timed(lowered.compile)
+  run = Run(step=compiled, state=state, batch=noise_batch(config, mesh, setup.size, setup.classes))
+  return _Built(
+    graph=graph, run=run, lowered=lowered, compiled=compiled, init_s=init_s, lowering_s=lowering_s, compile_s=compile_s
+  )
+
+
+def _measure(
+  setup: _Setup, built: _Built, *, steps: int, warmup: int, without_agc: bool, say: Callable[[str], None]
+) -> _Measured:
+  """Times the step, alone and in a run, and beside the same step without AGC where that is asked for."""
+  run, mesh = built.run, setup.mesh
+  say(f"{warmup} steps to warm up, {steps} one by one, {steps} in a row")
+  peak_before = _peak_bytes(mesh)
+  state_bytes, donated_bytes = first_step(run)
+  if warmup > 1:
+    run.seconds_per_step(warmup - 1)
+  waited = Spread.of([1e3 * run.seconds_per_step(1) for _ in range(steps)])
+  run_s = run.seconds_per_step(steps)
+  memory = Memory(compiled=program.memory(built.compiled), peak_before=peak_before, peak=_peak_bytes(mesh))
+  run.check()  # before the comparison, which would only waste time on a halted state
+  overhead = None
+  if without_agc:
+    say("compiling the step without AGC, then blocks of both in turn")
+    block = max(1, round(steps / AGC_PAIRS))
+    overhead = agc_overhead(setup.noise, built.graph, run, mesh, setup.size, warmup=warmup, steps=block)
+  return _Measured(
+    waited=waited,
+    run_s=run_s,
+    warmup=warmup,
+    steps=steps,
+    memory=memory,
+    state_bytes=state_bytes,
+    donated_bytes=donated_bytes,
+    overhead=overhead,
+    loss=run.check(),
+  )
+
+
+def _report(setup: _Setup, built: _Built, measured: _Measured) -> StepReport:
+  """Puts the figures together."""
+  config, mesh, run = setup.config, setup.mesh, built.run
+  overrides = config.model.all_overrides()
+  macs = models.describe(config.model.name, setup.classes, resolutions={"train": setup.size}, **overrides).macs[setup.size]
+  images_per_s = config.batch / measured.run_s
+  tflops, peak = 6 * macs * images_per_s / mesh.size / 1e12, peak_tflops(setup.kind)
   # XLA counts a device's share of the batch; the lowered program is of the whole batch where XLA divides the computation itself
   share = config.batch / mesh.size
   lowered_images = config.batch if needs_all_rows(config, run.state.stats) else share
@@ -116,43 +191,43 @@ def benchmark_step(
     model=config.model.name,
     overrides=overrides,
     dtype=config.model.dtype,
-    num_classes=classes,
-    image_size=size,
+    num_classes=setup.classes,
+    image_size=setup.size,
     parameters=sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
     batch=config.batch,
     optimizer=config.optim.name,
     clipping=config.optim.clipping if _clips(config) else None,
     agc_track=_clips(config) and config.optim.agc_track,
     ema_decay=config.optim.ema_decay,
-    device_kind=kind,
+    device_kind=setup.kind,
     devices=mesh.size,
     processes=jax.process_count(),
     versions={**program.versions(), "backend": " ".join(mesh.devices.flat[0].client.platform_version.split())},
     xla_flags=os.environ.get("XLA_FLAGS", ""),
     compilation_cache=program.compilation_cache(),
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    init_s=init_s,
-    lowering_s=lowering_s,
-    compile_s=compile_s,
-    warmup_steps=warmup,
-    waited_step_ms=waited,
-    run_steps=steps,
-    run_step_ms=1e3 * run_s,
+    init_s=built.init_s,
+    lowering_s=built.lowering_s,
+    compile_s=built.compile_s,
+    warmup_steps=measured.warmup,
+    waited_step_ms=measured.waited,
+    run_steps=measured.steps,
+    run_step_ms=1e3 * measured.run_s,
     images_per_s=images_per_s,
     images_per_s_per_device=images_per_s / mesh.size,
     forward_macs_per_image=macs,
     flops_per_image=6 * macs,
-    xla_flops_per_image=_flops_an_image(lowered, lowered_images),
-    xla_optimised_flops_per_image=_flops_an_image(compiled, share),
+    xla_flops_per_image=_flops_an_image(built.lowered, lowered_images),
+    xla_optimised_flops_per_image=_flops_an_image(built.compiled, share),
     tflops_per_device=tflops,
     peak_tflops_per_device=peak,
     mfu=None if peak is None else tflops / peak,
-    memory=memory,
-    state_bytes=state_bytes,
-    donated_bytes=donated_bytes,
-    final_loss=loss,
+    memory=measured.memory,
+    state_bytes=measured.state_bytes,
+    donated_bytes=measured.donated_bytes,
+    final_loss=measured.loss,
     updates=run.done,
-    agc=overhead,
+    agc=measured.overhead,
   )
 
 
@@ -171,107 +246,6 @@ def _check_arguments(config: Config, steps: int, warmup: int, without_agc: bool)
 def _clips(config: Config) -> bool:
   """Says whether the step has AGC; a lambda of inf clips nothing."""
   return config.optim.clipping is not None and config.optim.clipping < math.inf
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Run:
-  """Runs a compiled step on its own state, which every call takes on. done: how many steps have run."""
-
-  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  state: TrainState
-  batch: Batch
-  metrics: Metrics | None = None
-  done: int = 0
-
-  def seconds_per_step(self, steps: int) -> float:
-    """Starts `steps` steps one after the other, waits for the last state, and returns the mean seconds of a step."""
-    with jax.transfer_guard("disallow"):
-      begin = time.perf_counter()
-      for _ in range(steps):
-        self.state, self.metrics = self.step(self.state, self.batch)
-      jax.block_until_ready((self.state, self.metrics))
-      seconds = time.perf_counter() - begin
-    self.done += steps
-    return seconds / steps
-
-  def check(self) -> float:
-    """Returns the last step's mean loss; FloatingPointError where the run halted instead of training."""
-    if self.metrics is None:
-      raise RuntimeError("no step has run yet")
-    loss = float(self.metrics["loss_sum"]) / float(self.metrics["count"])
-    if bool(self.state.halted) or not math.isfinite(loss):
-      raise FloatingPointError(
-        f"loss or gradient not finite at step {int(self.state.step) + 1} of the benchmark (loss "
-        f"{loss:g}): the time of a halted step means nothing; lower config.optim.base_lr"
-      )
-    if int(self.state.step) != self.done:
-      raise RuntimeError(f"the state counts {int(self.state.step)} updates, but {self.done} steps were timed")
-    return loss
-
-
-def _initial_state(config: Config, classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
-  """Builds the network, and the state before the first step."""
-  graph, params, stats = split_network(build_network(config.model, classes, seed=config.seed))
-  return graph, _state(config, params, stats, mesh)
-
-
-def _first_step(run: _Run) -> tuple[int, int]:
-  """Runs the first step: (bytes of the state, how many of them the step took over)."""
-  leaves = jax.tree.leaves(run.state)
-  state_bytes = sum(leaf.nbytes for leaf in leaves)
-  run.seconds_per_step(1)
-  return state_bytes, sum(leaf.nbytes for leaf in leaves if leaf.is_deleted())
-
-
-def _agc_overhead(
-  config: Config, graph: nnx.GraphDef, run: _Run, mesh: Mesh, size: int, *, warmup: int, steps: int
-) -> AgcOverhead:
-  """Compiles the step of `config` without AGC, and times it in turn with `run`, from a copy of its parameters."""
-  plain_config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clipping=None))
-  params, stats = jax.tree.map(jnp.copy, run.state.params), jax.tree.map(jnp.copy, run.state.stats)
-  state = _state(plain_config, params, stats, mesh)
-  del params, stats
-  plain = _Run(step=program.lower(plain_config, graph, state, mesh, size).compile(), state=state, batch=run.batch)
-  del state
-  overhead = _compare(run, plain, warmup=warmup, steps=steps)
-  plain.check()
-  return overhead
-
-
-def _compare(run: _Run, plain: _Run, *, warmup: int, steps: int) -> AgcOverhead:
-  """Times AGC_PAIRS pairs of blocks, whose order alternates, so that a drift of the clock favours neither."""
-  run.seconds_per_step(warmup)
-  plain.seconds_per_step(warmup)
-  with_agc, without_agc = [], []
-  for pair in range(AGC_PAIRS):
-    blocks = [(run, with_agc), (plain, without_agc)]
-    for timed, milliseconds in blocks if pair % 2 == 0 else reversed(blocks):
-      milliseconds.append(1e3 * timed.seconds_per_step(steps))
-  first, second = Spread.of(with_agc), Spread.of(without_agc)
-  pair_ratio = Spread.of([a / b for a, b in zip(with_agc, without_agc, strict=True)])
-  return AgcOverhead(
-    with_agc_ms=first, without_agc_ms=second, ratio=first.median / second.median, pair_ratio=pair_ratio, steps_per_block=steps
-  )
-
-
-def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> TrainState:
-  """Makes the state before the first step, and waits until it lies on the devices."""
-  state = init_state(params, stats, program.make_optimizer(config, params), config)
-  return jax.block_until_ready(sharding.put(state, sharding.place(mesh, state, shard=config.shard)))
-
-
-def _batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:
-  """Makes a batch of noise: on zeros a chip draws less power, and so runs faster than on images."""
-  draw = np.random.default_rng(config.seed)
-  return jax.block_until_ready(
-    sharding.put_batch(
-      mesh,
-      {
-        "image": draw.integers(0, 256, (config.batch, size, size, 3), np.uint8),
-        "label": draw.integers(0, classes, config.batch).astype(np.int32),
-      },
-    )
-  )
 
 
 def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:

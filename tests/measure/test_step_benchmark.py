@@ -16,7 +16,7 @@ from configs import digits
 from launch import bench as launch_bench, cli
 from nfnets import models
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.measure import step
+from nfnets.measure import runs, step
 from nfnets.measure.chips import peak_tflops
 from nfnets.measure.step_report import Spread, StepReport
 from nfnets.train.step import sharding
@@ -68,7 +68,7 @@ def test_the_whole_state_is_donated(report):
 
 
 def test_every_step_was_an_update(report):
-  blocks = 0 if report.agc is None else report.warmup_steps + step.AGC_PAIRS * report.agc.steps_per_block
+  blocks = 0 if report.agc is None else report.warmup_steps + runs.AGC_PAIRS * report.agc.steps_per_block
   assert report.updates == 2 + 3 + 3 + blocks
   assert math.isfinite(report.final_loss)
 
@@ -79,7 +79,7 @@ def test_overhead_of_agc_is_the_ratio_of_the_medians(report):
     return
   agc = report.agc
   assert agc.ratio == pytest.approx(agc.with_agc_ms.median / agc.without_agc_ms.median)
-  assert agc.with_agc_ms.count == agc.without_agc_ms.count == agc.pair_ratio.count == step.AGC_PAIRS
+  assert agc.with_agc_ms.count == agc.without_agc_ms.count == agc.pair_ratio.count == runs.AGC_PAIRS
   assert agc.pair_ratio.minimum <= agc.pair_ratio.median <= agc.pair_ratio.maximum
 
 
@@ -166,7 +166,7 @@ def test_spread_is_numpys_quartiles():
 
 def test_the_batch_is_noise_and_split_over_the_devices():
   mesh = sharding.make_mesh()
-  batch = step._batch(tiny(), mesh, 16, 10)
+  batch = runs.noise_batch(tiny(), mesh, 16, 10)
   assert batch["image"].shape == (16, 16, 16, 3) and batch["image"].dtype == np.uint8
   assert len({image.tobytes() for image in np.asarray(batch["image"])}) == 16
   assert set(np.asarray(batch["label"])) <= set(range(10)) and len(set(np.asarray(batch["label"]))) > 1
@@ -194,7 +194,7 @@ def test_times_of_a_run_that_did_not_train_are_an_error(halted, loss_sum, counte
     passed_over=jnp.int32(0),
   )
   metrics = {"loss_sum": jnp.float32(loss_sum), "count": jnp.float32(4)}
-  run = step._Run(step=lambda state, batch: (state, metrics), state=state, batch={})
+  run = runs.Run(step=lambda state, batch: (state, metrics), state=state, batch={})
   assert run.seconds_per_step(2) > 0
   with pytest.raises(error, match=message):
     run.check()
