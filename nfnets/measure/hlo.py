@@ -53,7 +53,7 @@ def parse(text: str, devices: int) -> list[Collective]:
         continue
       shape, kind = match["shape"], match["kind"]
       group = _group_size(line, devices)
-      parts = _elements(shape)
+      parts = elements(shape)
       if match["phase"] == "-start" and kind != "all-reduce" and len(parts) > 1:
         parts = parts[1:2]  # the shape is (operands, results, context …)
       size = sum(map(shape_bytes, parts))
@@ -158,18 +158,18 @@ def _group_size(line: str, devices: int) -> int:
   return devices
 
 
-def _elements(shape: str) -> list[str]:
+def elements(shape: str) -> list[str]:
   """Returns the elements of a tuple's shape, or the shape itself."""
   shape = shape.strip()
   if not shape.startswith("("):
     return [shape]
-  elements, depth, begin = [], 0, 1
+  found, depth, begin = [], 0, 1
   for end, character in enumerate(shape):
     depth += (character in "([{") - (character in ")]}")
     if depth == 0 or depth == 1 and character == ",":
-      elements.append(shape[begin:end])
+      found.append(shape[begin:end])
       begin = end + 1
-  return elements
+  return found
 
 
 def shape_bytes(shape: str) -> int:

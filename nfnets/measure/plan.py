@@ -267,7 +267,7 @@ def _compile(name: str, config: Config, setup: _Setup, say: Callable[[str], None
     fits = None if memory is None or setup.capacity is None else memory.total <= setup.capacity
   flops, moved = program.cost(compiled, "flops"), program.cost(compiled, "bytes accessed")
   text = compiled.as_text() or ""
-  collectives = hlo.parse(text, mesh.size)
+  collectives, operations = hlo.parse(text, mesh.size), traffic.operations(text)
   sent = sum(collective.sent for collective in collectives)
   return plan_report.CompiledStep(
     name=name,
@@ -283,7 +283,8 @@ def _compile(name: str, config: Config, setup: _Setup, say: Callable[[str], None
     roofline=plan_report.roofline(
       setup.chip, flops=max(flops or 0, counted), memory_bytes=moved, sent=sent, loops=config.accumulate
     ),
-    operations=traffic.operations(text) if setup.top else [],
+    main_bytes=sum(operation.bytes for operation in operations) if "S(1)" in text else None,
+    operations=operations if setup.top else [],
   )
 
 

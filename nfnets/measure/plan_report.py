@@ -92,7 +92,8 @@ class CompiledStep:
     memory_bytes: the compiler's count of bytes to and from memory, with the body of a loop once.
     collectives: what the devices send each other.
     roofline: the estimated time.
-    operations: those with the most traffic, as many as were asked for.
+    main_bytes: of these, those to and from main memory, by `traffic.operations`; None where no faster memory takes part.
+    operations: all of them, if any were asked for.
   """
 
   name: str
@@ -106,6 +107,7 @@ class CompiledStep:
   flops: float | None = None
   counted_flops: float
   memory_bytes: float | None = None
+  main_bytes: int | None = None
   collectives: list[hlo.Collective] = dataclasses.field(default_factory=list)
   roofline: Roofline | None = None
   operations: list[Operation] = dataclasses.field(default_factory=list)
@@ -127,7 +129,7 @@ class CompiledStep:
     memory = None if self.memory is None else {**dataclasses.asdict(self.memory), "total": self.memory.total}
     line = self.roofline
     times = None if line is None else {**dataclasses.asdict(line), "low": line.low, "high": line.high, "bound": line.bound}
-    operations = [dataclasses.asdict(operation) for operation in self.operations]
+    operations = [dataclasses.asdict(operation) for operation in self.operations[:100]]
     return {**values, "memory": memory, "collectives": self.by_kind(), "roofline": times, "operations": operations}
 
   def memory_text(self) -> str:
@@ -254,11 +256,12 @@ class Plan:
     ]
     counts = "not reported by this backend" if step.flops is None else f"{_tera(step.flops)} as compiled"
     moved = "not reported by this backend" if step.memory_bytes is None else f"{step.memory_bytes / 1e9:,.2f} GB"
+    main = "" if step.main_bytes is None else f" ({step.main_bytes / 1e9:,.2f} GB of it from and to main memory)"
     return [
       *rows,
       ("needed", f"{step.memory_text()}, fits: {fits}; {memory.parts_text()} + code {size_text(memory.code)}"),
       ("arithmetic", f"{counts}, {_tera(step.counted_flops)} by the model's multiply-adds, a device"),
-      ("memory traffic", f"{moved} a device"),
+      ("memory traffic", f"{moved} a device{main}"),
       (
         "sent",
         f"{', '.join(sent) or 'nothing'}; {size_text(sum(collective.sent for collective in step.collectives))} out of a device",

@@ -16,6 +16,7 @@ _CONTROL = {"while", "conditional", "call"}  # what they call is listed instead
 _LINE = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>(?:[^=]|index=)+?) (?P<kind>[a-z][\w\-]*)\((?P<rest>.*)$")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_LEAF = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?")
 _LAYER = re.compile(r"\b(stem|blocks/\d+|tail|fc)\b")
 
 
@@ -51,10 +52,9 @@ def operations(text: str) -> list[Operation]:
   for name, count in times.items():
     lines, shapes = computations[name]
     for line in lines.values():
-      if line["kind"] in _FREE or line["kind"] in _CONTROL:
+      if line["kind"] in _FREE or line["kind"] in _CONTROL or line["kind"].endswith(("-done", "-update")):
         continue
-      operands = [operand for operand in _OPERAND.findall(_arguments(line["rest"])) if operand in shapes]
-      size = hlo.shape_bytes(line["shape"]) + sum(hlo.shape_bytes(shapes[operand]) for operand in operands)
+      size = _moved(line, shapes)
       called = [callee for callee in _callees(line["rest"]) if callee in flops]
       work = _flops(line, shapes) + (sum(flops[callee] for callee in called) if line["kind"] == "fusion" else 0)
       found.append(
@@ -86,11 +86,29 @@ def table(found: Iterable[Operation], top: int) -> rich.table.Table:
   return result
 
 
+def _moved(line: re.Match, shapes: dict[str, str]) -> int:
+  """Bytes that an operation reads from and writes to the device's main memory; what lies in a faster one, S(1), costs nothing."""
+  if line["kind"].endswith("-start") and not line["kind"].startswith(hlo.KINDS):
+    # A copy ahead of its use has the shape (there, here, …), a slice ahead of its use ((here, …), there, …).
+    there, here, *_ = [*hlo.elements(line["shape"]), ""]
+    there, here = (there, here) if line["kind"] == "copy-start" else (here, here)
+    return _main_bytes(there) + (_main_bytes(here) if line["kind"] == "copy-start" else hlo.shape_bytes(there))
+  operands = [shapes[name] for name in _OPERAND.findall(_arguments(line["rest"])) if name in shapes]
+  return sum(map(_main_bytes, (line["shape"], *operands)))
+
+
+def _main_bytes(shape: str) -> int:
+  """The bytes of the arrays in a shape that lie in main memory."""
+  return sum(hlo.shape_bytes(leaf) for leaf in _LEAF.findall(shape) if "S(1)" not in leaf)
+
+
 def _layer(rest: str) -> str:
   """The layer that an operation's name in the traced program says; the last one that is found in it."""
   match = _OP_NAME.search(rest)
-  layers = _LAYER.findall(match[1]) if match else []
-  if match is None or not layers:
+  if match is None:
+    return "no name (copies made by the compiler)"
+  layers = _LAYER.findall(match[1])
+  if not layers:
     return "step"
   return f"{layers[-1]} (backward)" if "transpose(" in match[1] else layers[-1]
 

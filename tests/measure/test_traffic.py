@@ -54,6 +54,25 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
   assert (double.times, double.bytes, double.layer) == (5, 5 * 4 * 192, "fc")
 
 
+def test_what_lies_in_fast_memory_costs_nothing_and_a_copy_ahead_counts_once():
+  lines = """
+ENTRY %main (a: f32[1000], b: f32[8,100]) -> f32[1000] {
+  %a = f32[1000]{0:T(1024)} parameter(0)
+  %b = f32[8,100]{1,0:T(8,128)} parameter(1)
+  %copy-start = (f32[1000]{0:T(1024)S(1)}, f32[1000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%a)
+  %copy-done = f32[1000]{0:T(1024)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[8,100]{1,0:T(8,128)}), f32[2,100]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:2], [0:100]}
+  %slice-done = f32[2,100]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  ROOT %double = f32[1000]{0:T(1024)} add(%copy-done, %copy-done), metadata={op_name="jit(f)/stem/add"}
+}
+"""
+  assert {operation.name: operation.bytes for operation in traffic.operations(lines)} == {
+    "copy-start": 4000,
+    "slice-start": 800,
+    "double": 4000,
+  }
+
+
 def test_the_products_of_a_real_network_are_those_of_its_description():
   network = models.create("nf_resnet_tiny", 10)
   graph, state = nnx.split(network)
