@@ -30,6 +30,7 @@ from nfnets.errors import UserError
 from nfnets.measure import program
 from nfnets.measure.chips import peak_tflops
 from nfnets.measure.step_report import AgcOverhead, Memory, Spread, StepReport
+from nfnets.train.logs import profile as tracing
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import Batch, Metrics, needs_all_rows
 from nfnets.train.step.state import TrainState, build_network, init_state, split_network
@@ -48,6 +49,7 @@ def benchmark_step(
   warmup: int = 5,
   without_agc: bool = False,
   mesh: Mesh | None = None,
+  profile: str | None = None,
   say: Callable[[str], None] = lambda line: None,
 ) -> StepReport:
   """Times the training step that `config` describes.
@@ -63,6 +65,7 @@ def benchmark_step(
     without_agc: also time the step with clipping=None, in blocks that alternate with the configured step's. Both states then
       lie in memory, but the memory figures are taken before the second is made.
     mesh: the devices; all of them by default.
+    profile: a directory for a trace of `tracing.TRACED` further steps, after the timed ones; `say` gets its table.
     say: gets a line as each phase begins.
 
   Raises:
@@ -80,16 +83,10 @@ def benchmark_step(
   say(f"{classes} classes, {source}")
   kind = mesh.devices.flat[0].device_kind
   devices = f"{mesh.size} × {kind}"
-  with _explained_out_of_memory(config.batch, size, devices):
-    say(f"initialising {config.model.name} on {devices}")
-    (graph, state), init_s = _timed(_initial_state, config, classes, mesh)
-    say(f"compiling the step on {config.batch} images of {size}×{size}")
-    plain_images = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))  # noise needs no mixing
-    lowered, lowering_s = _timed(program.lower, plain_images, graph, state, mesh, size)
-    compiled, compile_s = _timed(lowered.compile)
-    run = _Run(step=compiled, state=state, batch=_batch(config, mesh, size, classes))
-    del state  # its buffers are about to be donated
-
+  with explained_out_of_memory(config.batch, size, devices):
+    say(f"initialising {config.model.name} on {devices}, compiling the step on {config.batch} images of {size}×{size}")
+    ready = prepare(config, mesh, size, classes)
+    run, plain_images = ready.run, ready.config
     say(f"{warmup} steps to warm up, {steps} one by one, {steps} in a row")
     peak_before = _peak_bytes(mesh)
     state_bytes, donated_bytes = _first_step(run)
@@ -97,12 +94,16 @@ def benchmark_step(
       run.seconds_per_step(warmup - 1)
     waited = Spread.of([1e3 * run.seconds_per_step(1) for _ in range(steps)])
     run_s = run.seconds_per_step(steps)
-    memory = Memory(compiled=program.memory(compiled), peak_before=peak_before, peak=_peak_bytes(mesh))
+    memory = Memory(compiled=program.memory(ready.compiled), peak_before=peak_before, peak=_peak_bytes(mesh))
     run.check()  # before the comparison, which would only waste time on a halted state
     overhead = None
     if without_agc:
       say("compiling the step without AGC, then blocks of both in turn")
-      overhead = _agc_overhead(plain_images, graph, run, mesh, size, warmup=warmup, steps=max(1, round(steps / AGC_PAIRS)))
+      overhead = _agc_overhead(plain_images, ready.graph, run, mesh, size, warmup=warmup, steps=max(1, round(steps / AGC_PAIRS)))
+    if profile is not None:
+      with tracing.trace(profile):
+        run.seconds_per_step(tracing.TRACED)
+      say(tracing.table(tracing.newest(profile), tracing.TRACED))
     loss = run.check()
 
   macs = models.describe(config.model.name, classes, resolutions={"train": size}, **overrides).macs[size]
@@ -131,9 +132,9 @@ def benchmark_step(
     xla_flags=os.environ.get("XLA_FLAGS", ""),
     compilation_cache=program.compilation_cache(),
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    init_s=init_s,
-    lowering_s=lowering_s,
-    compile_s=compile_s,
+    init_s=ready.init_s,
+    lowering_s=ready.lowering_s,
+    compile_s=ready.compile_s,
     warmup_steps=warmup,
     waited_step_ms=waited,
     run_steps=steps,
@@ -142,8 +143,8 @@ def benchmark_step(
     images_per_s_per_device=images_per_s / mesh.size,
     forward_macs_per_image=macs,
     flops_per_image=6 * macs,
-    xla_flops_per_image=_flops_an_image(lowered, lowered_images),
-    xla_optimised_flops_per_image=_flops_an_image(compiled, share),
+    xla_flops_per_image=_flops_an_image(ready.lowered, lowered_images),
+    xla_optimised_flops_per_image=_flops_an_image(ready.compiled, share),
     tflops_per_device=tflops,
     peak_tflops_per_device=peak,
     mfu=None if peak is None else tflops / peak,
@@ -153,6 +154,38 @@ def benchmark_step(
     final_loss=loss,
     updates=run.done,
     agc=overhead,
+  )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+  """The compiled step, ready to run, and the seconds that each part of preparing it took."""
+
+  config: Config  # as given, but without mixing of images, which noise does not need
+  graph: nnx.GraphDef
+  run: "StepRun"
+  lowered: jax.stages.Lowered
+  compiled: jax.stages.Compiled
+  init_s: float
+  lowering_s: float
+  compile_s: float
+
+
+def prepare(config: Config, mesh: Mesh, size: int, classes: int) -> Prepared:
+  """Makes the state, compiles the step for images of `size` pixels a side, and puts a batch of noise on the devices."""
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))
+  (graph, state), init_s = _timed(_initial_state, config, classes, mesh)
+  lowered, lowering_s = _timed(program.lower, config, graph, state, mesh, size)
+  compiled, compile_s = _timed(lowered.compile)
+  return Prepared(
+    config=config,
+    graph=graph,
+    run=StepRun(step=compiled, state=state, batch=_batch(config, mesh, size, classes)),
+    lowered=lowered,
+    compiled=compiled,
+    init_s=init_s,
+    lowering_s=lowering_s,
+    compile_s=compile_s,
   )
 
 
@@ -174,7 +207,7 @@ def _clips(config: Config) -> bool:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class _Run:
+class StepRun:
   """Runs a compiled step on its own state, which every call takes on. done: how many steps have run."""
 
   step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -215,7 +248,7 @@ def _initial_state(config: Config, classes: int, mesh: Mesh) -> tuple[nnx.GraphD
   return graph, _state(config, params, stats, mesh)
 
 
-def _first_step(run: _Run) -> tuple[int, int]:
+def _first_step(run: StepRun) -> tuple[int, int]:
   """Runs the first step: (bytes of the state, how many of them the step took over)."""
   leaves = jax.tree.leaves(run.state)
   state_bytes = sum(leaf.nbytes for leaf in leaves)
@@ -224,21 +257,21 @@ def _first_step(run: _Run) -> tuple[int, int]:
 
 
 def _agc_overhead(
-  config: Config, graph: nnx.GraphDef, run: _Run, mesh: Mesh, size: int, *, warmup: int, steps: int
+  config: Config, graph: nnx.GraphDef, run: StepRun, mesh: Mesh, size: int, *, warmup: int, steps: int
 ) -> AgcOverhead:
   """Compiles the step of `config` without AGC, and times it in turn with `run`, from a copy of its parameters."""
   plain_config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clipping=None))
   params, stats = jax.tree.map(jnp.copy, run.state.params), jax.tree.map(jnp.copy, run.state.stats)
   state = _state(plain_config, params, stats, mesh)
   del params, stats
-  plain = _Run(step=program.lower(plain_config, graph, state, mesh, size).compile(), state=state, batch=run.batch)
+  plain = StepRun(step=program.lower(plain_config, graph, state, mesh, size).compile(), state=state, batch=run.batch)
   del state
   overhead = _compare(run, plain, warmup=warmup, steps=steps)
   plain.check()
   return overhead
 
 
-def _compare(run: _Run, plain: _Run, *, warmup: int, steps: int) -> AgcOverhead:
+def _compare(run: StepRun, plain: StepRun, *, warmup: int, steps: int) -> AgcOverhead:
   """Times AGC_PAIRS pairs of blocks, whose order alternates, so that a drift of the clock favours neither."""
   run.seconds_per_step(warmup)
   plain.seconds_per_step(warmup)
@@ -294,7 +327,7 @@ def _flops_an_image(step: jax.stages.Lowered | jax.stages.Compiled, images: floa
 
 
 @contextlib.contextmanager
-def _explained_out_of_memory(batch: int, size: int, devices: str) -> Iterator[None]:
+def explained_out_of_memory(batch: int, size: int, devices: str) -> Iterator[None]:
   """Turns a device's lack of memory into an OutOfMemoryError."""
   try:
     yield

@@ -194,7 +194,7 @@ def test_times_of_a_run_that_did_not_train_are_an_error(halted, loss_sum, counte
     passed_over=jnp.int32(0),
   )
   metrics = {"loss_sum": jnp.float32(loss_sum), "count": jnp.float32(4)}
-  run = step._Run(step=lambda state, batch: (state, metrics), state=state, batch={})
+  run = step.StepRun(step=lambda state, batch: (state, metrics), state=state, batch={})
   assert run.seconds_per_step(2) > 0
   with pytest.raises(error, match=message):
     run.check()
@@ -218,9 +218,9 @@ def test_bad_arguments(arguments, message):
 
 def test_out_of_memory_says_what_to_lower():
   with pytest.raises(step.OutOfMemoryError, match="4096 images of 192×192 a step on 1 × cpu; lower the batch"):
-    with step._explained_out_of_memory(4096, 192, "1 × cpu"):
+    with step.explained_out_of_memory(4096, 192, "1 × cpu"):
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
-  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), step._explained_out_of_memory(1, 1, ""):
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), step.explained_out_of_memory(1, 1, ""):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
