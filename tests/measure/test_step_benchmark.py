@@ -233,10 +233,20 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
     "from configs import digits\n\n\ndef get_config():\n  config = digits.get_config()\n"
     f"  config.model.overrides = {ONE_BLOCK}\n  return config\n"
   )
-  command = ["step", f"--config={recipe}", "--steps=2", "--warmup=1", "--batch=8", "--image_size=16", f"--json={file}"]
+  command = [
+    "step",
+    f"--config={recipe}",
+    "--steps=2",
+    "--warmup=1",
+    "--batch=8",
+    "--image_size=16",
+    f"--json={file}",
+    f"--profile={tmp_path}",
+  ]
   done = subprocess.run([sys.executable, "-m", "launch.bench", *command], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   last = done.stdout.splitlines()[-1]
+  assert "trace of 10 steps: " in done.stdout and "share" in done.stdout
   assert json.loads(last) == json.loads(file.read_text())
   read = json.loads(last)
   assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 10, 2)
