@@ -1,9 +1,14 @@
 """Measures speed: python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 [--without-agc]
                 python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
 
+                python -m launch.bench step --peer=timm --config=configs/synthetic.py:nfnet_f0 [--peer_compile] [--rounds=3]
+                python -m launch.bench step --peer=haiku --official=DIR --config=configs/synthetic.py:nfnet_f0
+
 step: times the compiled training step, on synthetic images that already lie on the devices. It prints the times of
 initialising, lowering and compiling, milliseconds a step, images/s, FLOPs, MFU and memory, then all of it as one line of JSON;
-docs/speed.md says how to read it.
+docs/speed.md says how to read it. --profile=DIR also saves a trace of ten steps and prints what took the most of their time.
+step --peer: times our step on one device and, in turn, the same work by timm in PyTorch or by the official release in Haiku (the
+directory DIR holds its nfnets/), each side in a process of its own. It prints both and the ratio with its spread over the rounds.
 data: times how training images are made ready on the host, each pipeline in a process of its own, in turn. It prints images/s,
 images per CPU-second, the time to the first batch, memory, and what the time is spent on; the last line is JSON.
 --against=tf.data measures two tf.data pipelines too, one tuned for decoding alone and one with the structure of the official
@@ -30,9 +35,18 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_boolean("without_agc", False, "step: also time the step without AGC, alternating with it.", flag_values=values)
   flags.DEFINE_alias("without-agc", "without_agc", flag_values=values)
   whole("images", 4000, "data: images that each pipeline makes in a round, rounded up to whole batches.")
-  whole("rounds", 3, "data: times that each pipeline is measured, in turn; the medians are shown.")
+  whole("rounds", 3, "data, step --peer: times that each side is measured, in turn; the medians are shown.")
   whole("threads", None, "data: threads that decode, instead of config.data.threads or, unset, one for each core.")
   flags.DEFINE_enum("against", None, ["tf.data"], "data: what to measure beside nfnets' own pipeline.", flag_values=values)
+  flags.DEFINE_enum("peer", None, ["timm", "haiku"], "step: whose step to time beside ours, on one device.", flag_values=values)
+  flags.DEFINE_string(
+    "official",
+    None,
+    "step, --peer=haiku: the directory that holds nfnets/ of google-deepmind/deepmind-research.",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean("peer_compile", False, "step, --peer=timm: let torch.compile compile the network.", flag_values=values)
+  flags.DEFINE_string("profile", None, "step: a directory for a profiler's trace of ten steps.", flag_values=values)
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
 
 
@@ -48,18 +62,42 @@ def step(values: flags.FlagValues) -> int:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
   if values.classes is not None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=values.classes))
+  _check_peer(values)
+  if values.profile:
+    cli.check_directory("profile", values.profile, "a directory for the trace")
   file = cli.writable("json", values.json)
-  from nfnets.measure.step import benchmark_step
+  say = lambda line: print(line, flush=True)
+  counts = {"steps": values.steps, "warmup": values.warmup}
+  if values.peer:
+    from nfnets.measure import peers
 
-  report = benchmark_step(
-    config, steps=values.steps, warmup=values.warmup, without_agc=values.without_agc, say=lambda line: print(line, flush=True)
-  )
+    sides = {"official": values.official, "torch_compile": values.peer_compile}
+    report = peers.compare(config, values.peer, rounds=values.rounds, **counts, **sides, say=say)
+  else:
+    from nfnets.measure.step import benchmark_step
+
+    report = benchmark_step(config, **counts, without_agc=values.without_agc, profile=values.profile, say=say)
   print(f"\n{report}\n")
   cli.hand_out(report.to_json(), file)
   return 0
 
 
+def _check_peer(values: flags.FlagValues) -> None:
+  """Raises UsageError for flags that do not go together with --peer, or not without it."""
+  if values.peer and values.without_agc:
+    raise cli.UsageError(f"--without-agc and --peer={values.peer} are two benchmarks; run them one after the other")
+  if values.peer and values.profile:
+    raise cli.UsageError(f"--profile traces our step alone; leave --peer={values.peer} out")
+  if values.official and values.peer != "haiku":
+    raise cli.UsageError("--official is the directory of --peer=haiku's code; give both or neither")
+  if values.peer_compile and values.peer != "timm":
+    raise cli.UsageError("--peer_compile compiles timm's network in PyTorch; give --peer=timm with it")
+
+
 def data(values: flags.FlagValues) -> int:
+  for flag in ("peer", "official", "peer_compile", "profile"):
+    if values[flag].value:
+      raise cli.UsageError(f"--{flag} belongs to the subcommand step, not to data")
   config = recipe.parse(values)
   file = cli.writable("json", values.json)
   from nfnets.data.batches.prefetch import cores

@@ -2,7 +2,7 @@
 
 Prints what of the configuration differs from the defaults, the parameter groups and the devices, then progress; DIR gets
 checkpoints, metrics.jsonl, tensorboard/ and curves.png. Ctrl-C or SIGTERM saves and ends with status 75; the same command goes
-on from there. With --config, --help lists every field of the configuration.
+on from there. --profile=DIR traces ten steps. With --config, --help lists every field of the configuration.
 
 On several machines, or for several processes on one, see docs/pods.md.
 """
@@ -18,6 +18,12 @@ def define(values: flags.FlagValues) -> None:
   cli.define_processes(values)
   compiled.define(values)
   flags.DEFINE_string("workdir", None, "Where the run lives; a run found there is continued.", flag_values=values)
+  flags.DEFINE_string(
+    "profile",
+    None,
+    "A directory for a profiler's trace of steps 11 to 20 of this process; prints what took most.",
+    flag_values=values,
+  )
 
 
 def run(values: flags.FlagValues) -> int:
@@ -25,9 +31,11 @@ def run(values: flags.FlagValues) -> int:
   compiled.keep(values)
   config = recipe.parse(values)
   workdir = cli.parse_workdir(values)
+  if values.profile:
+    cli.check_directory("profile", values.profile, "a directory for the trace")
   from nfnets.train import loop
 
-  return 0 if loop.train(config, workdir).finished else distributed.STOPPED
+  return 0 if loop.train(config, workdir, profile=values.profile).finished else distributed.STOPPED
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Runs a compiled training step on noise and times it, by itself and beside the step without AGC."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nfnets.config import Config
+from nfnets.errors import UserError
 from nfnets.measure import program
 from nfnets.measure.step_report import AgcOverhead, Spread
 from nfnets.train.step import sharding
@@ -19,6 +22,43 @@ from nfnets.train.step.gradients import Batch, Metrics
 from nfnets.train.step.state import TrainState, build_network, init_state, split_network
 
 AGC_PAIRS = 10  # pairs of blocks of steps, one with and one without AGC; each pair gives one ratio
+
+
+class OutOfMemoryError(UserError):
+  """The step does not fit into the devices' memory; the message names the settings to lower."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+  """The compiled step, ready to run, and the seconds that each part of preparing it took."""
+
+  config: Config  # as given, but without mixing of images, which noise does not need
+  graph: nnx.GraphDef
+  run: "Run"
+  lowered: jax.stages.Lowered
+  compiled: jax.stages.Compiled
+  init_s: float
+  lowering_s: float
+  compile_s: float
+
+
+def prepare(config: Config, mesh: Mesh, size: int, classes: int) -> Prepared:
+  """Makes the state, compiles the step for images of `size` pixels a side, and puts a batch of noise on the devices."""
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))
+  (graph, state), init_s = _timed(initial_state, config, classes, mesh)
+  lowered, lowering_s = _timed(program.lower, config, graph, state, mesh, size)
+  compiled, compile_s = _timed(lowered.compile)
+  run = Run(step=compiled, state=state, batch=noise_batch(config, mesh, size, classes))
+  return Prepared(
+    config=config,
+    graph=graph,
+    run=run,
+    lowered=lowered,
+    compiled=compiled,
+    init_s=init_s,
+    lowering_s=lowering_s,
+    compile_s=compile_s,
+  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -118,3 +158,23 @@ def noise_batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:
       },
     )
   )
+
+
+def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+  """Calls `work`: (its result, seconds)."""
+  begin = time.perf_counter()
+  return work(*args), time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(batch: int, size: int, devices: str) -> Iterator[None]:
+  """Turns a device's lack of memory into an OutOfMemoryError."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if not program.is_out_of_memory(error):
+      raise
+    raise OutOfMemoryError(
+      f"out of memory with {batch} images of {size}×{size} a step on {devices}; lower the batch or "
+      "the image size, or set config.model.remat=True"
+    ) from error

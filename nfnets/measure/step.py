@@ -9,17 +9,13 @@ guard forbids sending anything to the devices meanwhile; and there is a report o
 counted as many updates as steps were run.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from nfnets import models
@@ -27,14 +23,11 @@ from nfnets.config import Config
 from nfnets.errors import UserError
 from nfnets.measure import program
 from nfnets.measure.chips import peak_tflops
-from nfnets.measure.runs import AGC_PAIRS, Run, agc_overhead, first_step, initial_state, noise_batch
+from nfnets.measure.runs import AGC_PAIRS, Prepared, agc_overhead, explained_out_of_memory, first_step, prepare
 from nfnets.measure.step_report import AgcOverhead, Memory, Spread, StepReport
+from nfnets.train.logs import profile as tracing
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import needs_all_rows
-
-
-class OutOfMemoryError(UserError):
-  """The step does not fit into the devices' memory; the message names the settings to lower."""
 
 
 def benchmark_step(
@@ -43,6 +36,7 @@ def benchmark_step(
   steps: int = 50,
   warmup: int = 5,
   without_agc: bool = False,
+  profile: str | None = None,
   mesh: Mesh | None = None,
   say: Callable[[str], None] = lambda line: None,
 ) -> StepReport:
@@ -74,9 +68,10 @@ def benchmark_step(
   classes, source = program.class_count(config)
   say(f"{classes} classes, {source}")
   setup = _Setup(config=config, mesh=mesh, size=size, classes=classes)
-  with _explained_out_of_memory(config.batch, size, setup.devices):
-    built = _build(setup, say)
-    measured = _measure(setup, built, steps=steps, warmup=warmup, without_agc=without_agc, say=say)
+  with explained_out_of_memory(config.batch, size, setup.devices):
+    say(f"initialising {config.model.name} on {setup.devices}, compiling the step on {config.batch} images of {size}×{size}")
+    built = prepare(config, mesh, size, classes)
+    measured = _measure(setup, built, steps=steps, warmup=warmup, without_agc=without_agc, profile=profile, say=say)
   return _report(setup, built, measured)
 
 
@@ -97,24 +92,6 @@ class _Setup:
   def devices(self) -> str:
     return f"{self.mesh.size} × {self.kind}"
 
-  @property
-  def noise(self) -> Config:
-    """The run without mixing, which noise needs not."""
-    return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, mix="none"))
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Built:
-  """Holds the step before and after compiling, the run that it is for, and the seconds that making them took."""
-
-  graph: nnx.GraphDef
-  run: Run
-  lowered: jax.stages.Lowered
-  compiled: jax.stages.Compiled
-  init_s: float
-  lowering_s: float
-  compile_s: float
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
@@ -131,22 +108,8 @@ class _Measured:
   loss: float
 
 
-def _build(setup: _Setup, say: Callable[[str], None]) -> _Built:
-  """Makes the state and compiles the step."""
-  config, mesh = setup.config, setup.mesh
-  say(f"initialising {config.model.name} on {setup.devices}")
-  (graph, state), init_s = _timed(initial_state, config, setup.classes, mesh)
-  say(f"compiling the step on {config.batch} images of {setup.size}×{setup.size}")
-  lowered, lowering_s = _timed(program.lower, setup.noise, graph, state, mesh, setup.size)
-  compiled, compile_s = _timed(lowered.compile)
-  run = Run(step=compiled, state=state, batch=noise_batch(config, mesh, setup.size, setup.classes))
-  return _Built(
-    graph=graph, run=run, lowered=lowered, compiled=compiled, init_s=init_s, lowering_s=lowering_s, compile_s=compile_s
-  )
-
-
 def _measure(
-  setup: _Setup, built: _Built, *, steps: int, warmup: int, without_agc: bool, say: Callable[[str], None]
+  setup: _Setup, built: Prepared, *, steps: int, warmup: int, without_agc: bool, profile: str | None, say: Callable[[str], None]
 ) -> _Measured:
   """Times the step, alone and in a run, and beside the same step without AGC where that is asked for."""
   run, mesh = built.run, setup.mesh
@@ -163,7 +126,11 @@ def _measure(
   if without_agc:
     say("compiling the step without AGC, then blocks of both in turn")
     block = max(1, round(steps / AGC_PAIRS))
-    overhead = agc_overhead(setup.noise, built.graph, run, mesh, setup.size, warmup=warmup, steps=block)
+    overhead = agc_overhead(built.config, built.graph, run, mesh, setup.size, warmup=warmup, steps=block)
+  if profile is not None:
+    with tracing.trace(profile):
+      run.seconds_per_step(tracing.TRACED)
+    say(tracing.table(tracing.newest(profile), tracing.TRACED))
   return _Measured(
     waited=waited,
     run_s=run_s,
@@ -177,7 +144,7 @@ def _measure(
   )
 
 
-def _report(setup: _Setup, built: _Built, measured: _Measured) -> StepReport:
+def _report(setup: _Setup, built: Prepared, measured: _Measured) -> StepReport:
   """Puts the figures together."""
   config, mesh, run = setup.config, setup.mesh, built.run
   overrides = config.model.all_overrides()
@@ -248,12 +215,6 @@ def _clips(config: Config) -> bool:
   return config.optim.clipping is not None and config.optim.clipping < math.inf
 
 
-def _timed(work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-  """Calls `work`: (its result, seconds)."""
-  begin = time.perf_counter()
-  return work(*args), time.perf_counter() - begin
-
-
 def _peak_bytes(mesh: Mesh) -> int | None:
   """Returns the most bytes that were ever in use on one of this process's devices; None where the backend does not report it."""
   peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.local_devices]
@@ -265,17 +226,3 @@ def _flops_an_image(step: jax.stages.Lowered | jax.stages.Compiled, images: floa
   """Divides XLA's count of the step's FLOPs by the `images` that it counts."""
   flops = program.cost(step, "flops")
   return None if flops is None else flops / images
-
-
-@contextlib.contextmanager
-def _explained_out_of_memory(batch: int, size: int, devices: str) -> Iterator[None]:
-  """Turns a device's lack of memory into an OutOfMemoryError."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if not program.is_out_of_memory(error):
-      raise
-    raise OutOfMemoryError(
-      f"out of memory with {batch} images of {size}×{size} a step on {devices}; lower the batch or "
-      "the image size, or set config.model.remat=True"
-    ) from error

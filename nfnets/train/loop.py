@@ -11,6 +11,7 @@ from nfnets.distributed.signals import stop_on_signals
 from nfnets.distributed.watchdog import FIRST_STEP_S
 from nfnets.train import recovery
 from nfnets.train.evaluate import Results, results_table
+from nfnets.train.logs.profile import StepTracer
 from nfnets.train.logs.window import Window, summarize
 from nfnets.train.recovery import NonFiniteError
 from nfnets.train.run import Run, open_run
@@ -35,11 +36,12 @@ class Ended(enum.Enum):
   ROLLED_BACK = enum.auto()  # to the last checkpoint, to go on from there
 
 
-def train(config: Config, workdir: str) -> Result:
+def train(config: Config, workdir: str, *, profile: str | None = None) -> Result:
   """Trains as `config` says, from the newest good checkpoint in `workdir` if there is one.
 
   Writes checkpoints, metrics.jsonl, tensorboard/, curves.png and config.json into `workdir`. SIGINT and SIGTERM, to one process
-  or all, save and return.
+  or all, save and return. With `profile`, process 0 writes a trace of its steps 11 to 20 into that directory, and says
+  what took the most of their time.
 
   Raises:
     UserError: with its kinds DataError, CheckpointError, ProcessError, WorkdirInUse and the models' own: a person can mend it.
@@ -51,8 +53,9 @@ def train(config: Config, workdir: str) -> Result:
       if _evaluation_is_missing(run):
         results = _make_up_evaluation(run)
         ended = Ended.ROLLED_BACK if results else Ended.STOPPED  # a signal again: its step is saved, and stays the newest
-      while ended is Ended.ROLLED_BACK:
-        ended, results = _take_steps(run, results)
+      with StepTracer(profile if jax.process_index() == 0 else None, run.log.say) as tracer:
+        while ended is Ended.ROLLED_BACK:
+          ended, results = _take_steps(run, results, tracer)
       if ended is Ended.FINISHED and not results:  # resumed at the end
         results = run.evaluate()
         ended = Ended.FINISHED if results else Ended.STOPPED
@@ -62,7 +65,7 @@ def train(config: Config, workdir: str) -> Result:
     return Result(step=run.step, finished=ended is Ended.FINISHED, results=results or {})
 
 
-def _take_steps(run: Run, results: Results | None) -> tuple[Ended, Results | None]:
+def _take_steps(run: Run, results: Results | None, tracer: StepTracer) -> tuple[Ended, Results | None]:
   """Steps until the end, a signal or a rollback; and the last evaluation, `results` if there was none."""
   config = run.config
   run.watchdog.expect(f"the images of step {run.step + 1}")
@@ -72,6 +75,7 @@ def _take_steps(run: Run, results: Results | None) -> tuple[Ended, Results | Non
         run.watchdog.expect("the first step", FIRST_STEP_S)
       run.wait_for_room()
       stopping = run.is_stopping()
+      tracer.before_step(run.state)
       window.add(run.take_step(batch))
       if not run.has_compiled:
         _wait_for_compilation(run, window)

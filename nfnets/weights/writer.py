@@ -69,7 +69,8 @@ def convert(stored: Stored, framework: str) -> Converted:
     )
   if framework == "timm":
     name = next(
-      (name for name, known in timm.ARCHITECTURES.items() if _same(row, models.variant(known.name, **known.overrides))), None
+      (name for name, known in timm.ARCHITECTURES.items() if same_network(row, models.variant(known.name, **known.overrides))),
+      None,
     )
     if name is None:
       raise WeightsError(f"{stored.source} is {described(stored)}, which timm has no equal of")
@@ -95,7 +96,7 @@ def described(stored: Stored) -> str:
   )
 
 
-def _same(row: Any, other: Any) -> bool:
+def same_network(row: Any, other: Any) -> bool:
   """Whether two rows are of one network."""
   if type(row) is not type(other):
     return False

@@ -217,10 +217,10 @@ def test_bad_arguments(arguments, message):
 
 
 def test_out_of_memory_says_what_to_lower():
-  with pytest.raises(step.OutOfMemoryError, match="4096 images of 192×192 a step on 1 × cpu; lower the batch"):
-    with step._explained_out_of_memory(4096, 192, "1 × cpu"):
+  with pytest.raises(runs.OutOfMemoryError, match="4096 images of 192×192 a step on 1 × cpu; lower the batch"):
+    with runs.explained_out_of_memory(4096, 192, "1 × cpu"):
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
-  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), step._explained_out_of_memory(1, 1, ""):
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), runs.explained_out_of_memory(1, 1, ""):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

@@ -1,0 +1,298 @@
+"""Times our training step beside a peer's, on one device of this machine: timm's in PyTorch, or the official release's in Haiku.
+
+    from nfnets.measure import peers
+    print(peers.compare(config, "timm", rounds=3, steps=50, warmup=5))
+
+What keeps the figures honest: both sides do the same work on the same noise (see `check_same_work`), which a test of one step's
+updated parameters shows; each side, ours too, has a process of its own; both stay ready and take turns, round after round, so
+that a machine that grows slower grows slower for both; a turn begins with a step that is not timed, and its steps are waited for
+at the end of each block only, as training runs; and there is a report only if both losses are finite, both sides have as many
+parameters, and both ran on the same kind of device.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import math
+import os
+import pathlib
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nfnets import models, optim
+from nfnets.config import Config
+from nfnets.errors import UserError
+from nfnets.measure import program
+from nfnets.measure.peers_report import PeerReport, SideReport
+from nfnets.measure.turns import MissingPackage, Side, SideError
+from nfnets.models import registry
+from nfnets.train.checkpoints.compatibility import to_json
+from nfnets.weights import timm, writer
+
+PEERS = {"timm": ("torch", "timm"), "haiku": ("haiku", "tree", "dill")}  # the packages that each imports
+INSTALL = {"timm": "pip install torch torchvision timm", "haiku": "pip install dm-haiku dm-tree dill"}
+RELEASE = {  # our names of the release's networks: its module, its class, its name of the variant
+  r"nfnet_f([0-7]\+?)": ("nfnet", "NFNet", "F"),
+  r"nf_resnet(50|101|152|200|288|600)": ("nf_resnet", "NF_ResNet", "ResNet"),
+  r"nf_regnet_b([0-8])": ("nf_regnet", "NF_RegNet", "B"),
+}
+# What a peer's step does not do, or does otherwise: fields of the configuration and the only value that they may have.
+ONLY: dict[str, Any] = {
+  "loss": "softmax",
+  "accumulate": 1,
+  "model.remat": False,
+  "optim.name": "sgd",
+  "optim.sam_rho": 0.0,
+  "optim.layer_decay": 1.0,
+  "optim.frozen": (),
+  "optim.agc_exclude": (),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+  """A peer's network that computes what ours does.
+
+  Attributes:
+    overrides: fields of our row to set, so that ours computes what theirs does.
+    words: how ours was fitted to theirs.
+    job: what the peer's process is to build.
+  """
+
+  overrides: dict[str, Any]
+  words: str
+  job: dict[str, Any]
+
+
+def compare(
+  config: Config,
+  peer: str,
+  *,
+  rounds: int = 3,
+  steps: int = 50,
+  warmup: int = 5,
+  official: str | None = None,
+  torch_compile: bool = False,
+  say: Callable[[str], None] = lambda line: None,
+) -> PeerReport:
+  """Times our step and a peer's in turn.
+
+  Args:
+    config: the run; `batch` is on one device. AGC's tracking and the mixing of images are left out, which peers have not.
+    peer: "timm" or "haiku".
+    rounds: turns of each side.
+    steps: timed steps a turn.
+    warmup: steps of each side before the first turn.
+    official: for "haiku", the directory that holds the release's nfnets/.
+    torch_compile: for "timm", lets torch.compile compile the network.
+    say: gets a line as each phase begins.
+
+  Raises:
+    UserError: a package is missing, the peer has no such network, the configuration asks for what the peer does not do, the
+      device has too little memory, or the sides turn out to be no match.
+  """
+  config.validate()
+  check_installed(peer)
+  check_same_work(config)
+  match = timm_network(config) if peer == "timm" else haiku_network(config, official)
+  config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, overrides={**config.model.overrides, **match.overrides}, activation=None),
+    optim=dataclasses.replace(config.optim, agc_track=False),
+  )
+  size = config.data.image_size or models.variant(config.model.name).train_resolution
+  classes, source = program.class_count(config)
+  say(f"{classes} classes, {source}; {config.model.name}: {match.words}")
+  theirs = {**work(config, size=size, classes=classes), **match.job, "compile": torch_compile, "weights": ""}
+  ours = {"config": to_json(config), "size": size, "classes": classes}
+  with started(peer, theirs, ours, say) as (our_side, their_side):
+    check_match(our_side.facts, their_side.facts, peer)
+    our_s, their_s = take_turns(our_side, their_side, rounds=rounds, steps=steps, warmup=warmup, say=say)
+    sides = [
+      SideReport.of(side.facts, side.start_s, seconds, side.loss(), batch=config.batch)
+      for side, seconds in ((our_side, our_s), (their_side, their_s))
+    ]
+  return PeerReport(
+    peer=peer,
+    model=config.model.name,
+    overrides=config.model.all_overrides(),
+    dialect=match.words,
+    dtype=config.model.dtype,
+    num_classes=classes,
+    image_size=size,
+    batch=config.batch,
+    clipping=clipping(config),
+    ema_decay=config.optim.ema_decay,
+    rounds=rounds,
+    steps=steps,
+    warmup_steps=warmup,
+    cpu=cpu_name(),
+    cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    ours=sides[0],
+    theirs=sides[1],
+  )
+
+
+def take_turns(
+  ours: Side, theirs: Side, *, rounds: int, steps: int, warmup: int, say: Callable[[str], None] = lambda line: None
+) -> tuple[list[list[float]], list[list[float]]]:
+  """Lets both sides time `steps` steps in each round, ours first; returns seconds a step by round and block, of each side."""
+  ours.seconds(warmup)
+  theirs.seconds(warmup)
+  seconds: tuple[list[list[float]], list[list[float]]] = ([], [])
+  for number in range(1, rounds + 1):
+    for side, timed in zip((ours, theirs), seconds, strict=True):
+      timed.append(side.seconds(steps, untimed=1))
+      say(f"round {number}/{rounds}  {side.name}: {1e3 * statistics.median(timed[-1]):.4g} ms a step")
+  return seconds
+
+
+@contextlib.contextmanager
+def started(peer: str, theirs: dict[str, Any], ours: dict[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Side, Side]]:
+  """Starts both sides, the peer first, because what is missing there is seen at once; UserError for what their processes say."""
+  here = pathlib.Path(__file__).parent
+  # Two processes share one GPU: neither may take most of its memory before it needs it
+  environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
+  path = os.pathsep.join(filter(None, (str(here.parents[1]), os.environ.get("PYTHONPATH"))))
+  try:
+    say(f"{peer}: starting, building")
+    with Side(peer, str(here / f"peer_{peer}.py"), theirs, environment=environment) as their_side:
+      say("nfnets: starting, building, compiling")
+      with Side("nfnets", str(here / "peer_ours.py"), ours, environment={**environment, "PYTHONPATH": path}) as our_side:
+        yield our_side, their_side
+  except MissingPackage as error:
+    side, package = error.args
+    raise UserError(f"{package} is not installed, which --peer={side} needs: {INSTALL.get(side, package)}") from error
+  except SideError as error:
+    raise UserError(str(error)) from error
+
+
+# ---- what is compared
+
+
+def check_installed(peer: str) -> None:
+  """Raises UserError where a package of the peer is missing, without importing it."""
+  for package in PEERS[peer]:
+    if importlib.util.find_spec(package) is None:
+      raise UserError(f"{package} is not installed, which --peer={peer} needs: {INSTALL[peer]}")
+
+
+def check_same_work(config: Config) -> None:
+  """Raises UserError where the configuration asks for a step that the peers do not take."""
+  for field, only in ONLY.items():
+    value: Any = config
+    for name in field.split("."):
+      value = getattr(value, name)
+    if value != only:
+      raise UserError(f"config.{field}={value!r}: a peer's step is compared with config.{field}={only!r} alone")
+  if config.optim.momentum == 0:
+    raise UserError("config.optim.momentum=0: a peer's step is compared with momentum alone, as published 0.9")
+
+
+def check_match(ours: dict[str, Any], theirs: dict[str, Any], peer: str) -> None:
+  """Raises UserError where the two sides turn out to be different networks, or on different kinds of device."""
+  if ours["parameters"] != theirs["parameters"]:
+    raise UserError(f"--peer={peer} has another network: {theirs['parameters']:,} parameters, ours {ours['parameters']:,}")
+  if (ours["device"] == "cpu") != (theirs["device"] == "cpu"):
+    raise UserError(
+      f"ours runs on {ours['device']} and --peer={peer} on {theirs['device']}; install both for the same device, or hide the "
+      "GPU from both with CUDA_VISIBLE_DEVICES=-1 JAX_PLATFORMS=cpu"
+    )
+
+
+def work(config: Config, *, size: int, classes: int) -> dict[str, Any]:
+  """Returns what a step does, for a peer's process."""
+  optimizer = config.optim
+  return {
+    "seed": config.seed,
+    "batch": config.batch,
+    "size": size,
+    "classes": classes,
+    "mean": list(config.data.mean),
+    "std": list(config.data.std),
+    "dtype": config.model.dtype,
+    "label_smoothing": config.label_smoothing,
+    # The warm-up is as in our schedule; its cosine moves nothing within the steps of a benchmark
+    "learning_rate": optim.peak_lr(optimizer, config.batch),
+    "warmup_steps": optimizer.warmup_epochs * program.IMAGENET_IMAGES / config.batch,
+    "momentum": optimizer.momentum,
+    "nesterov": optimizer.nesterov is not False,
+    "weight_decay": optimizer.weight_decay,
+    "clipping": clipping(config),
+    "agc_eps": optimizer.agc_eps,
+    "ema_decay": optimizer.ema_decay,
+  }
+
+
+def clipping(config: Config) -> float | None:
+  """Returns AGC's lambda; None where nothing is clipped."""
+  strength = config.optim.clipping
+  return None if strength is None or strength == math.inf else strength
+
+
+def timm_network(config: Config) -> Match:
+  """Finds timm's network for ours: the same one, else the one that is the same in timm's dialect.
+
+  Raises:
+    UserError: timm has none.
+  """
+  name, overrides = registry.variant_name(config.model.name), config.model.all_overrides()
+  row: Any = models.variant(name, **overrides)
+  named = {theirs: known for theirs, known in timm.ARCHITECTURES.items() if known.name == name}
+  for theirs, known in named.items():
+    agrees = all(overrides.get(field, value) == value for field, value in known.overrides.items())
+    published = models.variant(name, **known.overrides)
+    if agrees and writer.same_network(models.variant(name, **{**overrides, **known.overrides}), published):
+      same = writer.same_network(row, published)
+      words = "as the recipe says" if same else f"in timm's dialect {row_words(known.overrides)}"
+      job = {"network": theirs, "overrides": {"drop_rate": row.drop_rate, "drop_path_rate": row.stochastic_depth}}
+      return Match(overrides=known.overrides, words=f"{words}, which is timm's {theirs}", job=job)
+  changed = f" with {row_words(overrides)}" if named else ""
+  have = ", ".join(dict.fromkeys(known.name for known in timm.ARCHITECTURES.values()))
+  raise UserError(f"timm has no equal of {name}{changed}; it has {have}")
+
+
+def haiku_network(config: Config, official: str | None) -> Match:
+  """Finds the release's network for ours.
+
+  Raises:
+    UserError: the release has none, or does not lie in the directory `official`.
+  """
+  if official is None:
+    raise UserError("--peer=haiku needs --official=DIR, the directory that holds nfnets/ of google-deepmind/deepmind-research")
+  if not (pathlib.Path(official) / "nfnets" / "nfnet.py").is_file():
+    raise UserError(f"--official={official}: no nfnets/nfnet.py in it; expected a copy of google-deepmind/deepmind-research")
+  name, overrides = registry.variant_name(config.model.name), config.model.all_overrides()
+  row: Any = models.variant(name, **overrides)
+  for pattern, (module, network, prefix) in RELEASE.items():
+    found = re.fullmatch(pattern, name)
+    if found and writer.same_network(row, models.variant(name)):
+      settings = {"drop_rate": row.drop_rate, "stochdepth_rate": row.stochastic_depth, "activation": row.activation}
+      settings["variant"] = f"{prefix}{found[1].upper()}"
+      directory = {"official": str(pathlib.Path(official).resolve())}
+      return Match(
+        overrides={}, words="as the recipe says", job={**directory, "module": module, "class": network, "overrides": settings}
+      )
+  changed = f" with {row_words(overrides)}" if overrides else ""
+  raise UserError(
+    f"the release has no equal of {name}{changed}; it has nfnet_f0 to nfnet_f7+, nf_resnet50 to nf_resnet600, nf_regnet_b0 to b8"
+  )
+
+
+def row_words(overrides: dict[str, Any]) -> str:
+  """Lists fields of a row with their values."""
+  return ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+
+
+def cpu_name() -> str:
+  """Returns what the processor calls itself."""
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+      if line.startswith("model name"):
+        return line.partition(":")[2].strip()
+  return platform.processor() or platform.machine()
