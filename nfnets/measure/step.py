@@ -52,6 +52,7 @@ def benchmark_step(
     warmup: steps before these, at least 1; the first of them shows whether the state is donated.
     without_agc: also time the step with clipping=None, in blocks that alternate with the configured step's. Both states then
       lie in memory, but the memory figures are taken before the second is made.
+    profile: a directory for a trace of `tracing.TRACED` further steps, after the timed ones; `say` gets its table.
     mesh: the devices; all of them by default.
     say: gets a line as each phase begins.
 

@@ -16,7 +16,7 @@ from launch import bench as launch_bench, cli
 from nfnets.agc import named_leaves
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.errors import UserError
-from nfnets.measure import peers
+from nfnets.measure import peers, runs
 from nfnets.measure.turns import MissingPackage, Side, SideError
 from nfnets.train.step import sharding
 from nfnets.weights import timm as timm_names
