@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ class DeepConfig:
   norm: str = "batch"
   # convolutions of 3×3 a block, 1 or 2
   convs: int = 1
-  # With several, each begins with a block whose shortcut is a convolution of the activated input, as in transitions of NF-ResNets;
-  # neither size nor width changes there. With one, there is none.
+  # With several, each begins with a block whose shortcut is a convolution of the activated input, as in transitions of
+  # NF-ResNets; neither size nor width changes there. With one, there is none.
   stages: int = 1
   # whether blocks add to their input; else each gives its branch alone
   residual: bool = True
@@ -57,9 +57,7 @@ class Block(nnx.Module):
     self.alpha, self.residual = config.alpha, config.residual
     self.activation = norms.activation(config.norm, config.activation)
     width, fixup = config.width, self.row.branch == "fixup"
-    make = lambda size, factor=1.0: norms.conv(
-      config.norm, width, width, size, act=config.activation, factor=factor, keys=keys
-    )
+    make = lambda size, factor=1.0: norms.conv(config.norm, width, width, size, act=config.activation, factor=factor, keys=keys)
     # Fixup: all but a branch's last kernel shrink by depth^(-1 / (2m - 2)), m = 2, and the last is zero (Zhang et al. 2019).
     factors = (config.depth**-0.5, 0.0) if fixup else (1.0,) * config.convs
     self.norms = nnx.List([norms.make(config.norm, width, keys) for _ in factors])
@@ -124,8 +122,8 @@ class Deep(nnx.Module):
       images: float32 [batch, height, width, 3].
       key: for noise.
       probe: what is kept of each block.
-      rescale: divides the signal by its root mean square after each block, and gives the probe's first power of it, log2, as well.
-        Exact where the blocks are positively homogeneous, f(s·x) = s·f(x), as without a normalizer: what grows beyond any number
+      rescale: divides the signal by its root mean square after each block, and gives log2 of what was taken out as well. Exact
+        where the blocks are positively homogeneous, f(s·x) = s·f(x), as without a normalizer: what grows beyond any number
         that float32 holds is so still known.
 
     Returns:
@@ -154,7 +152,7 @@ class Deep(nnx.Module):
       if per_stage > several:
         graph, state = nnx.split(self.blocks[stage])
         numbers = jnp.arange(first + several, first + per_stage)
-        body = lambda carry, part, graph=graph: advance(nnx.merge(graph, part[0]), carry, part[1], part[2])
+        body = lambda carry, part, graph=graph: advance(cast(Block, nnx.merge(graph, part[0])), carry, part[1], part[2])
         (x, scale), kept = jax.lax.scan(body, (x, scale), (state, betas[numbers], numbers))
         seen.append(kept)
     return x, None if probe is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)

@@ -52,9 +52,7 @@ def line(axis: Any, x: Sequence[float] | np.ndarray, values: Any, label: str, st
   every = 1 if markers else max(1, len(x) // 6)
   offset = 0 if markers else (style * every // len(STYLES)) % every
   marks: Any = (offset, every)
-  axis.plot(
-    x, values.mean(axis=0), color=color, ls=dashes, marker=marker, markevery=marks, ms=4.5, lw=1.6, label=label or None
-  )
+  axis.plot(x, values.mean(axis=0), color=color, ls=dashes, marker=marker, markevery=marks, ms=4.5, lw=1.6, label=label or None)
   if len(values) > 1:
     axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, lw=0)
 

@@ -24,7 +24,7 @@ def layer_similarities(norm: str, inputs: Array, depth: int, key: Array) -> dict
     key: of the weights W [width, width] ~ N(0, 1 / width), drawn anew for each layer.
 
   Returns:
-    {"cosine", "stable_rank", "orthogonality_gap"}, each float32 [depth].
+    Those of `similarity`, each float32 [depth].
   """
   width = inputs.shape[1]
   module = norms.make(norm, width, layers.ParamKeys(jax.random.key(0)))

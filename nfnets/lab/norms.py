@@ -45,11 +45,12 @@ class Norm:
 
 # ---- what acts on activations, x: [batch, height, width, channels]
 class Batch(nnx.Module):
-  """Batch normalization (Ioffe and Szegedy 2015): over images and space. With `noisy`, that of Santurkar et al. 2018, section 2.2:
+  """Batch normalization (Ioffe and Szegedy 2015): over images and space.
 
-  each number that comes out of it is multiplied by noise and noise is added, whose own mean and spread are drawn anew at each
-  step for each number of an image, so that distributions move more than without any normalization. The strengths (mean within
-  ±0.5, spread 1 to 1.25, each image ±0.1 around them) are those that their appendix is cited with.
+  With `noisy`, it is that of Santurkar et al. 2018, section 2.2: each number that comes out of it is multiplied by noise, and
+  noise is added. The mean and the spread of the noise are drawn anew at each step for each number of an image, so that distributions
+  move more than without any normalization. The strengths (mean within ±0.5, spread 1 to 1.25, each image ±0.1 around them) are
+  from memory of their appendix, not checked against it.
   """
 
   def __init__(self, features: int, keys: Any, *, noisy: bool = False):
@@ -192,11 +193,16 @@ class WNConv(nnx.Module):
 
 
 def convolve_ring(x: Array, kernel: Array) -> Array:
-  """Convolves [B, H, W, I] with [k, k, I, O], k odd, where the first pixel follows the last one; [B, H, W, O]."""
+  """Convolves [B, H, W, I] with [k, k, I, O], k odd, where the first pixel follows the last one; [B, H, W, O].
+
+  It is one matrix product over shifted copies: XLA's own convolution is many times slower on CPUs for so few channels, above all
+  its gradient.
+  """
   border = (kernel.shape[0] - 1) // 2
-  if border:
-    x = jnp.pad(x, ((0, 0), (border, border), (border, border), (0, 0)), mode="wrap")
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  shifts = range(border, -border - 1, -1)
+  shifted = [jnp.roll(x, (down, right), axis=(1, 2)) for down in shifts for right in shifts]
+  patches = jnp.concatenate(shifted, axis=-1) if border else x
+  return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
 # ---- the table

@@ -35,12 +35,7 @@ class Step:
 
 
 def run(
-  experiments: Sequence[Experiment],
-  settings: Settings,
-  out: pathlib.Path,
-  tell: Callable[[Step], None],
-  *,
-  again: bool = False,
+  experiments: Sequence[Experiment], settings: Settings, out: pathlib.Path, tell: Callable[[Step], None], *, again: bool = False
 ) -> list[dict[str, Any]]:
   """Runs experiments and writes NAME.png, NAME.json and report.html into `out`, which exists.
 
@@ -78,21 +73,13 @@ def run(
     report.write(out)
     tell(
       Step(
-        name=experiment.name,
-        number=number,
-        count=len(experiments),
-        share=1.0,
-        left_s=clock.left(0.0),
-        record=stored,
-        kept=kept,
+        name=experiment.name, number=number, count=len(experiments), share=1.0, left_s=clock.left(0.0), record=stored, kept=kept
       )
     )
   return results
 
 
-def _compute(
-  experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None]
-) -> dict[str, Any]:
+def _compute(experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None]) -> dict[str, Any]:
   """Runs an experiment and writes its picture, then its record, which says that it is done."""
   began = time.monotonic()
   measured = experiment.run(settings, progress)

@@ -29,9 +29,9 @@ class Interval:
 def bootstrap(samples: Sequence[float], level: float = LEVEL) -> Interval:
   """Computes the percentile bootstrap interval of the mean over seeds (Efron and Tibshirani 1993, chapter 13).
 
-  Up to five seeds, all resamples are taken (5⁵ = 3,125), so that the interval is a function of the samples; beyond, 10,000 of them
-  are drawn with a fixed seed. Few seeds make it too short: with three it is about their range, which holds the true mean of a
-  symmetric distribution three times out of four, with five about nineteen times out of twenty.
+  Up to five seeds, all resamples are taken (5⁵ = 3,125), so that the interval is a function of the samples; beyond, 10,000 of
+  them are drawn with a fixed seed. Few seeds make it too short: with three it is about their range, which holds the true mean of
+  a symmetric distribution three times out of four, with five about nineteen times out of twenty.
 
   Args:
     samples: one number a seed.

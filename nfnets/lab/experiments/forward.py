@@ -34,10 +34,7 @@ CRITERIA = (
     high=1.1,
   ),
   Criterion(
-    name="batch_exponent",
-    claim="It grows linearly: in a log-log plot over blocks 10 to 1,000 the slope is 1.",
-    low=0.9,
-    high=1.1,
+    name="batch_exponent", claim="It grows linearly: in a log-log plot over blocks 10 to 1,000 the slope is 1.", low=0.9, high=1.1
   ),
   Criterion(
     name="norms_exponent",
@@ -64,14 +61,11 @@ CRITERIA = (
   ),
   Criterion(
     name="mean_share",
-    claim="Scaled weight standardization stops the mean shift: at depth 1,000 squared channel means are under a tenth of the signal.",
+    claim="Scaled weight standardization stops the mean shift: at depth 1,000 squared channel means are under a tenth of the "
+    "signal.",
     high=0.1,
   ),
-  Criterion(
-    name="mean_share_without",
-    claim="Without it they are at least three tenths.",
-    low=0.3,
-  ),
+  Criterion(name="mean_share_without", claim="Without it they are at least three tenths.", low=0.3),
   Criterion(
     name="weight_norm_factor",
     claim="Weight normalization, which acts on parameters, lets the variance grow exponentially: by at least 1.2 a block.",
@@ -102,11 +96,14 @@ def run(settings: Settings, progress: Progress) -> Measured:
     caption="Networks of 1,000 blocks at initialization: mean square of the skip path (left), the same for alpha/beta in four "
     "stages, linear (middle), and the share of it that lies in the channels' means (right). Shades: all seeds.",
     notes=(
-      "Theory speaks of the variance over random weights. Over weights every channel's mean is zero, so that it is the mean square "
+      "Theory speaks of the variance over random weights. Over weights every channel's mean is zero, so that it is the mean "
+      "square "
       "of the signal: variance of the channels plus squared mean of the channels.",
-      "In a network of finite width, factors of blocks scatter; their mean is 2, their geometric mean is less, so that the line of "
+      "In a network of finite width, factors of blocks scatter; their mean is 2, their geometric mean is less, so that the "
+      "line of "
       "the unnormalized network falls behind 2^l.",
-      "Images are scaled so that the first block's input has the mean square 1, of which all these theories start. Without that, the "
+      "Images are scaled so that the first block's input has the mean square 1, of which all these theories start. Without "
+      "that, the "
       "smooth patches of digits lose a third of it in the standardized stem, and alpha/beta stays by that third below its line.",
       "Numbers beyond float32 are followed in logarithms: unnormalized networks with ReLU are homogeneous.",
     ),
@@ -117,8 +114,8 @@ def profile(config: DeepConfig, images: jax.Array, seeds: int, *, rescale: bool)
   """Measures one network with several seeds.
 
   Returns:
-    float64 [seeds, depth, 4]: log2 of the mean square, log2 of the channel variance, the share of squared channel means in the mean
-    square, and log2 of the mean square of the residual branch.
+    float64 [seeds, depth, 4]: log2 of the mean square, log2 of the channel variance, the share of squared channel means in the
+    mean square, and log2 of the mean square of the residual branch.
   """
   graph, _ = nnx.split(nnx.eval_shape(lambda: Deep(config, jax.random.key(0))))
   make = jax.jit(lambda key: nnx.split(Deep(config, key))[1])
@@ -232,7 +229,8 @@ EXPERIMENT = Experiment(
   title="Stable forward propagation",
   paper="De & Smith 2020 (2002.10444), Brock et al. 2021 (2101.08692), Lubana et al. 2021 (2106.05956)",
   section="De & Smith: section 2 and figure 2; Brock: sections 3 and 4, figures 1 and 2; Lubana: section 3",
-  claim="At initialization the variance of a residual network grows linearly with batch normalization, doubles each block without "
+  claim="At initialization the variance of a residual network grows linearly with batch normalization, doubles each block "
+  "without "
   "normalization, and grows by alpha² a block, starting again at each transition, with alpha/beta; scaled weight standardization "
   "stops the shift of the means.",
   criteria=CRITERIA,

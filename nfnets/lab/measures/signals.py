@@ -80,8 +80,9 @@ def _watched(model: nnx.Module, note: Callable[[str, Any], None]) -> nnx.Module:
   """
   for path, module in list(nnx.iter_modules(model)):
     kind = type(module)
-    if callable(getattr(kind, "__call__", None)):
-      watched = type(kind)(kind.__name__, (kind,), {"__call__": _noting(kind.__call__, "/".join(map(str, path)), note)})
+    if callable(module):
+      call: Any = kind.__call__
+      watched = type(kind)(kind.__name__, (kind,), {"__call__": _noting(call, "/".join(map(str, path)), note)})
       object.__setattr__(module, "__class__", watched)
   return model
 
