@@ -48,9 +48,9 @@ class Batch(nnx.Module):
   """Batch normalization (Ioffe and Szegedy 2015): over images and space.
 
   With `noisy`, it is that of Santurkar et al. 2018, section 2.2: each number that comes out of it is multiplied by noise, and
-  noise is added. The mean and the spread of the noise are drawn anew at each step for each number of an image, so that distributions
-  move more than without any normalization. The strengths (mean within ±0.5, spread 1 to 1.25, each image ±0.1 around them) are
-  from memory of their appendix, not checked against it.
+  noise is added. The mean and the spread of the noise are drawn anew at each step for each number of an image, so that
+  distributions move more than without any normalization. The strengths (mean within ±0.5, spread 1 to 1.25, each image ±0.1
+  around them) are from memory of their appendix, not checked against it.
   """
 
   def __init__(self, features: int, keys: Any, *, noisy: bool = False):

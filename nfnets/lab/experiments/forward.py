@@ -215,8 +215,9 @@ def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, dict[st
   drawing.legend(stages)
   drawing.name_axes(means, "block", "squared channel mean / mean square", "mean shift")
   means.set_xscale("log")
-  means.set_ylim(0, 1)
-  drawing.legend(means)
+  means.set_ylim(0, 1.25)
+  means.set_yticks([0, 0.25, 0.5, 0.75, 1])
+  drawing.legend(means, loc="upper left")
   if theirs:
     values = [[value["var"] + value["mean_sq"] for value in theirs.values()]]
     drawing.line(more[0], np.arange(len(theirs)), values, "", 0)

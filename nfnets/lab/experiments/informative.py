@@ -190,21 +190,12 @@ def draw(figure: Any, gaps: np.ndarray, ranks: dict[str, np.ndarray], groups: np
   drawing.line(by_width, WIDTHS, gap, "gap, batch", 0, markers=True)
   drawing.line(by_width, SQUARE, ranks["batch_uncentred"][..., -1], "effective rank, batch", 1, markers=True)
   drawing.line(by_width, SQUARE, ranks["none"][..., -1], "effective rank, none", 3, markers=True)
-  for power in (-0.5, -1.0):
+  for power, dashes in ((-0.5, "-"), (-1.0, ":")):
     guide = gap[:, 0].mean() * (np.array(WIDTHS) / WIDTHS[0]) ** power
-    by_width.plot(WIDTHS, guide, color="0.6", lw=1)
-    by_width.text(
-      WIDTHS[-1],
-      1.3 ** (power == -0.5) * guide[-1],
-      f"width^{power:g} ",
-      fontsize=8,
-      ha="right",
-      va="bottom" if power == -0.5 else "top",
-      color="0.4",
-    )
+    by_width.plot(WIDTHS, guide, color="0.6", lw=4, alpha=0.5, ls=dashes, label=f"width^{power:g}", zorder=0)
   by_width.set_xscale("log", base=2)
   by_width.set_yscale("log")
-  by_width.set_ylim(top=300)
+  by_width.set_ylim(top=1000)
   drawing.name_axes(by_width, "width (channels)", "gap, or effective rank", "linear, by width")
   drawing.legend(by_width, loc="upper right")
   sizes = [GROUP_WIDTH // count for count in GROUPS]
