@@ -63,6 +63,16 @@ MAY_IMPORT = {
     "nfnets.weights",
     "nfnets.train",
   ),
+  "nfnets.lab": (
+    *BASE,
+    "nfnets",  # only nfnets/__init__.py, for its __version__
+    "nfnets.agc",
+    "nfnets.config",
+    "nfnets.models",
+    "nfnets.optim",
+    "nfnets.data",
+    "nfnets.train.step",
+  ),
   "nfnets": ("nfnets.agc", "nfnets.models"),  # nfnets/__init__.py, which holds the package's public names
   "configs": ("nfnets.config", "nfnets.errors", "nfnets.models", "configs"),
   "launch": ("nfnets", "configs"),

@@ -1,0 +1,126 @@
+"""What an experiment is, and what comes out of one: plain data that knows nothing of files, flags or networks."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from nfnets.lab import verdict
+
+Scale = Literal["small", "full"]
+Row = dict[str, Any]  # column: text or number
+Progress = Callable[[float], None]  # is called with the share that is done, 0 to 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+  """What a person chooses."""
+
+  # "small" takes at most three minutes on two cores; "full" is for a GPU
+  scale: Scale = "small"
+  # how often everything is repeated, each time with other weights
+  seeds: int = 3
+  # a network of the user's own that is measured beside the purpose-made ones, see task.user_model; None: only those
+  model: str | None = None
+
+  def of_scale(self, small: Any, full: Any) -> Any:
+    """One of two values, by the scale."""
+    return small if self.scale == "small" else full
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+  """One falsifiable part of a claim: a figure, and the range in which it must lie. It is fixed before anything is measured."""
+
+  # the figure's name, under which `Measured.samples` holds it
+  name: str
+  # what is claimed, in one sentence
+  claim: str
+  # the range, both ends included; infinite where it has no end
+  low: float = -math.inf
+  high: float = math.inf
+
+  def text(self) -> str:
+    """The range in words."""
+    if math.isinf(self.low):
+      return f"at most {self.high:g}"
+    return f"at least {self.low:g}" if math.isinf(self.high) else f"from {self.low:g} to {self.high:g}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+  """What `Experiment.run` brings back.
+
+  Attributes:
+    samples: for each criterion's name, one number a seed.
+    rows: a table for people; all rows have the same columns.
+    draw: draws the picture into an empty matplotlib Figure.
+    caption: what the picture shows, in a sentence or two.
+    notes: what a reader must know beside it, a sentence each.
+  """
+
+  samples: Mapping[str, Sequence[float]]
+  rows: Sequence[Row]
+  draw: Callable[[Any], None]
+  caption: str
+  notes: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+  """A published claim and how it is measured here."""
+
+  # one word, also the names of its files
+  name: str
+  title: str
+  # author, year and number on arXiv
+  paper: str
+  # section and figure or table of the paper that makes the claim
+  section: str
+  # the whole claim in one falsifiable sentence
+  claim: str
+  # its parts; the claim holds if all of them do
+  criteria: tuple[Criterion, ...]
+  # minutes that it takes at the scale "small" on two cores
+  minutes: float
+  run: Callable[[Settings, Progress], Measured]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+  """What was found for one criterion: the figure of each seed, their mean with its interval, and the verdict."""
+
+  criterion: Criterion
+  samples: tuple[float, ...]
+  interval: verdict.Interval
+  verdict: verdict.Verdict
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+  """An experiment's outcome: the measured figures with their intervals, the verdict, the table, and how to draw the picture."""
+
+  experiment: Experiment
+  settings: Settings
+  findings: tuple[Finding, ...]
+  verdict: verdict.Verdict
+  measured: Measured
+
+
+def conclude(experiment: Experiment, settings: Settings, measured: Measured) -> Result:
+  """Computes intervals and verdicts from what was measured; nothing else can give a verdict.
+
+  Raises:
+    KeyError: a criterion's figure was not measured, or something was measured under a name that no criterion has.
+  """
+  names = {criterion.name for criterion in experiment.criteria}
+  if names != set(measured.samples):
+    raise KeyError(f"{experiment.name}: criteria {sorted(names)} differ from what was measured, {sorted(measured.samples)}")
+  findings = []
+  for criterion in experiment.criteria:
+    samples = tuple(float(sample) for sample in measured.samples[criterion.name])
+    interval = verdict.bootstrap(samples)
+    judged = verdict.judge(interval, criterion.low, criterion.high)
+    findings.append(Finding(criterion=criterion, samples=samples, interval=interval, verdict=judged))
+  whole = verdict.combine([finding.verdict for finding in findings])
+  return Result(experiment=experiment, settings=settings, findings=tuple(findings), verdict=whole, measured=measured)

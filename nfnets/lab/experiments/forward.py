@@ -1,0 +1,240 @@
+"""Stable forward propagation: how the signal's variance grows with depth at initialization, with and without normalization."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nfnets.lab import drawing, task
+from nfnets.lab.deep import Deep, DeepConfig
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.measures.signals import moments, signal
+
+DEPTHS = (16, 100, 1000)
+ALPHA = 0.2
+STAGES = 4
+# name in the table: (norm, stages, width at the small scale, whether the signal is rescaled because it would leave float32)
+NETWORKS = {
+  "batch": ("batch", 1, 64, False),
+  "layer": ("layer", 1, 32, False),
+  "instance": ("instance", 1, 32, False),
+  "none": ("none", 1, 32, True),
+  "weight norm": ("weight_norm", 1, 32, True),
+  "alpha/beta, scaled WS": ("nf", STAGES, 64, False),
+  "alpha/beta, no WS": ("nf_without_ws", STAGES, 64, False),
+}
+
+CRITERIA = (
+  Criterion(
+    name="batch_slope",
+    claim="With batch normalization the variance at block l is l: a straight line through depth 1,000 has the slope 1.",
+    low=0.9,
+    high=1.1,
+  ),
+  Criterion(
+    name="batch_exponent", claim="It grows linearly: in a log-log plot over blocks 10 to 1,000 the slope is 1.", low=0.9, high=1.1
+  ),
+  Criterion(
+    name="norms_exponent",
+    claim="Layer and instance normalization let it grow linearly at most, too: the larger slope of the two is at most 1.",
+    high=1.1,
+  ),
+  Criterion(
+    name="none_factor",
+    claim="Without normalization each block doubles it: the mean factor of the 1,000 blocks is 2.",
+    low=1.9,
+    high=2.1,
+  ),
+  Criterion(
+    name="nf_slope",
+    claim="With alpha/beta and scaled weight standardization a block adds alpha² within a stage: the slope over alpha² is 1.",
+    low=0.8,
+    high=1.25,
+  ),
+  Criterion(
+    name="nf_reset",
+    claim="A transition starts it again: behind the first block of stages 2 to 4 it is 1 + alpha², of which this is the ratio.",
+    low=0.8,
+    high=1.25,
+  ),
+  Criterion(
+    name="mean_share",
+    claim="Scaled weight standardization stops the mean shift: at depth 1,000 squared channel means are under a tenth of the "
+    "signal.",
+    high=0.1,
+  ),
+  Criterion(name="mean_share_without", claim="Without it they are at least three tenths.", low=0.3),
+  Criterion(
+    name="weight_norm_factor",
+    claim="Weight normalization, which acts on parameters, lets the variance grow exponentially: by at least 1.2 a block.",
+    low=1.2,
+  ),
+)
+
+
+def run(settings: Settings, progress: Progress) -> Measured:
+  """Measures every network at every depth with every seed."""
+  batch = settings.of_scale(32, 256)
+  images, _ = task.images(batch)
+  measured: dict[tuple[str, int], np.ndarray] = {}  # (network, depth) → [seeds, depth, 4]
+  jobs = [(name, depth) for depth in DEPTHS for name in NETWORKS]
+  for number, (name, depth) in enumerate(jobs):
+    norm, stages, width, rescale = NETWORKS[name]
+    config = DeepConfig(depth=depth, width=settings.of_scale(width, 128), norm=norm, stages=stages, alpha=ALPHA)
+    measured[name, depth] = profile(config, images, settings.seeds, rescale=rescale)
+    progress((number + 1) / len(jobs))
+  samples = figures({name: measured[name, 1000] for name in NETWORKS})
+  rows = [_row(name, depth, values) for (name, depth), values in measured.items()]
+  theirs = _user(settings, images.shape[0])
+  rows += [_user_row(settings.model, path, values) for path, values in theirs.items()]
+  return Measured(
+    samples=samples,
+    rows=rows,
+    draw=lambda figure: draw(figure, {name: measured[name, 1000] for name in NETWORKS}, theirs),
+    caption="Networks of 1,000 blocks at initialization: mean square of the skip path (left), the same for alpha/beta in four "
+    "stages, linear (middle), and the share of it that lies in the channels' means (right). Shades: all seeds.",
+    notes=(
+      "Theory speaks of the variance over random weights. Over weights every channel's mean is zero, so that it is the mean "
+      "square "
+      "of the signal: variance of the channels plus squared mean of the channels.",
+      "In a network of finite width, factors of blocks scatter; their mean is 2, their geometric mean is less, so that the "
+      "line of "
+      "the unnormalized network falls behind 2^l.",
+      "Images are scaled so that the first block's input has the mean square 1, of which all these theories start. Without "
+      "that, the "
+      "smooth patches of digits lose a third of it in the standardized stem, and alpha/beta stays by that third below its line.",
+      "Numbers beyond float32 are followed in logarithms: unnormalized networks with ReLU are homogeneous.",
+    ),
+  )
+
+
+def profile(config: DeepConfig, images: jax.Array, seeds: int, *, rescale: bool) -> np.ndarray:
+  """Measures one network with several seeds.
+
+  Returns:
+    float64 [seeds, depth, 4]: log2 of the mean square, log2 of the channel variance, the share of squared channel means in the
+    mean square, and log2 of the mean square of the residual branch.
+  """
+  graph, _ = nnx.split(nnx.eval_shape(lambda: Deep(config, jax.random.key(0))))
+  make = jax.jit(lambda key: nnx.split(Deep(config, key))[1])
+
+  @jax.jit
+  def look(state: nnx.State) -> Any:
+    network = nnx.merge(graph, state, copy=True)
+    unit = images / jnp.sqrt(jnp.mean(network.stem(images) ** 2))  # the stem is linear
+    return network.run(unit, probe=lambda out, branch: (moments(out), moments(branch)), rescale=rescale)[1]
+
+  found = []
+  for seed in range(seeds):
+    seen = look(make(jax.random.key(seed)))
+    scale, ((_, var, mean_sq), (_, branch_var, branch_mean_sq)) = seen if rescale else (jnp.zeros(config.depth), seen)
+    power = np.asarray(var + mean_sq, np.float64)
+    branch = np.asarray(branch_var + branch_mean_sq, np.float64)
+    logs = [np.log2(x) + 2 * np.asarray(scale, np.float64) for x in (power, np.asarray(var, np.float64), branch)]
+    found.append(np.stack([logs[0], logs[1], np.asarray(mean_sq) / power, logs[2]], axis=-1))
+  return np.stack(found)
+
+
+def figures(profiles: dict[str, np.ndarray]) -> dict[str, list[float]]:
+  """The criteria's figures of the deepest networks, a number a seed, from `profile`'s arrays by network."""
+  blocks = np.arange(1, 1001)
+  power = {name: np.exp2(values[..., 0]) for name, values in profiles.items() if name not in ("none", "weight norm")}
+  factor = lambda name: [float(np.mean(np.exp2(np.diff(seed[:, 0])))) for seed in profiles[name]]
+  late = blocks >= 10
+  exponents = lambda name: [float(np.polyfit(np.log(blocks[late]), np.log(seed[late]), 1)[0]) for seed in power[name]]
+  per_stage = len(blocks) // STAGES
+  starts = np.arange(STAGES) * per_stage
+  nf = power["alpha/beta, scaled WS"]
+  slopes = lambda seed: [np.polyfit(np.arange(per_stage), seed[start : start + per_stage], 1)[0] for start in starts]
+  return {
+    "batch_slope": [float(np.polyfit(blocks, seed, 1)[0]) for seed in power["batch"]],
+    "batch_exponent": exponents("batch"),
+    "norms_exponent": list(np.maximum(exponents("layer"), exponents("instance"))),
+    "none_factor": factor("none"),
+    "nf_slope": [float(np.mean(slopes(seed))) / ALPHA**2 for seed in nf],
+    "nf_reset": [float(np.mean(seed[starts[1:]])) / (1 + ALPHA**2) for seed in nf],
+    "mean_share": [float(seed[-1, 2]) for seed in profiles["alpha/beta, scaled WS"]],
+    "mean_share_without": [float(seed[-1, 2]) for seed in profiles["alpha/beta, no WS"]],
+    "weight_norm_factor": factor("weight norm"),
+  }
+
+
+def _row(name: str, depth: int, values: np.ndarray) -> Row:
+  mean = values.mean(axis=0)
+  return {
+    "network": name,
+    "blocks": depth,
+    "log2 mean square, first": float(mean[0, 0]),
+    "last": float(mean[-1, 0]),
+    "log2 of the branch, last": float(mean[-1, 3]),
+    "share of squared means, last": float(mean[-1, 2]),
+  }
+
+
+def _user(settings: Settings, batch: int) -> dict[str, dict[str, float]]:
+  """The signal in the user's own network, with the first seed."""
+  if settings.model is None:
+    return {}
+  model, side, arguments = task.user_model(settings.model, seed=0)
+  return signal(model, task.images(batch, side=side)[0], **arguments)
+
+
+def _user_row(model: str | None, path: str, values: dict[str, float]) -> Row:
+  power = values["var"] + values["mean_sq"]
+  return {
+    "network": f"{model}: {path or 'output'}",
+    "blocks": "",
+    "log2 mean square, first": "",
+    "last": float(np.log2(max(power, 1e-300))),
+    "log2 of the branch, last": "",
+    "share of squared means, last": values["mean_sq"] / max(power, 1e-300),
+  }
+
+
+def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, dict[str, float]]) -> None:
+  """Draws three panels, and a fourth for a network of the user's own."""
+  growth, stages, means, *more = np.atleast_1d(figure.subplots(1, 4 if theirs else 3))
+  blocks = np.arange(1, 1001)
+  for style, (name, values) in enumerate(profiles.items()):
+    if not name.startswith("alpha"):
+      drawing.line(growth, blocks, values[..., 0], name, style)
+    else:
+      drawing.line(stages, blocks, np.exp2(values[..., 0]), name.removeprefix("alpha/beta, "), style)
+    if name in ("batch", "alpha/beta, scaled WS", "alpha/beta, no WS"):
+      drawing.line(means, blocks, values[..., 2], name, style)
+  growth.set_xscale("log")
+  growth.set_yscale("log")
+  drawing.name_axes(growth, "block", "log2 of the mean square", "growth")
+  drawing.legend(growth, loc="upper left")
+  expected = np.array(DeepConfig(depth=1000, width=1, stages=STAGES, alpha=ALPHA).expected_stds() + [0.0])[1:] ** 2
+  stages.plot(blocks[:-1], expected[:-1], color="0.6", lw=4, alpha=0.5, label="theory, 1 + alpha² l", zorder=0)
+  drawing.name_axes(stages, "block", "mean square", "alpha/beta")
+  stages.set_ylim(0, 3 * expected.max())
+  drawing.legend(stages)
+  drawing.name_axes(means, "block", "squared channel mean / mean square", "mean shift")
+  means.set_xscale("log")
+  means.set_ylim(0, 1.25)
+  means.set_yticks([0, 0.25, 0.5, 0.75, 1])
+  drawing.legend(means, loc="upper left")
+  if theirs:
+    values = [[value["var"] + value["mean_sq"] for value in theirs.values()]]
+    drawing.line(more[0], np.arange(len(theirs)), values, "", 0)
+    more[0].set_yscale("log")
+    drawing.name_axes(more[0], "submodule, in order", "mean square", "your model")
+
+
+EXPERIMENT = Experiment(
+  name="forward",
+  title="Stable forward propagation",
+  paper="De & Smith 2020 (2002.10444), Brock et al. 2021 (2101.08692), Lubana et al. 2021 (2106.05956)",
+  section="De & Smith: section 2 and figure 2; Brock: sections 3 and 4, figures 1 and 2; Lubana: section 3",
+  claim="At initialization the variance of a residual network grows linearly with batch normalization, doubles each block "
+  "without "
+  "normalization, and grows by alpha² a block, starting again at each transition, with alpha/beta; scaled weight standardization "
+  "stops the shift of the means.",
+  criteria=CRITERIA,
+  minutes=2.5,
+  run=run,
+)

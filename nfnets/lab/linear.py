@@ -1,0 +1,43 @@
+"""A deep linear network, on which theory about normalizers is exact: random matrices with a normalizer after each."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfnets.lab import norms
+from nfnets.lab.measures.geometry import similarity
+from nfnets.models import layers
+
+Array = jax.Array
+
+
+def layer_similarities(norm: str, inputs: Array, depth: int, key: Array) -> dict[str, Array]:
+  """Measures how alike the samples are after each layer H ← N(H W) of a random linear network (Daneshmand et al. 2021, eq. 1).
+
+  Args:
+    norm: N, a name of norms.NORMS that acts on activations ("batch_uncentred" is theirs), or "none"; on samples without space
+      "instance" would leave nothing.
+    inputs: H, float32 [samples, width].
+    depth: layers.
+    key: of the weights W [width, width] ~ N(0, 1 / width), drawn anew for each layer.
+
+  Returns:
+    Those of `similarity`, each float32 [depth].
+  """
+  width = inputs.shape[1]
+  module = norms.make(norm, width, layers.ParamKeys(jax.random.key(0)))
+  graph, state = (None, None) if module is None else nnx.split(module)
+
+  def layer(hidden: Array, key: Array) -> tuple[Array, dict[str, Array]]:
+    weight_key, noise_key = jax.random.split(key)
+    hidden = jnp.matmul(hidden, jax.random.normal(weight_key, (width, width)) / width**0.5, precision="highest")
+    if graph is not None:
+      normalizer: Any = nnx.merge(graph, state)
+      hidden = normalizer(hidden[:, None, None, :], noise_key)[:, 0, 0, :]
+    else:
+      hidden = hidden / jnp.sqrt(jnp.mean(hidden**2))  # a common factor, which no measure sees, and which avoids overflow
+    return hidden, similarity(hidden)
+
+  return jax.lax.scan(layer, inputs, jax.random.split(key, depth))[1]

@@ -1,0 +1,1 @@
+"""Measures that work on any network; they know nothing of experiments."""

@@ -1,0 +1,127 @@
+"""What the signal does on its way through a network, and what comes back: statistics of every layer's output, gradient norms."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from nfnets.agc import named_leaves
+from nfnets.models import Network
+
+Array = jax.Array
+
+
+def moments(x: Array) -> tuple[Array, Array, Array]:
+  """Computes (mean, variance, squared channel mean) of an activation, float32 [] each (Brock et al. 2021a, section 3).
+
+  Args:
+    x: [batch, …, channels]. The mean is over everything; the variance and the squared mean are those of each channel, over batch
+      and space, averaged over channels. Their sum is the mean square: the variance over random weights that theory speaks of,
+      since over weights every channel's mean is zero.
+  """
+  x = x.astype(jnp.float32)
+  others = tuple(range(x.ndim - 1))
+  channel_mean = jnp.mean(x, axis=others)
+  return jnp.mean(channel_mean), jnp.mean(jnp.var(x, axis=others)), jnp.mean(channel_mean**2)
+
+
+def signal(model: nnx.Module, images: Array, **arguments: Any) -> dict[str, dict[str, float]]:
+  """Measures the output of every submodule of any nnx.Module while it looks at some images.
+
+  A copy of the model is watched; the model itself stays as it is. Each call of a submodule is seen, also under jit, remat and
+  scan inside of the model; where scan or vmap call a submodule several times, the mean of its figures is given. Networks of
+  `nfnets.models` are asked for their taps too ("blocks/3/residual", "pool"). A normalizer should use the statistics of these
+  images: pass train=True, or call model.train() before.
+
+  Args:
+    model: whatever is called as model(images, **arguments).
+    images: [batch, height, width, channels], as the model takes them.
+    arguments: further ones of the call, such as train=True and rngs.
+
+  Returns:
+    {path of the submodule, "" for the model itself, with ":2" behind it for a second call: {"mean", "var", "mean_sq"}} of
+    `moments`, in the order in which the outputs arise. What returns no floating array of at least two axes is left out.
+  """
+  order: list[str] = []
+  seen: dict[str, list[np.ndarray]] = {}
+
+  def note(name: str, x: Any) -> None:
+    """Is called while the model is traced; the numbers come when it runs, which scan and remat make another time and place."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2:
+      return
+    order.append(name)
+    jax.debug.callback(lambda values: seen.setdefault(name, []).append(np.asarray(values)), jnp.stack(moments(x)))
+
+  graph, state = nnx.split(_watched(nnx.clone(model), note))
+
+  @jax.jit
+  def forward(state: nnx.State, images: Array) -> Array:
+    watched = nnx.merge(graph, state)
+    if isinstance(watched, Network):
+      tapped = lambda name, x: None if name in order else note(name, x)
+      return watched.outputs(images, tap=tapped, **arguments)["logits"]
+    return watched(images, **arguments)
+
+  jax.block_until_ready(forward(state, images))
+  jax.effects_barrier()
+  means = {name: np.mean(seen[name], axis=0) for name in dict.fromkeys(order) if name in seen}
+  return {name: dict(zip(("mean", "var", "mean_sq"), map(float, values), strict=True)) for name, values in means.items()}
+
+
+def _watched(model: nnx.Module, note: Callable[[str, Any], None]) -> nnx.Module:
+  """Gives every submodule a class of its own, whose __call__ hands the output to `note`; the path lies in that class.
+
+  NNX keeps classes in its graph definitions, so that a submodule is known again after split and merge.
+  """
+  for path, module in list(nnx.iter_modules(model)):
+    kind = type(module)
+    if callable(module):
+      call: Any = kind.__call__
+      watched = type(kind)(kind.__name__, (kind,), {"__call__": _noting(call, "/".join(map(str, path)), note)})
+      object.__setattr__(module, "__class__", watched)
+  return model
+
+
+def _noting(call: Callable, path: str, note: Callable[[str, Any], None]) -> Callable:
+  calls = 0
+
+  @functools.wraps(call)
+  def noted(self, *args, **kwargs):
+    nonlocal calls
+    out = call(self, *args, **kwargs)
+    calls += 1
+    note(path if calls == 1 else f"{path}:{calls}", out)
+    return out
+
+  return noted
+
+
+def gradient_norms(model: nnx.Module, images: Array, labels: Array, **arguments: Any) -> dict[str, float]:
+  """Measures the L2 norm of the mean cross-entropy's gradient with respect to each parameter of any nnx.Module.
+
+  Args:
+    model: turns images into logits [batch, classes]; it stays as it is.
+    images: [batch, height, width, channels], as the model takes them.
+    labels: int [batch].
+    arguments: further ones of the call, such as train=True.
+
+  Returns:
+    {"/"-joined path of the parameter: norm}, in the model's order.
+  """
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+  @jax.jit
+  def norms(params: nnx.State) -> list[Array]:
+    def loss(params: nnx.State) -> Array:
+      logits = nnx.merge(graph, params, rest, copy=True)(images, **arguments)
+      return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
+
+    return [jnp.linalg.norm(leaf.astype(jnp.float32).ravel()) for _, leaf, _ in named_leaves(jax.grad(loss)(params))]
+
+  names = [path for path, _, _ in named_leaves(params)]
+  return dict(zip(names, map(float, jax.device_get(norms(params))), strict=True))

@@ -1,0 +1,277 @@
+"""Normalizers, and what stands in their place, as one field `norm=` of the purpose-made networks of this room.
+
+A name is a row of NORMS, where some take a number behind a colon: "group:8" has eight groups, "ghost:16" normalizes 16 images at
+once, "lp:inf" divides by the largest deviation. Flax's own modules are used where it has them
+(but for weight normalization). All of them use the statistics of
+the images at hand, in training and in evaluation.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfnets.errors import UserError
+from nfnets.models import layers
+
+Array = jax.Array
+EPSILON = 1e-5
+
+
+class UnknownNormError(UserError):
+  """No normalizer has the given name, or its number is wrong; the message lists all."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+  """What a name stands for."""
+
+  # makes what acts on activations before each nonlinearity: (features, number, keys) → module(x, key); None: nothing does
+  activations: Callable[[int, str, Any], nnx.Module] | None = None
+  # how kernels are made
+  weights: Literal["plain", "weight_norm", "standardized", "scaled_standardized"] = "plain"
+  # how residual branches are scaled
+  branch: Literal["plain", "skip_init", "fixup", "alpha_beta"] = "plain"
+  # whether the nonlinearity has its gamma, which keeps a variance of 1
+  gamma: bool = False
+  # what the number behind a colon is; "" if there is none
+  number: str = ""
+
+
+# ---- what acts on activations, x: [batch, height, width, channels]
+class Batch(nnx.Module):
+  """Batch normalization (Ioffe and Szegedy 2015): over images and space.
+
+  With `noisy`, it is that of Santurkar et al. 2018, section 2.2: each number that comes out of it is multiplied by noise, and
+  noise is added. The mean and the spread of the noise are drawn anew at each step for each number of an image, so that
+  distributions move more than without any normalization. The strengths (mean within ±0.5, spread 1 to 1.25, each image ±0.1
+  around them) are from memory of their appendix, not checked against it.
+  """
+
+  def __init__(self, features: int, keys: Any, *, noisy: bool = False):
+    self.norm, self.noisy = nnx.BatchNorm(features, use_running_average=False, epsilon=EPSILON, rngs=keys), noisy
+
+  def __call__(self, x: Array, key: Array | None) -> Array:
+    x = self.norm(x)
+    if not self.noisy:
+      return x
+    if key is None:
+      raise ValueError("noisy_batch draws noise at each call, but key is None")
+    keys = jax.random.split(key, 4)
+    mean = jax.random.uniform(keys[0], x.shape[1:], minval=-0.5, maxval=0.5)
+    spread = jax.random.uniform(keys[1], x.shape[1:], minval=1.0, maxval=1.25)
+    added = mean + jax.random.uniform(keys[2], x.shape, minval=-0.1, maxval=0.1)
+    return x * (spread + 0.1 * jax.random.normal(keys[3], x.shape)) + added
+
+
+class Plain(nnx.Module):
+  """A module of flax that needs no key."""
+
+  def __init__(self, norm: nnx.Module):
+    self.norm = norm
+
+  def __call__(self, x: Array, key: Array | None) -> Array:
+    norm: Any = self.norm
+    return norm(x)
+
+
+class Affine(nnx.Module):
+  """A scale of ones and a bias of zeros for each channel."""
+
+  def __init__(self, features: int):
+    self.scale = nnx.Param(layers.full(1)(None, (features,)))
+    self.bias = nnx.Param(layers.full(0)(None, (features,)))
+
+  def affine(self, x: Array) -> Array:
+    return x * self.scale[...] + self.bias[...]
+
+
+class LpBatch(Affine):
+  """(x - mean) / (mean |x - mean|^p)^(1/p) over images and space; for p = inf, the largest deviation (Santurkar et al. 2018)."""
+
+  def __init__(self, features: int, p: float):
+    super().__init__(features)
+    self.p = p
+
+  def __call__(self, x: Array, key: Array | None) -> Array:
+    x = x - jnp.mean(x, axis=(0, 1, 2))
+    if math.isinf(self.p):
+      size = jnp.max(jnp.abs(x), axis=(0, 1, 2))
+    elif self.p == 2:
+      return self.affine(x * jax.lax.rsqrt(jnp.mean(x * x, axis=(0, 1, 2)) + EPSILON))
+    else:
+      size = jnp.mean(jnp.abs(x) ** self.p, axis=(0, 1, 2)) ** (1 / self.p)
+    return self.affine(x / (size + EPSILON))
+
+
+class GhostBatch(nnx.Module):
+  """Batch normalization of each `size` images by themselves (Hoffer et al. 2017); they must divide the batch."""
+
+  def __init__(self, features: int, size: int, keys: Any):
+    self.norm, self.size = nnx.BatchNorm(features, use_running_average=False, epsilon=EPSILON, rngs=keys), size
+
+  def __call__(self, x: Array, key: Array | None) -> Array:
+    if x.shape[0] % self.size:
+      raise ValueError(f"norm='ghost:{self.size}': expected a divisor of the batch of {x.shape[0]} images")
+    parts = x.reshape(-1, self.size, *x.shape[1:])
+    mean = jnp.mean(parts, axis=(1, 2, 3), keepdims=True)
+    parts = (parts - mean) * jax.lax.rsqrt(jnp.var(parts, axis=(1, 2, 3), keepdims=True) + EPSILON)
+    scale, bias = self.norm.scale, self.norm.bias
+    assert scale is not None and bias is not None
+    return parts.reshape(x.shape) * scale[...] + bias[...]
+
+
+class Squash(Affine):
+  """Dynamic tanh, scale · tanh(a · x) + bias with a = 0.5 at the start (Zhu et al. 2025), or Derf, with erf(a · x + s)."""
+
+  def __init__(self, features: int, *, erf: bool):
+    super().__init__(features)
+    self.a = nnx.Param(layers.full(0.5)(None, ()))
+    self.shift = nnx.Param(layers.full(0)(None, ())) if erf else None
+
+  def __call__(self, x: Array, key: Array | None) -> Array:
+    x = x * self.a[...]
+    return self.affine(jnp.tanh(x) if self.shift is None else jax.lax.erf(x + self.shift[...]))
+
+
+def _grouped(features: int, groups: int, keys: Any) -> nnx.Module:
+  if groups < 1 or features % groups:
+    raise UnknownNormError(f"norm='group:{groups}': expected a divisor of the {features} channels")
+  return Plain(nnx.GroupNorm(features, groups, epsilon=EPSILON, rngs=keys))
+
+
+def _uncentred(features: int, number: str, keys: Any) -> nnx.Module:
+  return Plain(nnx.RMSNorm(features, epsilon=EPSILON, feature_axes=-1, reduction_axes=(0, 1, 2), rngs=keys))
+
+
+# ---- convolutions whose images are closed to a ring, so that every pixel has as many neighbours as theory says
+class Conv(layers.Conv):
+  """A convolution over images closed to a ring; the kernel ~ N(0, gain / fan_in), `gain` 2 before a ReLU (He et al. 2015)."""
+
+  def __init__(self, in_features: int, out_features: int, size: int, *, gain: float, use_bias: bool = False, keys: Any):
+    init = lambda key, shape: jax.random.normal(key, shape) * (gain / (size * size * in_features)) ** 0.5
+    super().__init__(in_features, out_features, size, use_bias=use_bias, kernel_init=init, rngs=keys)
+
+  def __call__(self, x: Array) -> Array:
+    out = convolve_ring(x, self.weight())
+    return out if self.bias is None else out + self.bias[...]
+
+
+class WSConv(layers.WSConv):
+  """Scaled weight standardization over images closed to a ring; `scaled=False` is that of Qiao et al. 2019, of variance 1."""
+
+  def __init__(self, in_features: int, out_features: int, size: int, *, scaled: bool = True, keys: Any):
+    super().__init__(in_features, out_features, size, use_bias=False, rngs=keys)
+    self.factor = 1.0 if scaled else (size * size * in_features) ** 0.5
+
+  def default_init(self, fan_in: int) -> Callable[..., Array]:
+    return lambda key, shape: jax.random.normal(key, shape) * fan_in**-0.5
+
+  def __call__(self, x: Array) -> Array:
+    return convolve_ring(x, self.weight() * self.factor)
+
+
+class WNConv(nnx.Module):
+  """Weight normalization (Salimans and Kingma 2016): each output channel's kernel is divided by its length, times a gain of ones.
+
+  Flax 0.12's nnx.WeightNorm would keep the gain as an array that is no nnx.Param, and so never train it.
+  """
+
+  def __init__(self, conv: Conv):
+    self.conv = conv
+    self.gain = nnx.Param(layers.full(1)(None, conv.kernel.shape[-1:]))
+
+  def __call__(self, x: Array) -> Array:
+    kernel = self.conv.kernel[...]
+    length = jnp.sqrt(jnp.sum(kernel**2, axis=(0, 1, 2)) + 1e-12)
+    return convolve_ring(x, kernel / length * self.gain[...])
+
+
+def convolve_ring(x: Array, kernel: Array) -> Array:
+  """Convolves [B, H, W, I] with [k, k, I, O], k odd, where the first pixel follows the last one; [B, H, W, O].
+
+  It is one matrix product over shifted copies: XLA's own convolution is many times slower on CPUs for so few channels, above all
+  its gradient.
+  """
+  border = (kernel.shape[0] - 1) // 2
+  shifts = range(border, -border - 1, -1)
+  shifted = [jnp.roll(x, (down, right), axis=(1, 2)) for down in shifts for right in shifts]
+  patches = jnp.concatenate(shifted, axis=-1) if border else x
+  return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+
+# ---- the table
+NORMS = {
+  "none": Norm(),
+  "batch": Norm(activations=lambda features, _, keys: Batch(features, keys)),
+  "batch_uncentred": Norm(activations=_uncentred),  # divides by the root mean square alone (Daneshmand et al. 2020, 2021)
+  "noisy_batch": Norm(activations=lambda features, _, keys: Batch(features, keys, noisy=True)),
+  "ghost": Norm(activations=lambda features, size, keys: GhostBatch(features, int(size), keys), number="images"),
+  "layer": Norm(activations=lambda features, _, keys: _grouped(features, 1, keys)),  # over height, width and channels
+  "instance": Norm(activations=lambda features, _, keys: Plain(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
+  "group": Norm(activations=lambda features, groups, keys: _grouped(features, int(groups), keys), number="groups"),
+  "lp": Norm(activations=lambda features, p, _: LpBatch(features, float(p)), number="p"),
+  "dyt": Norm(activations=lambda features, _, keys: Squash(features, erf=False)),
+  "derf": Norm(activations=lambda features, _, keys: Squash(features, erf=True)),
+  "weight_norm": Norm(weights="weight_norm"),
+  "weight_std": Norm(weights="standardized"),
+  "scaled_weight_std": Norm(weights="scaled_standardized", gamma=True),
+  "skipinit": Norm(branch="skip_init"),
+  "fixup": Norm(branch="fixup"),
+  "nf": Norm(weights="scaled_standardized", branch="alpha_beta", gamma=True),
+  "nf_without_ws": Norm(branch="alpha_beta", gamma=True),  # shows what weight standardization is for
+}
+
+
+def lookup(norm: str) -> tuple[Norm, str]:
+  """The row that a name stands for, and the number behind its colon; raises UnknownNormError."""
+  name, colon, number = norm.partition(":")
+  row = NORMS.get(name)
+  allowed = {"p": ("1", "2", "inf")}.get(row.number if row else "", None)
+  fits = not colon if row and not row.number else (number in allowed if allowed else number.isdigit() and int(number) > 0)
+  if row is None or not fits:
+    known = ", ".join(f"{name}:{row.number.upper()}" if row.number else name for name, row in NORMS.items())
+    raise UnknownNormError(f"norm={norm!r}: expected one of {known}")
+  return row, number
+
+
+def make(norm: str, features: int, keys: Any) -> nnx.Module | None:
+  """What acts on activations of `features` channels, called as module(x, key); None where nothing does."""
+  row, number = lookup(norm)
+  return None if row.activations is None else row.activations(features, number, keys)
+
+
+def normalize(module: nnx.Module | None, x: Array, key: Array | None) -> Array:
+  """Applies what `make` made; the key is for noise."""
+  apply: Any = module
+  return x if apply is None else apply(x, key)
+
+
+def activation(norm: str, name: str) -> layers.Activation:
+  """The nonlinearity, with its gamma where `norm` relies on it."""
+  function = layers.ACTIVATIONS[name]
+  return function if lookup(norm)[0].gamma else function.without_gamma()
+
+
+def conv(norm: str, in_features: int, out_features: int, size: int, *, act: str, factor: float = 1.0, keys: Any) -> nnx.Module:
+  """Makes a convolution with the kernels that `norm` wants.
+
+  Args:
+    norm: the name.
+    in_features, out_features, size: channels and the side of the kernel.
+    act: the nonlinearity before it; "relu" doubles the variance of plain kernels, which keeps the mean square. Where the
+      nonlinearity has its gamma, it does not, and they are N(0, 1 / fan_in).
+    factor: by which plain kernels are multiplied at the start.
+    keys: of the parameters.
+  """
+  row, _ = lookup(norm)
+  if row.weights in ("standardized", "scaled_standardized"):
+    return WSConv(in_features, out_features, size, scaled=row.weights == "scaled_standardized", keys=keys)
+  gain = 2.0 if act == "relu" and not row.gamma else 1.0
+  plain = functools.partial(Conv, in_features, out_features, size, gain=gain * factor**2, keys=keys)
+  return WNConv(plain()) if row.weights == "weight_norm" else plain()

@@ -1,0 +1,106 @@
+"""A result as a record that JSON can hold, which is all that the report is made of and all that a resumed run looks at."""
+
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+import nfnets
+from nfnets.lab.experiment import Criterion, Experiment, Result, Settings
+
+FORMAT = 1  # of the records; another one is not read
+
+
+def identity(experiment: Experiment, settings: Settings) -> dict[str, Any]:
+  """What a stored record must agree with to be taken instead of a new run: settings, criteria, and the version of the library."""
+  return {
+    "format": FORMAT,
+    "version": nfnets.__version__,
+    "name": experiment.name,
+    "settings": dataclasses.asdict(settings),
+    "criteria": [_criterion(criterion) for criterion in experiment.criteria],
+  }
+
+
+def record(result: Result, seconds: float) -> dict[str, Any]:
+  """The record of a result; numbers that are not finite become None, which JSON can hold."""
+  experiment, measured = result.experiment, result.measured
+  return {
+    **identity(experiment, result.settings),
+    "title": experiment.title,
+    "paper": experiment.paper,
+    "section": experiment.section,
+    "claim": experiment.claim,
+    "verdict": result.verdict,
+    "findings": [
+      {
+        "name": finding.criterion.name,
+        "claim": finding.criterion.claim,
+        "criterion": finding.criterion.text(),
+        "samples": [_finite(sample) for sample in finding.samples],
+        "mean": _finite(finding.interval.mean),
+        "low": _finite(finding.interval.low),
+        "high": _finite(finding.interval.high),
+        "verdict": finding.verdict,
+      }
+      for finding in result.findings
+    ],
+    "rows": [{column: _finite(value) for column, value in row.items()} for row in measured.rows],
+    "caption": measured.caption,
+    "notes": list(measured.notes),
+    "seconds": round(seconds, 1),
+    "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    "machine": machine(),
+  }
+
+
+def read(path: pathlib.Path) -> dict[str, Any] | None:
+  """Reads a record; None where there is none, or what lies there is none of this format."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+
+
+def agrees(stored: dict[str, Any] | None, experiment: Experiment, settings: Settings) -> bool:
+  """Whether a stored record is of this experiment with these settings and criteria."""
+  wanted = identity(experiment, settings)
+  return stored is not None and {key: stored.get(key) for key in wanted} == wanted
+
+
+def machine() -> str:
+  """The device that computed, in words."""
+  device = jax.devices()[0]
+  if device.platform != "cpu":
+    return f"{jax.device_count()} × {device.device_kind}, JAX {jax.__version__}"
+  return f"{_processor()}, JAX {jax.__version__}"
+
+
+def _processor() -> str:
+  import os
+
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+  except (OSError, StopIteration):
+    name = platform.machine()
+  return f"{name}, {cores} cores"
+
+
+def _criterion(criterion: Criterion) -> dict[str, Any]:
+  fields = dataclasses.asdict(criterion)
+  return {name: _finite(value) for name, value in fields.items()}
+
+
+def _finite(value: Any) -> Any:
+  """The value as JSON can hold it."""
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  return value.item() if hasattr(value, "item") else value

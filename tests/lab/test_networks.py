@@ -1,0 +1,118 @@
+"""The purpose-made networks: variances as theory has them, and every normalizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfnets.lab import norms
+from nfnets.lab.deep import Deep, DeepConfig
+from nfnets.lab.linear import layer_similarities
+from nfnets.lab.vgg import VGG, VGGConfig
+
+IMAGES = jax.random.normal(jax.random.key(7), (8, 4, 4, 3))
+POWER = lambda out, branch: jnp.mean(out**2)
+NAMES = ("none", "batch", "batch_uncentred", "noisy_batch", "ghost:4", "layer", "instance", "group:2", "lp:1", "lp:2", "lp:inf")
+NAMES += ("dyt", "derf", "weight_norm", "weight_std", "scaled_weight_std", "skipinit", "fixup", "nf", "nf_without_ws")
+
+
+def powers(seeds, **fields):
+  """The mean square behind each block over that of the stem, averaged over seeds: [depth]."""
+  config = DeepConfig(**fields)
+
+  @jax.jit
+  @jax.vmap
+  def run(key):
+    network = Deep(config, key)
+    stem = jnp.mean(network.stem(IMAGES) ** 2)
+    return network.run(IMAGES / jnp.sqrt(stem), probe=POWER)[1]
+
+  return np.asarray(run(jax.random.split(jax.random.key(0), seeds))).mean(axis=0)
+
+
+def test_unnormalized_variance_doubles_each_block_in_expectation():
+  """Linear blocks: E‖x + W x‖² = 2 ‖x‖² exactly (De and Smith 2020)."""
+  grown = powers(300, depth=4, width=32, norm="none", activation="identity")
+  np.testing.assert_allclose(grown, 2.0 ** np.arange(1, 5), rtol=0.1)
+
+
+def test_normalized_variance_grows_by_one_each_block():
+  """Linear blocks after BatchNorm: a branch has the variance 1 whatever the skip path's is, so that block l ends at l + 1."""
+  grown = powers(400, depth=6, width=16, norm="batch", activation="identity")
+  np.testing.assert_allclose(grown, np.arange(2, 8), rtol=0.03)
+
+
+def test_alpha_beta_grows_by_alpha_squared_and_starts_again():
+  """Linear blocks divided by their expected deviation (Brock et al. 2021a): 1 + alpha² l, and 1 + alpha² after a transition."""
+  config = {"depth": 6, "width": 32, "norm": "nf_without_ws", "activation": "identity", "stages": 2, "alpha": 0.5}
+  np.testing.assert_allclose(powers(400, **config), [1.25, 1.5, 1.75] * 2, rtol=0.06)
+  stds = DeepConfig(depth=6, width=1, stages=2, alpha=0.5).expected_stds()
+  np.testing.assert_allclose(np.square(stds), [1, 1.25, 1.5, 1.75, 1.25, 1.5])
+
+
+def test_rescaling_follows_what_float32_cannot_hold():
+  config = DeepConfig(depth=200, width=4, norm="none")
+  scale, power = jax.jit(lambda key: Deep(config, key).run(IMAGES, probe=POWER, rescale=True)[1])(jax.random.key(0))
+  logs = np.log2(np.asarray(power)) + 2 * np.asarray(scale)
+  assert np.isfinite(logs).all() and logs[-1] > 128  # 2^128 is the end of float32
+  plain = jax.jit(lambda key: Deep(config, key).run(IMAGES, probe=POWER)[1])(jax.random.key(0))
+  np.testing.assert_allclose(logs[:40], np.log2(np.asarray(plain)[:40]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_normalizer_learns(name):
+  """Gradients are finite and not all zero, in a residual network; a plain one runs."""
+  row, _ = norms.lookup(name)
+  config = DeepConfig(depth=2, width=8, norm=name, convs=2 if name == "fixup" else 1)
+  key = jax.random.key(1)
+  graph, params, rest = nnx.split(Deep(config, key), nnx.Param, ...)
+  loss = lambda params: jnp.mean(nnx.merge(graph, params, rest, copy=True)(IMAGES, key=key) ** 2)
+  grads = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+  assert all(bool(jnp.isfinite(grad).all()) for grad in grads) and max(float(jnp.abs(grad).max()) for grad in grads) > 0
+
+
+@pytest.mark.parametrize("name", ("batch", "group:2", "weight_norm", "scaled_weight_std"))
+def test_vgg_runs(name):
+  network = VGG(VGGConfig(width=(4, 8), norm=name), jax.random.key(0))
+  assert network(IMAGES).shape == (8, 10)
+
+
+def test_normalizers_do_what_their_names_say():
+  x = 3 * jax.random.normal(jax.random.key(0), (8, 4, 4, 4)) + jnp.arange(4.0)
+  keys = norms.layers.ParamKeys(jax.random.key(1))
+  out = {
+    name: np.asarray(norms.normalize(norms.make(name, 4, keys), x, jax.random.key(2)))
+    for name in NAMES[1:11]
+    if name != "group:2"
+  }
+  np.testing.assert_allclose(out["batch"], out["lp:2"], atol=1e-4)
+  np.testing.assert_allclose(out["batch"].mean(axis=(0, 1, 2)), 0, atol=1e-5)
+  np.testing.assert_allclose((out["batch_uncentred"] ** 2).mean(axis=(0, 1, 2)), 1, rtol=1e-4)
+  np.testing.assert_allclose(np.abs(out["lp:1"]).mean(axis=(0, 1, 2)), 1, rtol=1e-4)
+  np.testing.assert_allclose(np.abs(out["lp:inf"]).max(axis=(0, 1, 2)), 1, rtol=1e-4)
+  np.testing.assert_allclose(out["instance"].std(axis=(1, 2)), 1, rtol=1e-3)
+  np.testing.assert_allclose(out["layer"].std(axis=(1, 2, 3)), 1, rtol=1e-3)
+  np.testing.assert_allclose(out["ghost:4"][:4].mean(axis=(0, 1, 2)), 0, atol=1e-5)
+  assert np.abs(out["noisy_batch"].mean(axis=0)).mean() > 0.1  # its noise has a mean
+
+
+def test_ring_convolution_equals_a_padded_one():
+  kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+  padded = jnp.pad(IMAGES, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
+  expected = jax.lax.conv_general_dilated(padded, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  np.testing.assert_allclose(norms.convolve_ring(IMAGES, kernel), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("bach", "group", "group:0", "group:x", "batch:3", "lp:3", ""))
+def test_unknown_normalizers_are_answered_with_all(name):
+  with pytest.raises(norms.UnknownNormError, match="expected one of none, batch"):
+    norms.lookup(name)
+
+
+def test_linear_networks_collapse_without_normalization_and_not_with_it():
+  """Rank bounds: one direction is left without normalization; with it some constant times sqrt(width) stay."""
+  inputs, key = jax.random.normal(jax.random.key(0), (16, 16)), jax.random.key(1)
+  run = jax.jit(layer_similarities, static_argnums=(0, 2))
+  assert float(run("none", inputs, 150, key)["effective_rank"][-1]) < 1.3
+  assert float(run("batch_uncentred", inputs, 150, key)["effective_rank"][50:].mean()) > 2

@@ -1,0 +1,118 @@
+"""Verdicts come from data and from nothing else; records, resumed runs and the report."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from nfnets.lab import experiments, records, report, runner, verdict
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings, conclude
+
+CRITERION = Criterion(name="slope", claim="The slope is about one.", low=0.9, high=1.1)
+
+
+def experiment(samples, name="made_up", calls=None):
+  """An experiment that finds these samples, and notes each call."""
+
+  def run(settings, progress):
+    if calls is not None:
+      calls.append(name)
+    progress(0.5)
+    rows = [{"network": "<b>", "slope": 1.0}, {"network": "none", "slope": math.nan}]
+    return Measured(samples={"slope": samples}, rows=rows, draw=lambda figure: figure.subplots().plot([1, 2]), caption="A & B.")
+
+  fields = {"title": "Made up", "paper": "Nobody 2020", "section": "1", "claim": "It is so.", "minutes": 0.1}
+  return Experiment(name=name, criteria=(CRITERION,), run=run, **fields)
+
+
+def judged(samples):
+  made = experiment(samples)
+  return conclude(made, Settings(seeds=len(samples)), made.run(Settings(), lambda share: None))
+
+
+@pytest.mark.parametrize(
+  ("samples", "expected"),
+  (
+    ([0.98, 1.0, 1.03], "holds"),
+    ([0.5, 0.6, 0.55], "does not hold"),
+    ([1.3, 1.25, 1.4], "does not hold"),
+    ([0.8, 1.0, 1.05], "cannot be told here"),
+    ([1.0], "cannot be told here"),
+    ([1.0, math.nan, 1.0], "cannot be told here"),
+    ([1.0, math.inf, 1.0], "cannot be told here"),
+    ([], "cannot be told here"),
+  ),
+)
+def test_verdicts_follow_from_samples(samples, expected):
+  result = judged(samples)
+  assert result.verdict == expected == result.findings[0].verdict
+
+
+def test_a_claim_of_several_parts():
+  assert verdict.combine(["holds", "holds"]) == "holds"
+  assert verdict.combine(["holds", "cannot be told here"]) == "cannot be told here"
+  assert verdict.combine(["holds", "cannot be told here", "does not hold"]) == "does not hold"
+  assert verdict.combine([]) == "cannot be told here"
+
+
+def test_bootstrap_of_few_and_of_many_seeds():
+  three = verdict.bootstrap([1.0, 2.0, 6.0])
+  assert three.mean == 3 and 1 <= three.low < 3 < three.high <= 6 and three == verdict.bootstrap([1.0, 2.0, 6.0])
+  samples = np.random.default_rng(0).normal(size=200)
+  many = verdict.bootstrap(list(samples))
+  assert many.high - many.low == pytest.approx(2 * 1.96 * samples.std() / 200**0.5, rel=0.1)
+
+
+def test_what_no_criterion_asks_for_is_refused():
+  made = experiment([1.0])
+  measured = dataclasses.replace(made.run(Settings(), lambda share: None), samples={"other": [1.0]})
+  with pytest.raises(KeyError, match="slope"):
+    conclude(made, Settings(), measured)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+  calls, steps = [], []
+  chosen = [experiment([1.0, 1.0, 1.0], name, calls) for name in ("one", "two")]
+  runner.run(chosen[:1], Settings(), tmp_path, steps.append)
+  runner.run(chosen, Settings(), tmp_path, steps.append)
+  assert calls == ["one", "two"]
+  assert [step.kept for step in steps if step.record] == [False, True, False]
+  runner.run(chosen, Settings(seeds=4), tmp_path, steps.append)  # other settings
+  assert calls == ["one", "two", "one", "two"]
+  stricter = dataclasses.replace(chosen[0], criteria=(dataclasses.replace(CRITERION, low=0.99),))
+  runner.run([stricter], Settings(seeds=4), tmp_path, steps.append)  # another criterion
+  (tmp_path / "one.json").write_text('{"format": 1, "half of a')
+  runner.run([stricter], Settings(seeds=4), tmp_path, steps.append)
+  (tmp_path / "two.png").unlink()
+  runner.run(chosen[1:], Settings(seeds=4), tmp_path, steps.append)
+  assert calls[4:] == ["one", "one", "two"]
+  runner.run(chosen[1:], Settings(seeds=4), tmp_path, steps.append, again=True)
+  assert calls[7:] == ["two"] and all(step.left_s >= 0 for step in steps)
+
+
+def test_the_report_is_one_file_without_references(tmp_path):
+  runner.run([experiment([1.0, 1.0, 1.0], name) for name in ("one", "two")], Settings(), tmp_path, lambda step: None)
+  text = (tmp_path / "report.html").read_text()
+  assert re.findall(r"""(?:src|href)=["'](?!data:image/png;base64,|#)""", text) == []
+  assert "@import" not in text and "url(" not in text and "<script" not in text and "http" not in text
+  assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+  assert text.count("data:image/png;base64,") == 2 and "&lt;b&gt;" in text and "<b>" not in text
+  stored = json.loads((tmp_path / "one.json").read_text())
+  assert stored["verdict"] == "holds" and stored["rows"][1]["slope"] is None and stored["findings"][0]["samples"] == [1, 1, 1]
+  assert report.figure({"mean": None}) == "no finite number"
+  assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_of_experiments():
+  """Each says paper, section and claim, every criterion ends somewhere, and no identity of two of them is the same."""
+  assert len(experiments.names()) == 5
+  for name in experiments.names():
+    made = experiments.get(name)
+    assert made.name == name and made.paper and made.section and made.claim.endswith(".") and 0 < made.minutes <= 3
+    for criterion in made.criteria:
+      assert criterion.claim.endswith(".") and criterion.low < criterion.high
+      assert math.isfinite(criterion.low) or math.isfinite(criterion.high)
+    assert records.agrees(json.loads(json.dumps(records.identity(made, Settings()))), made, Settings())

@@ -1,0 +1,104 @@
+"""`python -m launch.lab`: its mistakes are one line, its list is complete, and broken networks get no praise."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from launch import cli, lab as program
+from nfnets.lab import experiments, task
+from nfnets.lab.deep import DeepConfig
+from nfnets.lab.experiment import Measured, Settings, conclude
+from nfnets.lab.experiments import backward, forward
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def values(*arguments):
+  found = flags.FlagValues()
+  program.define(found)
+  found(["lab", *arguments])
+  return found
+
+
+@pytest.mark.parametrize(
+  ("arguments", "names", "said"),
+  (
+    ([], [], "which experiment"),
+    ([], ["forwrad"], "expected forward"),
+    ([], ["all", "forward"], "stands alone"),
+    (["--model=nf_resnet_tyny"], ["forward"], "nf_resnet_tiny"),
+    (["--model=none.py:make"], ["forward"], "no file none.py"),
+    ([f"--model={__file__}:nothing"], ["forward"], "no function nothing"),
+    ([f"--model={__file__}:values"], ["forward"], "expected an nnx.Module"),
+    ([f"--out={__file__}/x"], ["forward"], "is a file"),
+  ),
+)
+def test_mistakes(arguments, names, said):
+  with pytest.raises(Exception, match=said) as error:
+    program.run(values("--compiled=off", *arguments), *names)
+  assert "\n" not in str(error.value)
+  assert isinstance(error.value, cli.UserError) or said == "expected an nnx.Module"
+
+
+def test_a_mistake_is_one_line_and_status_2():
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  for arguments in (["forwrad"], ["forward", "--seeds=0"], ["forward", "--scale=large"]):
+    command = [sys.executable, "-m", "launch.lab", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")
+
+
+def test_list(capsys):
+  assert program.run(values(), "list") == 0
+  printed = capsys.readouterr().out
+  assert all(name.split("_")[0] in printed for name in experiments.names())
+
+
+def test_images_are_real_and_normalised():
+  images, labels = task.images()
+  assert images.shape == (1437, 8, 8, 3) and set(np.asarray(labels)) == set(range(10))
+  assert abs(float(images.mean())) < 0.02 and float(images.std()) == pytest.approx(1, abs=0.02)
+  assert task.images(4, side=16)[0].shape == (4, 16, 16, 3)
+
+
+# ---- a network that is broken must not get "holds"
+def verdicts(experiment, samples):
+  measured = Measured(samples=samples, rows=[], draw=lambda figure: None, caption="")
+  result = conclude(experiment, Settings(), measured)
+  return {finding.criterion.name: finding.verdict for finding in result.findings}, result.verdict
+
+
+def test_forward_sees_that_batch_normalization_is_missing():
+  """The profile of an unnormalized network in the place of the normalized ones, made shorter by repeating it to 1,000 blocks."""
+  images, _ = task.images(8)
+  config = DeepConfig(depth=40, width=8, norm="none")
+  broken = forward.profile(config, images, 3, rescale=True)
+  long = np.concatenate([broken, np.repeat(broken[:, -1:], 960, axis=1)], axis=1)
+  parts, whole = verdicts(forward.EXPERIMENT, forward.figures(dict.fromkeys(forward.NETWORKS, long)))
+  assert whole == "does not hold" and parts["batch_slope"] != "holds" and parts["nf_slope"] != "holds"
+  parts, whole = verdicts(forward.EXPERIMENT, forward.figures(dict.fromkeys(forward.NETWORKS, np.full_like(long, np.nan))))
+  assert set(parts.values()) == {"cannot be told here"} == {whole}
+
+
+def test_backward_sees_that_alpha_beta_is_missing():
+  images, labels = task.images(8)
+  exploding = backward.block_gradients(DeepConfig(depth=10, width=32, norm="batch", residual=False), images, labels, 2)
+  parts, whole = verdicts(backward.EXPERIMENT, backward.figures(dict.fromkeys(backward.NETWORKS, exploding)))
+  assert parts["batch_factor"] == "holds" and parts["nf_factor"] == "does not hold" == whole
+
+
+def test_a_model_of_ones_own(tmp_path):
+  """What a file makes is measured beside the others."""
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from nfnets.lab.vgg import VGG, VGGConfig\nimport jax\nmake = lambda seed: VGG(VGGConfig(), jax.random.key(seed))\n"
+  )
+  rows = forward._user(Settings(model=f"{file}:make"), 4)
+  assert "convs/0" in rows and "" in rows and rows["convs/0"]["var"] > 0
+  assert isinstance(jax.devices(), list)
