@@ -103,7 +103,7 @@ class PeerReport:
 
   def __str__(self) -> str:
     ratio, ours, theirs = self.ratio, self.ours, self.theirs
-    verdict = "the same time" if ratio.minimum <= 1 <= ratio.maximum else "less time" if ratio.median < 1 else "more time"
+    verdict = "no clear difference" if ratio.minimum <= 1 <= ratio.maximum else "less time" if ratio.median < 1 else "more time"
     clipping = "no AGC" if self.clipping is None else f"AGC {self.clipping:g} on all but the classifier's weight"
     average = "no EMA" if self.ema_decay is None else f"EMA {self.ema_decay:g}"
     lines = [

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Any
@@ -160,7 +159,6 @@ def _mistake(error: Exception) -> str | None:
   kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: this file cannot import nfnets.errors
   if kinds & {"UserError", "FloatingPointError"}:
     return text
-  traceback.print_exc()
   return None
 
 

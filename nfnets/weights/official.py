@@ -8,13 +8,16 @@ its arguments) and the arrays by Haiku's flat names; the answer holds the class'
 import importlib
 import json
 import sys
+import types
 from typing import Any
 
 import numpy as np
 
 
 def main(directory: str, request: str, answer: str) -> None:
-  sys.path[0] = directory  # instead of this file's own folder
+  package = types.ModuleType("nfnets")  # the release's has no __init__.py, so that any installed package would come before it
+  package.__path__ = [f"{directory}/nfnets"]
+  sys.modules["nfnets"] = package
   import haiku as hk  # pyrefly: ignore
   import jax
 

@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
+import os
 import pathlib
 import statistics
+import subprocess
 import sys
 
 import jax
@@ -92,7 +95,7 @@ def test_sides_take_turns_and_the_ratio_is_of_each_rounds_medians(pretender, mon
   assert (report.ours.loss, report.theirs.loss) == (0.5, 0.25)
   order = [line.split()[2] for line in lines if line.startswith("round")]
   assert order == ["nfnets:", "timm:"] * 3
-  assert "× 0.750 the peer's time a step (the same time); 0.500 to 1.500 over 3 rounds of 10 steps" in str(report)
+  assert "× 0.750 the peer's time a step (no clear difference); 0.500 to 1.500 over 3 rounds of 10 steps" in str(report)
   read = json.loads(json.dumps(report.to_json(), allow_nan=False))
   assert read["benchmark"] == "peers" and read["ratio"]["median"] == 0.75 and read["theirs"]["network"] == "theirs"
 
@@ -256,6 +259,25 @@ def test_program_answers_a_mistake_in_one_line(arguments, message, monkeypatch, 
 
 
 # ---- the same work
+
+
+def test_a_peer_is_told_the_learning_rate_and_its_warm_up():
+  job = peers.work(tiny(batch=512, optim=OptimConfig(base_lr=0.1, warmup_epochs=5, clipping=math.inf)), size=32, classes=10)
+  assert job["learning_rate"] == 0.2 and job["warmup_steps"] == 5 * 1_281_167 / 512
+  assert job["clipping"] is None and job["nesterov"] is True and json.loads(json.dumps(job)) == job
+
+
+def test_the_release_is_imported_in_place_of_this_package(tmp_path):
+  """Both are called nfnets; the release's has no __init__.py, so that Python alone would prefer any other."""
+  (tmp_path / "nfnets").mkdir()
+  (tmp_path / "nfnets" / "base.py").write_text("whose = 'release'")
+  program = (
+    f"import runpy; runpy.run_path({str(ROOT / 'nfnets' / 'measure' / 'peer_haiku.py')!r})['_find_release']({str(tmp_path)!r})"
+  )
+  program += "; from nfnets import base; print(base.whose)"
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "release"
 
 
 def filled_run(config: Config) -> tuple[runs.Run, dict[str, np.ndarray]]:
