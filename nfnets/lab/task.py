@@ -73,7 +73,10 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
   if spec is None or spec.loader is None:
     raise UserError(f"--model={name}: {file} is no Python file")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:  # whatever a person's file raises is theirs to mend
+    raise UserError(f"--model={name}: {file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
   make = getattr(module, function, None)
   if not callable(make):
     raise UserError(f"--model={name}: no function {function} in {file}")
