@@ -66,6 +66,9 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
     for _, module in nnx.iter_modules(network):
       if hasattr(module, "skip_gain") and module.skip_gain is not None:
         module.skip_gain[...] = jnp.ones(())  # at 0, as they are initialised, blocks would add nothing that could be seen
+    kernel = network.fc.kernel
+    if not np.any(kernel[...]):  # nor would any gradient pass a classifier of zeros
+      kernel[...] = jax.random.normal(jax.random.key(seed), kernel.shape) * kernel.shape[0] ** -0.5
     return network, min(32, models.variant(name).train_resolution), {"train": True}
   if not pathlib.Path(file).is_file():
     raise UserError(f"--model={name}: no file {file}; expected a name of nfnets.models or FILE.py:FUNCTION")
@@ -73,7 +76,10 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
   if spec is None or spec.loader is None:
     raise UserError(f"--model={name}: {file} is no Python file")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except Exception as error:  # whatever a person's file raises is theirs to mend
+    raise UserError(f"--model={name}: {file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
   make = getattr(module, function, None)
   if not callable(make):
     raise UserError(f"--model={name}: no function {function} in {file}")

@@ -39,14 +39,14 @@ def test_unnormalized_variance_doubles_each_block_in_expectation():
 
 def test_normalized_variance_grows_by_one_each_block():
   """Linear blocks after BatchNorm: a branch has the variance 1 whatever the skip path's is, so that block l ends at l + 1."""
-  grown = powers(400, depth=6, width=16, norm="batch", activation="identity")
-  np.testing.assert_allclose(grown, np.arange(2, 8), rtol=0.03)
+  grown = powers(200, depth=4, width=16, norm="batch", activation="identity")
+  np.testing.assert_allclose(grown, np.arange(2, 6), rtol=0.03)
 
 
 def test_alpha_beta_grows_by_alpha_squared_and_starts_again():
   """Linear blocks divided by their expected deviation (Brock et al. 2021a): 1 + alpha² l, and 1 + alpha² after a transition."""
-  config = {"depth": 6, "width": 32, "norm": "nf_without_ws", "activation": "identity", "stages": 2, "alpha": 0.5}
-  np.testing.assert_allclose(powers(400, **config), [1.25, 1.5, 1.75] * 2, rtol=0.06)
+  config = {"depth": 4, "width": 32, "norm": "nf_without_ws", "activation": "identity", "stages": 2, "alpha": 0.5}
+  np.testing.assert_allclose(powers(300, **config), [1.25, 1.5] * 2, rtol=0.06)
   stds = DeepConfig(depth=6, width=1, stages=2, alpha=0.5).expected_stds()
   np.testing.assert_allclose(np.square(stds), [1, 1.25, 1.5, 1.75, 1.25, 1.5])
 
@@ -72,10 +72,10 @@ def test_every_normalizer_learns(name):
   assert all(bool(jnp.isfinite(grad).all()) for grad in grads) and max(float(jnp.abs(grad).max()) for grad in grads) > 0
 
 
-@pytest.mark.parametrize("name", ("batch", "group:2", "weight_norm", "scaled_weight_std"))
+@pytest.mark.parametrize("name", ("batch", "scaled_weight_std"))
 def test_vgg_runs(name):
-  network = VGG(VGGConfig(width=(4, 8), norm=name), jax.random.key(0))
-  assert network(IMAGES).shape == (8, 10)
+  run = jax.jit(lambda key: VGG(VGGConfig(width=(4, 8), convs=1, norm=name), key)(IMAGES))
+  assert run(jax.random.key(0)).shape == (8, 10)
 
 
 def test_normalizers_do_what_their_names_say():

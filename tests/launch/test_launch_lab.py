@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 from absl import flags
 
-from launch import cli, lab as program
+from launch import lab as program
+from nfnets.errors import UserError
 from nfnets.lab import experiments, task
 from nfnets.lab.deep import DeepConfig
 from nfnets.lab.experiment import Measured, Settings, conclude
 from nfnets.lab.experiments import backward, forward
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def wrong(seed):
+  """What a user might name by mistake: it makes no network."""
+  return seed
 
 
 def values(*arguments):
@@ -34,21 +40,21 @@ def values(*arguments):
     ([], ["all", "forward"], "stands alone"),
     (["--model=nf_resnet_tyny"], ["forward"], "nf_resnet_tiny"),
     (["--model=none.py:make"], ["forward"], "no file none.py"),
+    ([f"--model={ROOT / 'README.md'}:make"], ["forward"], "is no Python file"),
     ([f"--model={__file__}:nothing"], ["forward"], "no function nothing"),
-    ([f"--model={__file__}:values"], ["forward"], "expected an nnx.Module"),
+    ([f"--model={__file__}:wrong"], ["forward"], "expected an nnx.Module"),
     ([f"--out={__file__}/x"], ["forward"], "is a file"),
   ),
 )
 def test_mistakes(arguments, names, said):
-  with pytest.raises(Exception, match=said) as error:
+  with pytest.raises(UserError, match=said) as error:
     program.run(values("--compiled=off", *arguments), *names)
   assert "\n" not in str(error.value)
-  assert isinstance(error.value, cli.UserError) or said == "expected an nnx.Module"
 
 
 def test_a_mistake_is_one_line_and_status_2():
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  for arguments in (["forwrad"], ["forward", "--seeds=0"], ["forward", "--scale=large"]):
+  for arguments in (["forwrad"], ["forward", "--seeds=0"]):
     command = [sys.executable, "-m", "launch.lab", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")

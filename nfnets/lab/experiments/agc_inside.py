@@ -103,7 +103,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
       logs[name].append(log)
       progress((seed * len(ARMS) + number + 1) / (settings.seeds * len(ARMS)))
   rows = [
-    {"training": name, "test accuracy": float(a.mean()), "lowest": a.min(), "highest": a.max()} for name, a in accuracy.items()
+    {"training": name, "test accuracy, or share": float(a.mean()), "lowest": a.min(), "highest": a.max()}
+    for name, a in accuracy.items()
   ]
   return Measured(
     samples=figures(accuracy),
@@ -218,16 +219,24 @@ def figures(accuracy: dict[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def _user(settings: Settings) -> list[dict[str, Any]]:
-  """The share of units that AGC clips in each kernel of the user's own network, over some steps with the first seed."""
+  """The share of units that AGC clips in each kernel of the user's own network, over some steps with the first seed.
+
+  A classifier is left out if it is called fc.
+  """
   if settings.model is None:
     return []
   network, side, arguments = task.user_model(settings.model, seed=0)
   trainer = Trainer(network, arguments, side)
   accuracy, log = trainer.train(trainer.split(network), ARMS["AGC"], _batches(settings.of_scale(20, 1000), 0))
-  rows = [{"training": f"{settings.model}, AGC", "test accuracy": accuracy, "lowest": "", "highest": ""}]
+  rows = [{"training": f"{settings.model}, AGC", "test accuracy, or share": accuracy, "lowest": "", "highest": ""}]
   for name, share in zip(trainer.kernels, log["clipped"].mean(axis=0), strict=True):
     rows.append(
-      {"training": f"{settings.model}: {name}, units clipped", "test accuracy": float(share), "lowest": "", "highest": ""}
+      {
+        "training": f"{settings.model}: {name}, units clipped",
+        "test accuracy, or share": float(share),
+        "lowest": "",
+        "highest": "",
+      }
     )
   return rows
 
