@@ -15,6 +15,7 @@ import numpy as np
 
 
 def main(directory: str, request: str, answer: str) -> None:
+  sys.path.pop(0)  # this file's own folder, whose haiku.py is another
   package = types.ModuleType("nfnets")  # the release's has no __init__.py, so that any installed package would come before it
   package.__path__ = [f"{directory}/nfnets"]
   sys.modules["nfnets"] = package
