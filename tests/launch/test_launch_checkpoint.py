@@ -95,6 +95,8 @@ def test_export_writes_the_average_under_our_names(workdir, tmp_path, monkeypatc
   assert json.loads(metadata["class_names"]) == list("0123456789")
   assert json.loads(metadata["preprocessing"]) == {
     "crop": "none",
+    "crop_pct": None,
+    "resize": "tensorflow",
     "size": None,
     "interpolation": "bicubic",
     "mean": [123.675, 116.28, 103.53],

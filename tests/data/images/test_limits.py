@@ -81,6 +81,7 @@ def test_extreme_shapes_are_cropped_as_any_other(shape):
 @pytest.mark.parametrize("resize", ["tensorflow", "pillow"])
 @pytest.mark.parametrize("shape", [(1, 1 << 25), (1 << 25, 1)])
 def test_crops_of_extreme_shapes_take_memory_for_their_result(shape, resize):
+  shape = tuple(min(side, 1 << 22) for side in shape) if resize == "pillow" else shape  # it filters each of the pixels
   image = np.zeros((*shape, 3), np.uint8)
   for crop in ("squash", "crop", "short_side"):
     tracemalloc.start()
