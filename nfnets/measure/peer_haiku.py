@@ -7,10 +7,9 @@ In bfloat16 the whole network computes in bfloat16, standardized weights include
 
 import functools
 import importlib
-import os
-import sys
+import pathlib
+import runpy
 import time
-import types
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,8 @@ class HaikuStep:
     import haiku as hk  # pyrefly: ignore
     import jax
 
-    _find_release(job["official"])
+    script = pathlib.Path(__file__).parents[1] / "weights" / "official.py"  # imports nothing of ours either
+    runpy.run_path(str(script))["find_release"](job["official"])
     begin = time.perf_counter()
     self.job, self.jax, self.hk = job, jax, hk
     self.optim, self.utils = (importlib.import_module(f"nfnets.{name}") for name in ("optim", "utils"))
@@ -116,18 +116,6 @@ class HaikuStep:
   def loss(self) -> float:
     """Returns the loss of the last step."""
     return float(self.last_loss)
-
-
-def _find_release(directory: str) -> None:
-  """Makes `nfnets` the release's package, which has no __init__.py and so would come after any other of that name."""
-  import jax
-
-  sys.path.insert(0, directory)
-  package = types.ModuleType("nfnets")
-  package.__path__ = [os.path.join(directory, "nfnets")]
-  sys.modules["nfnets"] = package
-  if not hasattr(jax, "tree_map"):  # the release was written for a JAX that had it
-    setattr(jax, "tree_map", jax.tree.map)  # noqa: B010 (pyrefly knows of no such attribute)
 
 
 def _batch(job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

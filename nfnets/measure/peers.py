@@ -18,7 +18,6 @@ import math
 import os
 import pathlib
 import platform
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,15 +30,11 @@ from nfnets.measure.peers_report import PeerReport, SideReport
 from nfnets.measure.turns import MissingPackage, Side, SideError
 from nfnets.models import registry
 from nfnets.train.checkpoints.compatibility import to_json
-from nfnets.weights import timm, writer
+from nfnets.weights import haiku, timm, writer
 
 PEERS = {"timm": ("torch", "timm"), "haiku": ("haiku", "tree", "dill")}  # the packages that each imports
 INSTALL = {"timm": "pip install torch torchvision timm", "haiku": "pip install dm-haiku dm-tree dill"}
-RELEASE = {  # our names of the release's networks: its module, its class, its name of the variant
-  r"nfnet_f([0-7]\+?)": ("nfnet", "NFNet", "F"),
-  r"nf_resnet(50|101|152|200|288|600)": ("nf_resnet", "NF_ResNet", "ResNet"),
-  r"nf_regnet_b([0-8])": ("nf_regnet", "NF_RegNet", "B"),
-}
+RELEASE = ("nfnet_f", "nf_resnet", "nf_regnet_b")  # families of the release whose steps are compared
 # What a peer's step does not do, or does otherwise: fields of the configuration and the only value that they may have.
 ONLY: dict[str, Any] = {
   "loss": "softmax",
@@ -269,15 +264,11 @@ def haiku_network(config: Config, official: str | None) -> Match:
     raise UserError(f"--official={official}: no nfnets/nfnet.py in it; expected a copy of google-deepmind/deepmind-research")
   name, overrides = registry.variant_name(config.model.name), config.model.all_overrides()
   row: Any = models.variant(name, **overrides)
-  for pattern, (module, network, prefix) in RELEASE.items():
-    found = re.fullmatch(pattern, name)
-    if found and writer.same_network(row, models.variant(name)):
-      settings = {"drop_rate": row.drop_rate, "stochdepth_rate": row.stochastic_depth, "activation": row.activation}
-      settings["variant"] = f"{prefix}{found[1].upper()}"
-      directory = {"official": str(pathlib.Path(official).resolve())}
-      return Match(
-        overrides={}, words="as the recipe says", job={**directory, "module": module, "class": network, "overrides": settings}
-      )
+  family, variant = haiku.family_of(name), haiku.variant_of(name)
+  if family and variant and family.prefix in RELEASE and writer.same_network(row, models.variant(name)):
+    settings = {"drop_rate": row.drop_rate, "stochdepth_rate": row.stochastic_depth, "activation": row.activation}
+    job = {"official": str(pathlib.Path(official).resolve()), "module": family.module, "class": family.network}
+    return Match(overrides={}, words="as the recipe says", job={**job, "overrides": {**settings, "variant": variant}})
   changed = f" with {row_words(overrides)}" if overrides else ""
   raise UserError(
     f"the release has no equal of {name}{changed}; it has nfnet_f0 to nfnet_f7+, nf_resnet50 to nf_resnet600, nf_regnet_b0 to b8"

@@ -6,9 +6,33 @@ the release's own flatten_haiku_tree does. Convolutions are [height, width, in, 
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+
+class Family(NamedTuple):
+  """Networks of the release.
+
+  prefix: of our names; module, network: its module and class; variant: prefix of its names; numbers: those that it has.
+  """
+
+  prefix: str
+  module: str
+  network: str
+  variant: str = "ResNet"
+  numbers: str = "50|101|152|200|288|600"
+
+
+FAMILIES = (  # of two families of one class the first is what arrays of that class are taken for
+  Family("nfnet_f", "nfnet", "NFNet", "F", r"[0-7]\+?"),
+  Family("nf_regnet_b", "nf_regnet", "NF_RegNet", "B", "[0-8]"),
+  Family("nf_resnet", "nf_resnet", "NF_ResNet"),
+  Family("nf_seresnet", "nf_resnet", "NF_ResNet"),
+  Family("skipinit_resnet", "skipinit_resnet", "SkipInit_ResNet"),
+  Family("fixup_resnet", "fixup_resnet", "FixUp_ResNet"),
+  Family("resnet", "resnet", "ResNet"),
+)
 # class → what its blocks are called
 BLOCKS = {
   "NFNet": "nf_block",
@@ -32,6 +56,18 @@ _MODULES = {"initial_conv": "stem", "final_conv": "final_conv", "linear": "fc", 
 _GATE = {"linear": "se/fc0", "linear_1": "se/fc1"}
 _LEAVES = {"w": "kernel", "b": "bias", "offset": "bias"}
 _STATISTICS = {"mean_ema": "mean", "var_ema": "var"}
+
+
+def family_of(name: str) -> Family | None:
+  """The family of one of our networks, small ones included; None where the release has no such class."""
+  return next((family for family in FAMILIES if name.startswith(family.prefix)), None)
+
+
+def variant_of(name: str) -> str | None:
+  """What the release calls one of our networks, such as "F0+" or "ResNet50"; None where it has no such network."""
+  family = family_of(name)
+  number = name.removeprefix(family.prefix) if family else ""
+  return f"{family.variant}{number}" if family and re.fullmatch(family.numbers, number) else None
 
 
 def network_of(arrays: Mapping[str, np.ndarray]) -> str | None:

@@ -7,6 +7,7 @@ its arguments) and the arrays by Haiku's flat names; the answer holds the class'
 
 import importlib
 import json
+import os
 import sys
 import types
 from typing import Any
@@ -14,14 +15,24 @@ from typing import Any
 import numpy as np
 
 
+def find_release(directory: str) -> None:
+  """Makes `nfnets` the release's package, which has no __init__.py and so would come after any other of that name."""
+  import jax
+
+  sys.path.insert(0, directory)
+  package = types.ModuleType("nfnets")
+  package.__path__ = [os.path.join(directory, "nfnets")]
+  sys.modules["nfnets"] = package
+  if not hasattr(jax, "tree_map"):  # the release was written for a JAX that had it
+    setattr(jax, "tree_map", jax.tree.map)  # noqa: B010 (pyrefly knows of no such attribute)
+
+
 def main(directory: str, request: str, answer: str) -> None:
   sys.path.pop(0)  # this file's own folder, whose haiku.py is another
-  package = types.ModuleType("nfnets")  # the release's has no __init__.py, so that any installed package would come before it
-  package.__path__ = [f"{directory}/nfnets"]
-  sys.modules["nfnets"] = package
   import haiku as hk  # pyrefly: ignore
   import jax
 
+  find_release(directory)
   given = dict(np.load(request))
   spec = json.loads(str(given.pop("spec")))
   images = given.pop("images")

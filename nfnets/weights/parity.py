@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from nfnets import models
-from nfnets.weights import writer
+from nfnets.weights import haiku, writer
 from nfnets.weights.errors import WeightsError
 from nfnets.weights.network import build
 from nfnets.weights.stored import Stored
@@ -87,33 +86,21 @@ def _ours(stored: Stored, images: np.ndarray, places: set[str]) -> dict[str, np.
 
 # ---- the release
 
-_RELEASE = {  # our families: the release's module and class
-  "nfnet_f": ("nfnet", "NFNet"),
-  "nf_regnet_b": ("nf_regnet", "NF_RegNet"),
-  "nf_resnet": ("nf_resnet", "NF_ResNet"),
-  "nf_seresnet": ("nf_resnet", "NF_ResNet"),
-  "skipinit_resnet": ("skipinit_resnet", "SkipInit_ResNet"),
-  "fixup_resnet": ("fixup_resnet", "FixUp_ResNet"),
-  "resnet": ("resnet", "ResNet"),
-}
-
 
 def _specification(stored: Stored) -> dict[str, Any]:
   """The release's class for these weights, and its arguments. Raises WeightsError where it has none."""
   name = stored.config.model.name
-  match = re.fullmatch(r"(nfnet_f|nf_regnet_b|nf_resnet|nf_seresnet|skipinit_resnet|fixup_resnet|resnet)(\d+\+?)", name)
-  if match is None:
+  family, variant = haiku.family_of(name), haiku.variant_of(name)
+  if family is None or variant is None:
     raise WeightsError(f"{stored.source} is {name}, which the release has not")
-  module, kind = _RELEASE[match[1]]
-  prefix = {"nfnet_f": "F", "nf_regnet_b": "B"}.get(match[1], "ResNet")
   row: Any = models.variant(name, **stored.config.model.all_overrides())
-  arguments: dict[str, Any] = {"num_classes": stored.num_classes, "variant": f"{prefix}{match[2]}", "drop_rate": 0.0}
+  arguments: dict[str, Any] = {"num_classes": stored.num_classes, "variant": variant, "drop_rate": 0.0}
   arguments["activation"] = row.activation
-  if match[1] == "nf_seresnet":
+  if family.prefix == "nf_seresnet":
     arguments |= {"use_se": True, "se_ratio": row.se_ratio}
-  if match[1] == "resnet":
+  if family.network == "ResNet":
     arguments |= {"width": 4, "norm_kwargs": {"create_scale": True, "create_offset": True, "decay_rate": 0.9, "eps": 1e-5}}
-  return {"module": module, "class": kind, "arguments": arguments}
+  return {"module": family.module, "class": family.network, "arguments": arguments}
 
 
 def against_release(stored: Stored, directory: str) -> list[tuple[str, float]]:

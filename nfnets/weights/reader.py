@@ -14,16 +14,6 @@ from nfnets.weights.errors import WeightsError
 from nfnets.weights.identify import identify
 from nfnets.weights.stored import Stored, of_export
 
-# The networks of the release's classes, which their names tell apart.
-_FAMILIES = {
-  "NFNet": "nfnet_f",
-  "NF_RegNet": "nf_regnet_",
-  "NF_ResNet": "nf_resnet",
-  "SkipInit_ResNet": "skipinit_resnet",
-  "FixUp_ResNet": "fixup_resnet",
-  "ResNet": "resnet",
-}
-
 
 def read(path: str | os.PathLike[str]) -> Stored:
   """Reads the weights of a network from a file that `launch.checkpoint export` wrote, or one in Haiku's or timm's names.
@@ -57,7 +47,8 @@ def _of_haiku(source: str, file: formats.File, network: str) -> Stored:
   _refuse(source, unknown, network)
   if file.md5 in haiku.PUBLISHED:
     source += f" (the published {haiku.PUBLISHED[file.md5]}, by its MD5 sum)"
-  names = [name for name in models.names() if name.startswith(_FAMILIES[network])]
+  prefix = next(family.prefix for family in haiku.FAMILIES if family.network == network)
+  names = [name for name in models.names() if name.startswith(prefix)]
   model = identify(arrays, [(name, {}) for name in names], source)
   crop = "squash" if network == "NFNet" else "crop"
   return _stored(source, arrays, Config(model=model, data=DataConfig(test_crop=crop)))

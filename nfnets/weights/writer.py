@@ -21,14 +21,6 @@ from nfnets.weights.stored import Stored, as_metadata, facts_of
 SUFFIXES = {"nfnets": (".safetensors",), "timm": (".safetensors",), "haiku": (".npz", ".safetensors", ".pkl")}
 # Fields of a row that say nothing of the arrays or of what is computed from them at a test.
 _TRAINING = ("train_resolution", "test_resolution", "drop_rate", "stochastic_depth", "randaugment", "remat", "scan")
-_CLASSES = {
-  "nfnet_f": "NFNet",
-  "nf_regnet": "NF_RegNet",
-  "nf_resnet": "NF_ResNet",
-  "nf_seresnet": "NF_ResNet",
-  "skipinit_": "SkipInit_ResNet",
-}
-_CLASSES |= {"fixup_": "FixUp_ResNet", "resnet": "ResNet"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +68,15 @@ def convert(stored: Stored, framework: str) -> Converted:
       raise WeightsError(f"{stored.source} is {described(stored)}, which timm has no equal of")
     arrays = timm.to_theirs(stored.arrays, row.depth, gate_inside="regnet" in name)
     return Converted(arrays=arrays, framework=framework, network=name, remark=remark)
-  network = next((network for prefix, network in _CLASSES.items() if model.name.startswith(prefix)), None)
+  family = haiku.family_of(model.name)
   if (
-    network is None
+    family is None
     or getattr(row, "dialect", "official") != "official"
     or getattr(row, "norm", "batch") in ("group", "layer", "instance")
   ):
     raise WeightsError(f"{stored.source} is {described(stored)}, which the release (Haiku) has no equal of")
-  return Converted(
-    arrays=formats.flat(haiku.to_theirs(stored.arrays, network)), framework=framework, network=network, remark=remark
-  )
+  arrays = formats.flat(haiku.to_theirs(stored.arrays, family.network))
+  return Converted(arrays=arrays, framework=framework, network=family.network, remark=remark)
 
 
 def described(stored: Stored) -> str:

@@ -272,7 +272,7 @@ def test_the_release_is_imported_in_place_of_this_package(tmp_path):
   (tmp_path / "nfnets").mkdir()
   (tmp_path / "nfnets" / "base.py").write_text("whose = 'release'")
   program = (
-    f"import runpy; runpy.run_path({str(ROOT / 'nfnets' / 'measure' / 'peer_haiku.py')!r})['_find_release']({str(tmp_path)!r})"
+    f"import runpy; runpy.run_path({str(ROOT / 'nfnets' / 'weights' / 'official.py')!r})['find_release']({str(tmp_path)!r})"
   )
   program += "; from nfnets import base; print(base.whose)"
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
