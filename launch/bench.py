@@ -1,8 +1,8 @@
-"""Measures speed: python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 [--without-agc]
-                python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
-
-                python -m launch.bench step --peer=timm --config=configs/synthetic.py:nfnet_f0 [--peer_compile] [--rounds=3]
-                python -m launch.bench step --peer=haiku --official=DIR --config=configs/synthetic.py:nfnet_f0
+"""Measures speed:
+  python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 [--without-agc] [--profile=DIR]
+  python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --peer=timm [--peer_compile] [--rounds=3]
+  python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --peer=haiku --official=DIR
+  python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
 
 step: times the compiled training step, on synthetic images that already lie on the devices. It prints the times of
 initialising, lowering and compiling, milliseconds a step, images/s, FLOPs, MFU and memory, then all of it as one line of JSON;

@@ -56,9 +56,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_list("mean", [], "Three numbers, on the scale 0-255.", flag_values=values)
   flags.DEFINE_list("std", [], "Three numbers, on the scale 0-255.", flag_values=values)
   flag("flip", "Average the logits of each image and of its mirror image.")
-  text(
-    "classes_map", "names, present, imagenet_a, imagenet_r or a JSON file: which classes of the network the data's are (README)."
-  )
+  text("classes_map", "names, present, imagenet_a, imagenet_r or a JSON file: which classes of the network the data's are.")
   text("real_labels", "real.json of ImageNet ReaL, or a JSON file of that form: several labels for each image.")
   text("corruptions", "Instead of --data: a folder CORRUPTION/SEVERITY/CLASS, or imagenet2012_corrupted; prints mCE.")
   text("published_as", "Name of the data set whose published figures are shown, e.g. imagenet2012; by default the data's.")

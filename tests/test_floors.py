@@ -72,6 +72,7 @@ MAY_IMPORT = {
     "nfnets.optim",
     "nfnets.data",
     "nfnets.train.step",
+    "nfnets.measure.chips",  # what this machine is
   ),
   "nfnets": ("nfnets.agc", "nfnets.models"),  # nfnets/__init__.py, which holds the package's public names
   "configs": ("nfnets.config", "nfnets.errors", "nfnets.models", "configs"),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from nfnets.train.checkpoints.compatibility import class_difference
 
 _MAPS = pathlib.Path(__file__).with_name("maps")
 SHIPPED = tuple(sorted(path.stem for path in _MAPS.glob("*.json")))
-_LARGEST_MAP = 1 << 24  # bytes; a thousand classes take some thousand
+_LARGEST_JSON = 1 << 26  # bytes; a map of a thousand classes takes some thousand, ReaL's labels a million
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +137,18 @@ def distinguish(plan: Plan, labels: np.ndarray, source: Source) -> tuple[Classes
   return Classes(names=names, columns=subset, labels=np.searchsorted(subset, labels[kept])), kept
 
 
-def _read_map(path: str) -> list[str | int]:
+def read_json(path: str, flag: str) -> Any:
+  """Reads a JSON file that a flag names, as "--flag=path" in messages. Raises UserError where it cannot be read, or is none."""
   try:
-    content = json.loads(read_regular(str(_MAPS / f"{path}.json") if path in SHIPPED else path, _LARGEST_MAP).decode())
+    return json.loads(read_regular(path, _LARGEST_JSON).decode())
   except OSError as error:
-    raise UserError(f"--classes_map={path} cannot be read: {reason(error)}") from error
+    raise UserError(f"{flag} cannot be read: {reason(error)}") from error
   except (ValueError, RecursionError) as error:
-    raise UserError(f"--classes_map={path} is no JSON: {reason(error)}") from error
+    raise UserError(f"{flag} is no JSON: {reason(error)}") from error
+
+
+def _read_map(path: str) -> list[str | int]:
+  content = read_json(str(_MAPS / f"{path}.json") if path in SHIPPED else path, f"--classes_map={path}")
   entries = content.get("classes") if isinstance(content, dict) else None
   if not isinstance(entries, list) or not all(type(entry) in (int, str) for entry in entries):
     raise UserError(f'--classes_map={path}: expected {{"source": …, "classes": [a number or name for each class of the data]}}')

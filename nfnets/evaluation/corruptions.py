@@ -1,7 +1,6 @@
 """Accuracy on corrupted images, as ImageNet-C has them: 15 corruptions, five severities each (Hendrycks & Dietterich 2019)."""
 
 import dataclasses
-import io
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ import rich.table
 
 from nfnets.config import DataConfig
 from nfnets.errors import UserError
+from nfnets.evaluation.report import png
 
 SEVERITIES = range(1, 6)
 # AlexNet's mean top-1 error over the severities, by which the published mCE is normalised (1903.12261; its code).
@@ -160,6 +160,4 @@ def draw(corrupted: Iterable[tuple[str, Corrupted]]) -> bytes:
   figure.supylabel("top-1 error, %")
   if len(rows) > 1:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(rows)))
-  out = io.BytesIO()
-  figure.savefig(out, dpi=110, format="png")
-  return out.getvalue()
+  return png(figure)

@@ -1,19 +1,17 @@
 """Labels by several people, of which an image may have many or none: "Are we done with ImageNet?" (2006.07159), and its like."""
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from nfnets.data.errors import printable, reason
+from nfnets.data.errors import printable
 from nfnets.data.sources.base import Source
-from nfnets.data.storage.regular import read_regular
 from nfnets.errors import UserError
 from nfnets.evaluation import metrics
+from nfnets.evaluation.classes import read_json
 
-_LARGEST = 1 << 26  # bytes; the published real.json has a million
 _VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")  # counted from 1
 
 Labels = list[list[int]] | dict[str, list[int]]
@@ -29,12 +27,7 @@ def read(path: str) -> Labels:
   Raises:
     UserError: it cannot be read, or has another form.
   """
-  try:
-    content = json.loads(read_regular(path, _LARGEST).decode())
-  except OSError as error:
-    raise UserError(f"--real_labels={path} cannot be read: {reason(error)}") from error
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"--real_labels={path} is no JSON: {reason(error)}") from error
+  content = read_json(path, f"--real_labels={path}")
   entries = content.values() if isinstance(content, dict) else content if isinstance(content, list) else [None]
   if not all(isinstance(entry, list) and all(type(label) is int for label in entry) for entry in entries):
     raise UserError(f"--real_labels={path}: expected a list of lists of labels (real.json), or {{file name: [label, …]}}")

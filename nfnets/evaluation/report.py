@@ -181,7 +181,7 @@ def draw_reliability(evaluated: Evaluated) -> bytes:
   below.bar(centres, [row["count"] for row in rows], width, color="0.6", edgecolor="white")
   below.set_title("images", loc="left")
   below.set_xlabel("confidence")
-  return _png(figure)
+  return png(figure)
 
 
 def draw_confused(evaluated: Evaluated) -> bytes:
@@ -197,7 +197,7 @@ def draw_confused(evaluated: Evaluated) -> bytes:
   axes.invert_yaxis()
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_title("images of the worst confused pairs", loc="left")
-  return _png(figure)
+  return png(figure)
 
 
 def draw_wrong(evaluated: Evaluated, source: Source) -> bytes:
@@ -216,7 +216,8 @@ def draw_wrong(evaluated: Evaluated, source: Source) -> bytes:
   return out.getvalue()
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+  """A figure of matplotlib as a PNG."""
   out = io.BytesIO()
   figure.savefig(out, dpi=110, format="png")
   return out.getvalue()

@@ -7,16 +7,11 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax import export
-
-from nfnets.errors import UserError
+from nfnets.export import stablehlo
 from nfnets.export.program import Program
-from nfnets.export.stablehlo import PLATFORMS
 
 # jax.export's names of platforms: TensorFlow's.
 _THEIRS = {"cpu": "CPU", "cuda": "CUDA", "rocm": "ROCM", "tpu": "TPU"}
-LIMIT = 2**31 - 1  # bytes of a protocol buffer, in which the program lies with its weights
 
 
 def write(path: pathlib.Path, program: Program, about: dict[str, Any], *, force: bool = False) -> None:
@@ -36,14 +31,11 @@ def write(path: pathlib.Path, program: Program, about: dict[str, Any], *, force:
   import tensorflow as tf  # pyrefly: ignore
   from tensorflow.compiler.tf2xla.python import xla  # pyrefly: ignore
 
-  if (weights := program.weights_bytes()) > LIMIT:
-    raise UserError(f"--to=saved: the weights take {weights:,} bytes, the format holds {LIMIT:,}; expected --dtype=bfloat16")
-  images = jax.ShapeDtypeStruct(program.input.shape, program.input.dtype)
-  exported = export.export(jax.jit(program), platforms=PLATFORMS)(images)
+  exported = stablehlo.exported(program)
   sizes = lambda shape: [size if isinstance(size, int) else None for size in shape]
   dtype = tf.as_dtype(exported.out_avals[0].dtype)
 
-  @tf.function(input_signature=[tf.TensorSpec(sizes(images.shape), tf.as_dtype(images.dtype), name="images")])
+  @tf.function(input_signature=[tf.TensorSpec(sizes(program.input.shape), tf.as_dtype(program.input.dtype), name="images")])
   def serve(images):
     (logits,) = xla.call_module(
       [images],

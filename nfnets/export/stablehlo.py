@@ -18,12 +18,19 @@ from nfnets.errors import UserError
 from nfnets.export.program import Program
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-LIMIT = 2**31 - 1  # bytes of a flatbuffer, which the program with its weights is
+LIMIT = 2**31 - 1  # bytes of a flatbuffer or protocol buffer, which the program with its weights is
 
 
 def symbolic_shape(size: int) -> tuple[Any, ...]:
   """The shape of square images of so many pixels a side, for batches of any size."""
   return (*export.symbolic_shape("batch"), size, size, 3)
+
+
+def exported(program: Program) -> export.Exported:
+  """Lowers a program for all `PLATFORMS`. Raises UserError where its weights are larger than a format with them inside holds."""
+  if (weights := program.weights_bytes()) > LIMIT:
+    raise UserError(f"the weights take {weights:,} bytes, the format holds {LIMIT:,}; expected --dtype=bfloat16")
+  return export.export(jax.jit(program), platforms=PLATFORMS)(jax.ShapeDtypeStruct(program.input.shape, program.input.dtype))
 
 
 def write(path: pathlib.Path, program: Program, about: dict[str, Any]) -> None:
@@ -37,11 +44,7 @@ def write(path: pathlib.Path, program: Program, about: dict[str, Any]) -> None:
   Raises:
     UserError: the weights are larger than the format holds. OSError: the file cannot be written.
   """
-  if (weights := program.weights_bytes()) > LIMIT:
-    raise UserError(f"--to=stablehlo: the weights take {weights:,} bytes, the format holds {LIMIT:,}; expected --dtype=bfloat16")
-  images = jax.ShapeDtypeStruct(program.input.shape, program.input.dtype)
-  exported = export.export(jax.jit(program), platforms=PLATFORMS)(images)
-  serialized = exported.serialize()
+  serialized = exported(program).serialize()
   with files.whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
     archive.writestr("program", bytes(serialized))
     archive.writestr("about.json", json.dumps(about, indent=2))

@@ -5,13 +5,14 @@ import datetime
 import json
 import math
 import pathlib
-import platform
 from typing import Any
 
 import jax
 
 import nfnets
+from nfnets.data.batches.prefetch import cores
 from nfnets.lab.experiment import Criterion, Experiment, Result, Settings
+from nfnets.measure.chips import cpu_name
 
 FORMAT = 1  # of the records; another one is not read
 
@@ -79,19 +80,7 @@ def machine() -> str:
   device = jax.devices()[0]
   if device.platform != "cpu":
     return f"{jax.device_count()} × {device.device_kind}, JAX {jax.__version__}"
-  return f"{_processor()}, JAX {jax.__version__}"
-
-
-def _processor() -> str:
-  import os
-
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-  except (OSError, StopIteration):
-    name = platform.machine()
-  return f"{name}, {cores} cores"
+  return f"{cpu_name()}, {cores()} cores, JAX {jax.__version__}"
 
 
 def _criterion(criterion: Criterion) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""Holds the peaks of known chips, from their makers' data sheets."""
+"""Holds the peaks of known chips, from their makers' data sheets, and says what this machine's processor is."""
 
+import contextlib
 import dataclasses
+import pathlib
+import platform
 import re
 
 
@@ -71,3 +74,12 @@ def peak_tflops(device_kind: str) -> float | None:
   """Returns the peak TFLOP/s of one JAX device, see `Chip`; None for an unknown kind."""
   row = chip(device_kind)
   return None if row is None else row.tflops
+
+
+def cpu_name() -> str:
+  """Returns what the processor calls itself."""
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+      if line.startswith("model name"):
+        return line.partition(":")[2].strip()
+  return platform.processor() or platform.machine()

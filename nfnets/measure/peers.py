@@ -17,15 +17,16 @@ import importlib.util
 import math
 import os
 import pathlib
-import platform
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nfnets import models, optim
 from nfnets.config import Config
+from nfnets.data.batches.prefetch import cores
 from nfnets.errors import UserError
 from nfnets.measure import program
+from nfnets.measure.chips import cpu_name
 from nfnets.measure.peers_report import PeerReport, SideReport
 from nfnets.measure.turns import MissingPackage, Side, SideError
 from nfnets.models import registry
@@ -126,7 +127,7 @@ def compare(
     steps=steps,
     warmup_steps=warmup,
     cpu=cpu_name(),
-    cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    cores=cores(),
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     ours=sides[0],
     theirs=sides[1],
@@ -278,12 +279,3 @@ def haiku_network(config: Config, official: str | None) -> Match:
 def row_words(overrides: dict[str, Any]) -> str:
   """Lists fields of a row with their values."""
   return ", ".join(f"{name}={value!r}" for name, value in overrides.items())
-
-
-def cpu_name() -> str:
-  """Returns what the processor calls itself."""
-  with contextlib.suppress(OSError):
-    for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-      if line.startswith("model name"):
-        return line.partition(":")[2].strip()
-  return platform.processor() or platform.machine()

@@ -111,13 +111,11 @@ def run(settings: Settings, progress: Progress) -> Measured:
     rows=rows + _user(settings),
     draw=lambda figure: draw(figure, accuracy, logs["AGC"], trainer.kernels),
     caption=f"NF-ResNet with four stages on digits, batch {BATCH}, {steps} steps. Left: test accuracy by what is clipped, "
-    "squares "
-    "without AGC, lines from the lowest to the highest seed. Middle: share of units clipped by layer and step, mean over seeds. "
-    "Right: ‖G‖ / ‖W‖ of the units whose gradient is not 0.",
+    "squares without AGC, lines from the lowest to the highest seed. Middle: share of units clipped by layer and step, mean "
+    "over seeds. Right: ‖G‖ / ‖W‖ of the units whose gradient is not 0.",
     notes=(
-      f"AGC has λ = {LAMBDA}, global clipping the threshold {THRESHOLD}. Differences are taken between trainings with the "
-      "same weights "
-      "at the start and the same batches.",
+      f"AGC has λ = {LAMBDA}, global clipping the threshold {THRESHOLD}. Differences are taken between trainings with the same "
+      "weights at the start and the same batches.",
       f"Training is short: what only slows it down, as clipping does at the learning rate {SMALL}, shows as a lower accuracy.",
       "The paper trained NF-ResNets on ImageNet with batches of 4,096; here a network of thousands of parameters sees digits.",
     ),
@@ -277,8 +275,8 @@ EXPERIMENT = Experiment(
   paper="Brock et al. 2021 (2102.06171)",
   section="section 4 and figure 2",
   claim="AGC makes large learning rates possible where training without clipping fails, changes little at small ones, and "
-  "depends less "
-  "on its threshold than global clipping; the stem may go unclipped, the stages may not, and the classifier should.",
+  "depends less on its threshold than global clipping; the stem may go unclipped, the stages may not, and the classifier "
+  "should.",
   criteria=CRITERIA,
   minutes=2.5,
   run=run,

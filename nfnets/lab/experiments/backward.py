@@ -81,12 +81,10 @@ def run(settings: Settings, progress: Progress) -> Measured:
     ],
     draw=lambda figure: draw(figure, deepest, theirs),
     caption=f"Squared gradient of the kernels of each of {DEPTHS[-1]} blocks, over that of the last one (left); the factor by "
-    "which it "
-    "grows a block towards the input, by the number of channels in a group (right). Shades: all seeds.",
+    "which it grows a block towards the input, by the number of channels in a group (right). Shades: all seeds.",
     notes=(
       "The factor is fitted to the blocks between the second and the last but one. Kernels are alike in all layers, so that "
-      "their "
-      "gradients follow those of the activations.",
+      "their gradients follow those of the activations.",
       f"Groups are counted at width {WIDTH}" + (f"; here all widths are {scale} times that." if scale > 1 else "."),
       "Residual networks with batch normalization grow by a power of the depth only; they are shown for comparison.",
     )
@@ -182,8 +180,7 @@ EXPERIMENT = Experiment(
   paper="Yang et al. 2019 (1902.08129), Lubana et al. 2021 (2106.05956)",
   section="Yang: the theorems on gradient explosion; Lubana: section 5, the speed-stability trade-off of group normalization",
   claim="At initialization gradients of plain networks explode towards the input with batch and with instance normalization, "
-  "less so "
-  "the larger the groups that are normalized, and not at all in residual networks with alpha/beta and scaled weight "
+  "less so the larger the groups that are normalized, and not at all in residual networks with alpha/beta and scaled weight "
   "standardization.",
   criteria=CRITERIA,
   minutes=1.5,

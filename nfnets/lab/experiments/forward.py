@@ -97,14 +97,12 @@ def run(settings: Settings, progress: Progress) -> Measured:
     "stages, linear (middle), and the share of it that lies in the channels' means (right). Shades: all seeds.",
     notes=(
       "Theory speaks of the variance over random weights. Over weights every channel's mean is zero, so that it is the mean "
-      "square "
-      "of the signal: variance of the channels plus squared mean of the channels.",
+      "square of the signal: variance of the channels plus squared mean of the channels.",
       "In a network of finite width, factors of blocks scatter; their mean is 2, their geometric mean is less, so that the "
-      "line of "
-      "the unnormalized network falls behind 2^l.",
+      "line of the unnormalized network falls behind 2^l.",
       "Images are scaled so that the first block's input has the mean square 1, of which all these theories start. Without "
-      "that, the "
-      "smooth patches of digits lose a third of it in the standardized stem, and alpha/beta stays by that third below its line.",
+      "that, the smooth patches of digits lose a third of it in the standardized stem, and alpha/beta stays by that third "
+      "below its line.",
       "Numbers beyond float32 are followed in logarithms: unnormalized networks with ReLU are homogeneous.",
     ),
   )
@@ -231,9 +229,8 @@ EXPERIMENT = Experiment(
   paper="De & Smith 2020 (2002.10444), Brock et al. 2021 (2101.08692), Lubana et al. 2021 (2106.05956)",
   section="De & Smith: section 2 and figure 2; Brock: sections 3 and 4, figures 1 and 2; Lubana: section 3",
   claim="At initialization the variance of a residual network grows linearly with batch normalization, doubles each block "
-  "without "
-  "normalization, and grows by alpha² a block, starting again at each transition, with alpha/beta; scaled weight standardization "
-  "stops the shift of the means.",
+  "without normalization, and grows by alpha² a block, starting again at each transition, with alpha/beta; scaled weight "
+  "standardization stops the shift of the means.",
   criteria=CRITERIA,
   minutes=2.5,
   run=run,

@@ -22,8 +22,7 @@ CRITERIA = (
   Criterion(
     name="gap_slope",
     claim="In linear networks with batch normalization the orthogonality gap, averaged over layers, falls with the width at "
-    "least "
-    "as 1 / sqrt(width), the theorem's bound: the log-log slope is at most -0.4.",
+    "least as 1 / sqrt(width), the theorem's bound: the log-log slope is at most -0.4.",
     high=-0.4,
   ),
   Criterion(
@@ -82,12 +81,10 @@ def run(settings: Settings, progress: Progress) -> Measured:
     "Shades: all seeds.",
     notes=(
       "The theorem bounds the gap by a term in 1 / sqrt(width); the abstract calls it inversely proportional to the width. "
-      "Both are "
-      "judged.",
+      "Both are judged.",
       "Batch normalization divides by the root mean square here and does not centre, as in the papers' analysis.",
-      "Lubana et al. bound the rank from below by a constant, which they leave open, times sqrt(width / group size). One "
-      "width cannot "
-      "refute that; the exponent that fits here stands in the table.",
+      "Lubana et al. bound the rank from below by a constant, which they leave open, times sqrt(width / group size). One width "
+      "cannot refute that; the exponent that fits here stands in the table.",
     ),
   )
 

@@ -65,8 +65,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     rows=[_row(name, values) for name, values in curves.items()],
     draw=lambda figure: draw(figure, curves),
     caption=f"Full-batch gradient descent with learning rate {RATE} on {count} digits: largest eigenvalue of the Hessian, in "
-    "units of "
-    "2 / learning rate (left), and the loss (right). Shades: all seeds.",
+    "units of 2 / learning rate (left), and the loss (right). Shades: all seeds.",
     notes=(
       "Beyond 1 a quadratic with that curvature would diverge. Real losses do not: they fall on, in small jumps.",
       f"Smaller networks and fewer images than the paper's 5,000 of CIFAR-10: {depth} blocks of {width} channels.",
@@ -144,8 +143,7 @@ EXPERIMENT = Experiment(
   paper="Cohen et al. 2021 (2103.00065)",
   section="section 3 and figures 1 and 5; networks with batch normalization in its appendix",
   claim="Under full-batch gradient descent the largest eigenvalue of the Hessian rises to 2 / learning rate and hovers there, "
-  "in plain "
-  "networks, with batch normalization, and with alpha/beta.",
+  "in plain networks, with batch normalization, and with alpha/beta.",
   criteria=CRITERIA,
   minutes=1.5,
   run=run,
