@@ -48,7 +48,7 @@ class NFResNetConfig:
   dialect: Dialect = "official"
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
-  # compile blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
+  # trace blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
   scan: bool = False
 
 

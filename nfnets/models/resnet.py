@@ -49,7 +49,7 @@ class ResNetConfig:
   test_resolution: int = 224
   # compute each block's activations again in the backward pass instead of keeping them
   remat: bool = False
-  # compile blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
+  # trace blocks of a stage that are equal once, and run them in a loop (jax.lax.scan)
   scan: bool = False
 
 
