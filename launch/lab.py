@@ -1,12 +1,12 @@
 """Shows why networks train without normalization: published claims as experiments, each with a picture and a verdict.
-  python -m launch.lab NAME… [--model=MODEL] [--scale=small|full] [--seeds=3] [--out=DIR]
+  python -m launch.lab NAME… [--model=MODEL] [--config=FILE] [--scale=small|full] [--seeds=3] [--out=DIR]
   python -m launch.lab all
   python -m launch.lab list
 
 DIR gets NAME.png, NAME.json and report.html, one file that opens from disk. An experiment that DIR holds already, with the same
 settings, is not computed again, so that a run that was stopped goes on. --model measures a network of yours beside the
 purpose-made ones: a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed) returns an nnx.Module that turns images
-[batch, height, width, 3] into logits.
+[batch, height, width, 3] into logits. --config trains on the images that a recipe of launch.train names, instead of digits.
 """
 
 import difflib
@@ -17,12 +17,13 @@ import rich.console
 import rich.table
 from absl import flags
 
-from launch import cli, compiled
+from launch import cli, compiled, recipe
 from launch.progress import LINE_EVERY_S, plain_console
 
 
 def define(values: flags.FlagValues) -> None:
   compiled.define(values)
+  recipe.define(values)
   flags.DEFINE_string("model", None, "A network of your own: a name of nfnets.models, or FILE.py:FUNCTION.", flag_values=values)
   flags.DEFINE_enum(
     "scale", "small", ["small", "full"], "small: at most 3 minutes an experiment on 2 cores; full: for a GPU.", flag_values=values
@@ -45,7 +46,8 @@ def run(values: flags.FlagValues, *names: str) -> int:
   from nfnets.lab import runner, task
   from nfnets.lab.experiment import Settings
 
-  settings = Settings(scale=values.scale, seeds=values.seeds, model=values.model)
+  data = recipe.parse(values).data if values.config is not None else None
+  settings = Settings(scale=values.scale, seeds=values.seeds, model=values.model, data=data)
   if settings.model is not None:
     task.user_model(settings.model, seed=0)  # a mistake in its name ends the program before minutes are spent
   chosen = [experiments.get(name) for name in (experiments.names() if names == ("all",) else names)]

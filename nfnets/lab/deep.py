@@ -37,6 +37,8 @@ class DeepConfig:
   alpha: float = 0.2
   activation: str = "relu"
   num_classes: int = 10
+  # channels of the images
+  in_features: int = 3
 
   def expected_stds(self) -> list[float]:
     """The standard deviation of each block's input at initialization under alpha/beta (Brock et al. 2021a, section 4.2)."""
@@ -98,7 +100,7 @@ class Deep(nnx.Module):
       raise UserError(f"depth={config.depth}, stages={config.stages}, convs={config.convs}: stages divide depth; convs is 1 or 2")
     self.config = config
     keys = layers.ParamKeys(key)
-    self.stem = norms.conv(config.norm, 3, config.width, 3, act="identity", keys=keys)
+    self.stem = norms.conv(config.norm, config.in_features, config.width, 3, act="identity", keys=keys)
     several = config.stages > 1
     rest = config.depth // config.stages - several
     self.transitions = nnx.List([Block(config, keys, transition=True) for _ in range(config.stages if several else 0)])
@@ -108,7 +110,7 @@ class Deep(nnx.Module):
     self.fc = layers.linear(config.width, config.num_classes, stddev=config.width**-0.5, rngs=keys)
 
   def __call__(self, images: Array, *, key: Array | None = None) -> Array:
-    """Computes logits, float32 [batch, classes], of images [batch, height, width, 3]; `key` is for noise."""
+    """Computes logits, float32 [batch, classes], of images [batch, height, width, in_features]; `key` is for noise."""
     x, _ = self.run(images, key=key)
     x = self.activation(norms.normalize(self.norm, x, None if key is None else jax.random.fold_in(key, 1 << 20)))
     return self.fc(layers.global_pool(x))
@@ -119,7 +121,7 @@ class Deep(nnx.Module):
     """Runs stem and blocks.
 
     Args:
-      images: float32 [batch, height, width, 3].
+      images: float32 [batch, height, width, in_features].
       key: for noise.
       probe: what is kept of each block.
       rescale: divides the signal by its root mean square after each block, and gives log2 of what was taken out as well. Exact

@@ -13,6 +13,26 @@ from nfnets.models import layers
 Array = jax.Array
 
 
+class LinearNetwork(nnx.Module):
+  """A deep linear network that can be trained: pixels → width → … → width → classes, with a normalizer after each of its layers."""
+
+  def __init__(self, inputs: int, width: int, depth: int, norm: str, key: Array, *, num_classes: int = 10):
+    keys = layers.ParamKeys(key)
+    sizes = [inputs] + [width] * depth
+    make = lambda before, after: layers.linear(before, after, stddev=before**-0.5, rngs=keys)
+    self.layers = nnx.List([make(before, after) for before, after in zip(sizes, sizes[1:], strict=False)])
+    self.norms = nnx.List([norms.make(norm, width, keys) for _ in range(depth)])
+    self.fc = layers.linear(width, num_classes, stddev=width**-0.5, rngs=keys)
+
+  def __call__(self, images: Array, *, key: Array | None = None) -> Array:
+    """Computes logits, float32 [batch, classes], of images [batch, …] with `inputs` numbers each; `key` is for noise."""
+    x = images.reshape(len(images), -1)
+    for i, layer in enumerate(self.layers):
+      place = None if key is None else jax.random.fold_in(key, i)
+      x = norms.normalize(self.norms[i], layer(x)[:, None, None, :], place)[:, 0, 0, :]
+    return self.fc(x)
+
+
 def layer_similarities(norm: str, inputs: Array, depth: int, key: Array) -> dict[str, Array]:
   """Measures how alike the samples are after each layer H ← N(H W) of a random linear network (Daneshmand et al. 2021, eq. 1).
 

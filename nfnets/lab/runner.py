@@ -9,7 +9,7 @@ from typing import Any
 
 from nfnets.files import write_file
 from nfnets.lab import drawing, records, report
-from nfnets.lab.experiment import Experiment, Settings, conclude
+from nfnets.lab.experiment import Experiment, Progress, Settings, conclude
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +66,7 @@ def run(
 
     if not kept:
       progress(0.0)
-      stored = _compute(experiment, settings, file, progress)
+      stored = _compute(experiment, settings, file, progress, again)
     clock.end(counted=not kept)
     assert stored is not None
     results.append(stored)
@@ -79,14 +79,20 @@ def run(
   return results
 
 
-def _compute(experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None]) -> dict[str, Any]:
-  """Runs an experiment and writes its picture, then its record, which says that it is done."""
+def _compute(
+  experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None], again: bool
+) -> dict[str, Any]:
+  """Runs an experiment and writes its picture, then its record, which says that it is done; parts lie in NAME.parts till then."""
   began = time.monotonic()
-  measured = experiment.run(settings, progress)
+  parts, identity = file.with_suffix(".parts"), json.dumps(records.identity(experiment, settings))
+  if again or not parts.is_file() or parts.read_text(encoding="utf-8").split("\n", 1)[0] != identity:
+    write_file(parts, identity.encode())
+  measured = experiment.run(settings, Progress(progress, parts))
   result = conclude(experiment, settings, measured)
   write_file(file.with_suffix(".png"), drawing.render(measured.draw))
   record = records.record(result, time.monotonic() - began)
   write_file(file, json.dumps(record, indent=1, ensure_ascii=False).encode())
+  parts.unlink()
   return record
 
 

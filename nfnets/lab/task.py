@@ -1,19 +1,28 @@
-"""What experiments look at: real images, scikit-learn's digits, and the network that a user names."""
+"""What experiments look at: real images, scikit-learn's digits or those of a config file, and the network that a user names."""
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
 from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from nfnets import models
+from nfnets.config import DataConfig
+from nfnets.data.images import decode
 from nfnets.data.sources.builtin import digits
+from nfnets.data.sources.open import open_source
 from nfnets.errors import UserError
 
+Labelled = tuple[jax.Array, jax.Array]  # images float32 [n, side, side, channels], labels int32 [n]
+PATCH = 2  # pixels a side of the patches that become one place each with all their numbers, which makes training fast
+SIDE = 16  # pixels a side to which images of a config file are averaged first
+MOST = {"train": 10_000, "test": 2_000}  # images taken of a config file's splits
 MEAN, STD = 77.8, 95.9  # of the digits' pixels, as in configs/digits.py
 
 
@@ -44,6 +53,54 @@ def images(count: int | None = None, *, split: str = "train", seed: int = 0, sid
   nearest = np.arange(side) * pixels.shape[1] // side
   pixels = pixels[:, nearest][:, :, nearest]
   return jnp.asarray((pixels.astype(np.float32) - MEAN) / STD), jnp.asarray(labels)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Data:
+  """What networks are trained and tested on; `name` for people."""
+
+  name: str
+  classes: int
+  train: Labelled
+  test: Labelled
+
+  @property
+  def channels(self) -> int:
+    return self.train[0].shape[-1]
+
+
+def data(config: DataConfig | None) -> Data:
+  """Images cut in patches of 2×2 pixels: the digits, [4, 4, 12]; or at most 10,000 training and 2,000 test images, [8, 8, 12].
+
+  Raises:
+    DataError: as `open_source`, and for an image that cannot be decoded.
+  """
+  if config is None:
+    cut = lambda labelled: (patches(labelled[0]), labelled[1])
+    return Data("digits", 10, cut(images()), cut(images(split="test")))
+  parts = {name: _read(config, split, MOST[name]) for name, split in (("train", config.train_split), ("test", config.test_split))}
+  return Data(config.name, parts["train"][2], parts["train"][:2], parts["test"][:2])
+
+
+def _read(config: DataConfig, split: str, most: int) -> tuple[jax.Array, jax.Array, int]:
+  """Images float32 [n, 8, 8, 12], the same ones each time, labels, and the number of classes."""
+  source = open_source(config, split)
+  chosen = np.random.default_rng(0).permutation(len(source))[:most]
+  pixels, labels = np.empty((len(chosen), SIDE, SIDE, 3), np.float32), np.empty(len(chosen), np.int32)
+  for i, number in enumerate(chosen):
+    record = source[int(number)]
+    image = record.image if isinstance(record.image, np.ndarray) else decode.pixels(record.image, source.rules)
+    pixels[i], labels[i] = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA), record.label
+  source.close()
+  pixels = (pixels - np.float32(config.mean)) / np.float32(config.std)
+  return patches(jnp.asarray(pixels)), jnp.asarray(labels), source.num_classes
+
+
+def patches(pixels: jax.Array) -> jax.Array:
+  """[n, H, W, C] → [n, H / 2, W / 2, 4 C]: all the numbers of each 2×2 pixels at one place."""
+  n, height, width, channels = pixels.shape
+  parts = pixels.reshape(n, height // PATCH, PATCH, width // PATCH, PATCH, channels).transpose(0, 1, 3, 2, 4, 5)
+  return parts.reshape(n, height // PATCH, width // PATCH, -1)
 
 
 def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]]:

@@ -1,0 +1,173 @@
+"""Accuracy against batch size, for normalizers and for networks without one, with and without adaptive gradient clipping."""
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from nfnets.lab import drawing, task
+from nfnets.lab.deep import Deep, DeepConfig
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.training import Recipe, Trainer, batches
+
+LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)
+NETWORKS = {"batch": "batch", "group": "group:4", "layer": "layer", "NF": "nf"}
+STEP = 3.0  # from one learning rate of the grid to the next
+
+CRITERIA = (
+  Criterion(
+    name="small",
+    claim="At the smallest batch NF, with AGC or without, is better than batch normalization by at least 0.01 of accuracy.",
+    low=0.01,
+  ),
+  Criterion(
+    name="middle",
+    claim="At a batch in between NF with AGC is no worse than batch normalization, by more than 0.01.",
+    low=-0.01,
+  ),
+  Criterion(
+    name="large", claim="At the largest batch AGC raises the accuracy of NF by at least 0.01.", low=0.01
+  ),
+  Criterion(
+    name="falls",
+    claim="AGC's best threshold falls as batches grow: the rank correlation of batch and best λ is at most -0.4.",
+    high=-0.4,
+  ),
+)
+
+
+def arms(lambdas: tuple[float, ...]) -> dict[str, tuple[str, float]]:
+  """{name: (normalizer, AGC's λ)}."""
+  plain = {name: (norm, math.inf) for name, norm in NETWORKS.items()}
+  return {**plain, **{f"NF + AGC {strength:g}": ("nf", strength) for strength in lambdas}}
+
+
+def rates(batch: int, settings: Settings) -> list[float]:
+  """The grid of learning rates, the same for all: round 0.1 at 64 images, times the root of batch / 64 elsewhere."""
+  reach = settings.of_scale(1, 2)
+  return [0.1 * (batch / 64) ** 0.5 * STEP**k for k in range(-reach, reach + 1)]
+
+
+def run(settings: Settings, progress: Progress) -> Measured:
+  """Trains every network with every batch size, learning rate and seed, for the same number of epochs."""
+  sizes = settings.of_scale((4, 32, 256, 1024), (4, 16, 64, 256, 1024))
+  width, depth, epochs = settings.of_scale((16, 4, 24), (16, 6, 5))
+  lambdas = settings.of_scale((0.01, 0.04, 0.16), LAMBDAS)
+  data, ways = task.data(settings.data), arms(lambdas)
+
+  @functools.cache
+  def trainer(norm: str, batch: int) -> Trainer:
+    config = DeepConfig(depth=depth, width=width, norm=norm, num_classes=data.classes, in_features=data.channels)
+    steps = max(1, epochs * len(data.train[1]) // batch)
+    return Trainer(lambda key: Deep(config, key), data, Recipe(batch=batch, steps=steps, warmup=max(1, steps // 18)))
+
+  def job(name: str, batch: int, rate: float, seed: int) -> float:
+    norm, strength = ways[name]
+    made = trainer(norm, batch)
+    params, *_ = made.train(made.init(seed), batches(len(data.train[1]), made.recipe, seed), rate, strength)
+    return made.test(params)[0]
+
+  jobs = {
+    f"{name}, batch {batch}, rate {rate:.3g}, seed {seed}": functools.partial(job, name, batch, rate, seed)
+    for batch in sizes
+    for name in ways
+    for rate in rates(batch, settings)
+    for seed in range(settings.seeds)
+  }
+  found = np.array(list(progress.parts(jobs).values()), np.float64)
+  grid = found.reshape(len(sizes), len(ways), -1, settings.seeds)
+  best = np.argmax(grid.mean(axis=-1), axis=-1)  # [sizes, ways]
+  accuracy = {
+    name: np.stack([grid[i, j, best[i, j]] for i in range(len(sizes))]) for j, name in enumerate(ways)
+  }  # [sizes, seeds] each
+  return Measured(
+    samples=figures(accuracy, sizes, lambdas),
+    rows=_rows(accuracy, sizes, best, settings),
+    draw=lambda figure: draw(figure, accuracy, sizes, lambdas),
+    caption=f"Test accuracy after {epochs} epochs of {data.name} by batch size, each at its best of {grid.shape[2]} "
+    "learning rates (left), and by AGC's λ (right). Shades: all seeds.",
+    notes=(
+      f"Residual networks of {depth} blocks and {width} channels on {len(data.train[1])} images; learning rates are a factor "
+      f"{STEP:g} apart, and the best is that of the mean over seeds. Epochs are equal, so that large batches have few steps.",
+      "Batch normalization is tested with the statistics of 360 test images at once, not with running ones.",
+      "The paper trained NF-ResNet-50 and -200 on ImageNet with batches of 256 to 4,096.",
+    ),
+  )
+
+
+def figures(accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], lambdas: tuple[float, ...]) -> dict[str, list[float]]:
+  """The criteria's figures from accuracies [sizes, seeds] at the best learning rate."""
+  clipped = np.stack([accuracy[f"NF + AGC {strength:g}"] for strength in lambdas])  # [λ, sizes, seeds]
+  best = clipped[np.argmax(clipped.mean(axis=-1), axis=0), np.arange(len(sizes))]  # [sizes, seeds]
+  middle = len(sizes) // 2
+  small = np.maximum(best[0].mean(), accuracy["NF"][0].mean())
+  without_norm = best[0] if small == best[0].mean() else accuracy["NF"][0]
+  return {
+    "small": list(without_norm - accuracy["batch"][0]),
+    "middle": list(best[middle] - accuracy["batch"][middle]),
+    "large": list(best[-1] - accuracy["NF"][-1]),
+    "falls": [correlation(clipped[:, :, seed]) for seed in range(clipped.shape[-1])],
+  }
+
+
+def correlation(clipped: np.ndarray) -> float:
+  """The rank correlation of batch size and best λ, of accuracies [λ, sizes]; 0 where the best λ is the same for all sizes."""
+  best = np.argmax(clipped, axis=0)
+  if np.ptp(best) == 0:
+    return 0.0
+  import scipy.stats
+
+  return float(scipy.stats.spearmanr(np.arange(len(best)), best).statistic)
+
+
+def _rows(accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], best: np.ndarray, settings: Settings) -> list[Row]:
+  rows = []
+  for j, (name, values) in enumerate(accuracy.items()):
+    for i, batch in enumerate(sizes):
+      grid = rates(batch, settings)
+      rows.append(
+        {
+          "network": name,
+          "batch": batch,
+          "test accuracy": float(values[i].mean()),
+          "lowest": float(values[i].min()),
+          "highest": float(values[i].max()),
+          "best learning rate": float(grid[best[i, j]]),
+          "at the grid's end": "yes" if best[i, j] in (0, len(grid) - 1) else "no",
+        }
+      )
+  return rows
+
+
+def draw(figure: Any, accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], lambdas: tuple[float, ...]) -> None:
+  """Draws two panels."""
+  by_size, by_lambda = figure.subplots(1, 2)
+  clipped = np.stack([accuracy[f"NF + AGC {strength:g}"] for strength in lambdas])  # [λ, sizes, seeds]
+  best = clipped[np.argmax(clipped.mean(axis=-1), axis=0), np.arange(len(sizes))]
+  for style, (name, values) in enumerate({**{name: accuracy[name] for name in NETWORKS}, "NF + AGC": best}.items()):
+    drawing.line(by_size, sizes, values.T, name, style, markers=True)
+  by_size.set_xscale("log", base=2)
+  by_size.set_xticks(sizes, [str(size) for size in sizes])
+  drawing.name_axes(by_size, "batch size, images", "test accuracy")
+  drawing.legend(by_size)
+  for style, batch in enumerate(sizes):
+    drawing.line(by_lambda, lambdas, clipped[:, style].T, f"batch {batch}", style, markers=True)
+  by_lambda.set_xscale("log")
+  by_lambda.set_xticks(lambdas, [f"{strength:g}" for strength in lambdas])
+  by_lambda.minorticks_off()
+  drawing.name_axes(by_lambda, "λ of AGC", "test accuracy")
+  drawing.legend(by_lambda)
+
+
+EXPERIMENT = Experiment(
+  name="batch_size",
+  title="Batch size",
+  paper="Brock et al. 2021 (2102.06171), Brock et al. 2021 (2101.08692)",
+  section="2102.06171: section 4.1 and figure 2; 2101.08692: the comparison at batch size 4",
+  claim="Batch normalization fails at small batches and networks without it do not; without clipping these fail at large "
+  "batches, and with AGC they do not; the best λ falls as batches grow.",
+  criteria=CRITERIA,
+  minutes=3.0,
+  run=run,
+)

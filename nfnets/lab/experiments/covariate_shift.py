@@ -1,0 +1,201 @@
+"""Internal covariate shift: batch normalization does not reduce it, and noise that adds to it does not harm."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnets.lab import drawing, task
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.linear import LinearNetwork
+from nfnets.lab.measures.shift import covariate_shift, layer_numbers
+from nfnets.lab.task import Data
+from nfnets.lab.training import Recipe, Trainer, batches
+from nfnets.lab.vgg import VGG, VGGConfig
+
+BATCH, EVERY = 128, 10
+RATES = {"VGG": 0.02, "linear": 0.005}
+NETWORKS = (("VGG", "none"), ("VGG", "batch"), ("VGG", "noisy_batch"), ("linear", "none"), ("linear", "batch"))
+LAYER = 2  # of the VGG, whose distribution is followed
+SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+CRITERIA = (
+  Criterion(
+    name="vgg_shift",
+    claim="VGG: the relative shift ‖G - G'‖ / ‖G‖ with batch normalization is at least 0.8 of that without, so not reduced.",
+    low=0.8,
+  ),
+  Criterion(
+    name="vgg_cosine",
+    claim="VGG: the cosine of G and G' with batch normalization exceeds that without by at most 0.05.",
+    high=0.05,
+  ),
+  Criterion(
+    name="linear_shift",
+    claim="Deep linear network: the relative shift with batch normalization is at least 0.8 of that without.",
+    low=0.8,
+  ),
+  Criterion(
+    name="jumps",
+    claim="Noise after batch normalization makes the distribution of a layer's inputs jump more than it does without any "
+    "normalization: the ratio is at least 1.",
+    low=1.0,
+  ),
+  Criterion(
+    name="noisy_as_batch",
+    claim="With that noise batch normalization trains as well: test accuracy falls by at most 0.05.",
+    low=-0.05,
+  ),
+  Criterion(
+    name="noisy_above_none",
+    claim="It trains better than without normalization: test accuracy is higher by at least 0.",
+    low=0.0,
+  ),
+)
+
+
+def run(settings: Settings, progress: Progress) -> Measured:
+  """Trains every network with every seed and looks at each tenth step."""
+  steps = settings.of_scale(300, 3000)
+  data = task.data(settings.data)
+
+  @functools.cache
+  def trainer(kind: str, norm: str) -> Trainer:
+    return _trainer(kind, norm, data, steps, settings)
+
+  def job(kind: str, norm: str, seed: int) -> dict[str, Any]:
+    made = trainer(kind, norm)
+    order = batches(len(data.train[1]), made.recipe, seed)
+    params, losses, seen = made.train(made.init(seed), order, RATES[kind], seed=seed)
+    return {"accuracy": made.test(params)[0], "loss": losses.tolist(), **{name: value.tolist() for name, value in seen.items()}}
+
+  jobs = {
+    f"{kind}, {norm}, seed {seed}": functools.partial(job, kind, norm, seed)
+    for kind, norm in NETWORKS
+    for seed in range(settings.seeds)
+  }
+  found = progress.parts(jobs)
+  runs = {
+    (kind, norm): [found[f"{kind}, {norm}, seed {seed}"] for seed in range(settings.seeds)] for kind, norm in NETWORKS
+  }
+  return Measured(
+    samples=figures(runs),
+    rows=[_row(kind, norm, values) for (kind, norm), values in runs.items()],
+    draw=lambda figure: draw(figure, runs),
+    caption=f"Training on {data.name}, batch {BATCH}. Left: relative shift of a layer's gradient by the update of the layers "
+    "before it, mean over layers. Middle: cosine of the gradients before and after. Right: 5, 25, 50, 75 and 95 % of what the "
+    "third layer's normalizer gives in one channel, first seed, without normalization, with it, and with noise.",
+    notes=(
+      "The shift is that of definition 2.1, by the network's own step, on the images of that step; it is divided by the "
+      "gradient's length, since gradients of different networks are of different length. The first layer has none.",
+      f"VGG with four convolutions, deep linear network of {_depth(settings)} layers; gradient descent with Nesterov's momentum, "
+      f"learning rates {RATES['VGG']} and {RATES['linear']}, the same with and without normalization.",
+      "The strength of the noise is from memory of the paper's appendix.",
+    ),
+  )
+
+
+def _depth(settings: Settings) -> int:
+  return settings.of_scale(8, 25)
+
+
+def _trainer(kind: str, norm: str, data: Data, steps: int, settings: Settings) -> Trainer:
+  shape = data.train[0].shape[1:]
+  config = VGGConfig(width=settings.of_scale((16, 32), (32, 64)), norm=norm, num_classes=data.classes, in_features=data.channels)
+  inputs, width = int(np.prod(shape)), settings.of_scale(32, 128)
+  make = (
+    (lambda key: VGG(config, key))
+    if kind == "VGG"
+    else (lambda key: LinearNetwork(inputs, width, _depth(settings), norm, key, num_classes=data.classes))
+  )
+  made = Trainer(make, data, Recipe(batch=BATCH, steps=steps), every=EVERY)
+  numbers = layer_numbers(made.init(0))
+
+  def watch(before: Any, after: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+    seen = covariate_shift(lambda params: made.loss(params, images, labels, key), before, after, numbers)
+    if kind == "VGG":
+      inner = made.model(before).run(images, key=key)[1][LAYER].reshape(-1, config.width[LAYER // config.convs])
+      seen |= {"mean": jnp.mean(inner, axis=0), "std": jnp.std(inner, axis=0)}
+      seen["quantiles"] = jnp.quantile(inner[:, 0], jnp.array(SHARES))
+    return seen
+
+  made.watch = watch
+  return made
+
+
+def relative_shift(run: dict[str, Any]) -> np.ndarray:
+  """‖G - G'‖ / ‖G‖, the mean over layers but the first one: float64 [steps looked at]."""
+  shift, norm = np.array(run["shift"]), np.array(run["norm"])
+  return np.mean(shift[:, 1:] / np.maximum(norm[:, 1:], 1e-30), axis=1)
+
+
+def unrest(run: dict[str, Any]) -> float:
+  """How far channels' means move between two looks, in their standard deviations: the mean over channels and time."""
+  mean, std = np.array(run["mean"]), np.array(run["std"])
+  return float(np.mean(np.abs(np.diff(mean, axis=0)) / np.maximum(std[1:], 1e-12)))
+
+
+def figures(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[float]]:
+  """The criteria's figures, a number a seed."""
+  size = lambda run: float(np.exp(np.mean(np.log(np.maximum(relative_shift(run), 1e-12)))))
+  cosine = lambda run: float(np.mean(np.array(run["cosine"])[:, 1:]))
+  pairs = lambda kind, one, other: zip(runs[kind, one], runs[kind, other], strict=True)
+  return {
+    "vgg_shift": [size(batch) / size(none) for batch, none in pairs("VGG", "batch", "none")],
+    "vgg_cosine": [cosine(batch) - cosine(none) for batch, none in pairs("VGG", "batch", "none")],
+    "linear_shift": [size(batch) / size(none) for batch, none in pairs("linear", "batch", "none")],
+    "jumps": [unrest(noisy) / unrest(none) for noisy, none in pairs("VGG", "noisy_batch", "none")],
+    "noisy_as_batch": [noisy["accuracy"] - batch["accuracy"] for noisy, batch in pairs("VGG", "noisy_batch", "batch")],
+    "noisy_above_none": [noisy["accuracy"] - none["accuracy"] for noisy, none in pairs("VGG", "noisy_batch", "none")],
+  }
+
+
+def _row(kind: str, norm: str, values: list[dict[str, Any]]) -> Row:
+  return {
+    "network": f"{kind}, {norm}",
+    "test accuracy": float(np.mean([run["accuracy"] for run in values])),
+    "relative shift": float(np.mean([relative_shift(run).mean() for run in values])),
+    "shift ‖G - G'‖": float(np.mean([np.array(run["shift"])[:, 1:].mean() for run in values])),
+    "cosine": float(np.mean([np.array(run["cosine"])[:, 1:].mean() for run in values])),
+    "unrest of a layer's inputs": float(np.mean([unrest(run) for run in values])) if kind == "VGG" else None,
+  }
+
+
+def draw(figure: Any, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+  """Draws the two measures by step, and a layer's distribution over time in three small panels."""
+  grid = figure.add_gridspec(3, 3, width_ratios=(1, 1, 0.9))
+  shift, cosine = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
+  for style, ((kind, norm), values) in enumerate(runs.items()):
+    steps = np.arange(len(values[0]["shift"])) * EVERY
+    label = f"{kind}, {norm.replace('_', ' ')}"
+    drawing.line(shift, steps, [relative_shift(run) for run in values], label, style)
+    drawing.line(cosine, steps, [np.array(run["cosine"])[:, 1:].mean(axis=1) for run in values], label, style)
+  shift.set_yscale("log")
+  shift.set_ylim(top=20 * shift.get_ylim()[1])
+  drawing.name_axes(shift, "step", "‖G - G'‖ / ‖G‖")
+  drawing.legend(shift, loc="upper right", fontsize=8)
+  drawing.name_axes(cosine, "step", "cosine of G and G'")
+  for row, norm in enumerate(("none", "batch", "noisy_batch")):
+    axis = figure.add_subplot(grid[row, 2])
+    quantiles = np.array(runs["VGG", norm][0]["quantiles"])
+    steps = np.arange(len(quantiles)) * EVERY
+    axis.fill_between(steps, quantiles[:, 0], quantiles[:, 4], color="0.85", lw=0)
+    axis.fill_between(steps, quantiles[:, 1], quantiles[:, 3], color="0.65", lw=0)
+    axis.plot(steps, quantiles[:, 2], color="k", lw=1)
+    drawing.name_axes(axis, "step" if row == 2 else "", "value" if row == 1 else "", norm.replace("_", " "))
+    axis.tick_params(labelsize=8, labelbottom=row == 2)
+
+
+EXPERIMENT = Experiment(
+  name="covariate_shift",
+  title="Internal covariate shift",
+  paper="Santurkar et al. 2018 (1805.11604)",
+  section="section 2, definition 2.1, figures 1 and 2",
+  claim="Batch normalization does not reduce internal covariate shift, and with noise that makes the distributions of layers' "
+  "inputs jump it still trains as well.",
+  criteria=CRITERIA,
+  minutes=1.5,
+  run=run,
+)

@@ -1,0 +1,192 @@
+"""The landscape of the loss: smoother along the gradient with batch normalization, and how it is without."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nfnets.lab import drawing, norms, task
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.measures.landscape import along_gradient, batch_norm_bound, plane
+from nfnets.lab.training import Recipe, Trainer, batches, cross_entropy
+from nfnets.lab.vgg import VGG, VGGConfig
+
+BATCH, EVERY, RATE = 128, 10, 0.02
+STEPS = (0.5, 1.0, 2.0, 4.0)  # of the learning rate, along the gradient
+NETWORKS = {"none": "none", "batch": "batch", "L1": "lp:1", "L∞": "lp:inf", "scaled WS": "scaled_weight_std"}
+PICTURED = ("none", "batch", "scaled WS")
+LAYER = 2  # of the VGG, on which the theorem is checked
+PLACES = np.linspace(-1, 1, 17)
+
+CRITERIA = (
+  Criterion(
+    name="smoothness",
+    claim="The effective β-smoothness without normalization is larger than with batch normalization: the ratio is at least 1.",
+    low=1.0,
+  ),
+  Criterion(
+    name="change",
+    claim="The gradient changes more along its own direction, in its own length, without batch normalization than with it: the "
+    "ratio is at least 1.",
+    low=1.0,
+  ),
+  Criterion(
+    name="range",
+    claim="The loss varies more along the gradient without batch normalization: the ratio of the ranges is at least 1.",
+    low=1.0,
+  ),
+  Criterion(
+    name="lp",
+    claim="L1 and L∞ normalization smooth as well: the smaller ratio of their β, none over normalized, is at least 1.",
+    low=1.0,
+  ),
+  Criterion(
+    name="scaled_ws",
+    claim="So does scaled weight standardization without any normalization of activations (ours, not the paper's): the ratio is "
+    "at least 1.",
+    low=1.0,
+  ),
+  Criterion(
+    name="theorem",
+    claim="Theorem 4.1 holds on a layer of the trained network: the largest ratio of its left and right side is at most 1.",
+    high=1.001,
+  ),
+)
+
+
+def run(settings: Settings, progress: Progress) -> Measured:
+  """Trains every network with every seed, looks along the gradient at each tenth step and around the end."""
+  steps = settings.of_scale(200, 3000)
+  data = task.data(settings.data)
+
+  @functools.cache
+  def trainer(name: str) -> Trainer:
+    config = VGGConfig(
+      width=settings.of_scale((16, 32), (32, 64)), norm=NETWORKS[name], num_classes=data.classes, in_features=data.channels
+    )
+    made = Trainer(lambda key: VGG(config, key), data, Recipe(batch=BATCH, steps=steps), every=EVERY)
+    made.watch = lambda before, after, images, labels, key: along_gradient(
+      lambda params: made.loss(params, images, labels, key), before, RATE * jnp.array(STEPS)
+    )
+    return made
+
+  def job(name: str, seed: int) -> dict[str, Any]:
+    made = trainer(name)
+    params, losses, seen = made.train(made.init(seed), batches(len(data.train[1]), made.recipe, seed), RATE)
+    values: dict[str, Any] = {"accuracy": made.test(params)[0], "loss": losses.tolist()}
+    values |= {key: value.tolist() for key, value in seen.items()}
+    images, labels = data.train[0][:256], data.train[1][:256]
+    if name == "batch":
+      values["theorem"] = theorem(made, params, images, labels)
+    if name in PICTURED and seed == 0:
+      look = jax.jit(lambda params: plane(lambda p: made.loss(p, images, labels), params, jax.random.key(1), jnp.array(PLACES)))
+      values["plane"] = np.asarray(look(params)).tolist()
+    return values
+
+  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in NETWORKS for seed in range(settings.seeds)}
+  found = progress.parts(jobs)
+  runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in NETWORKS}
+  return Measured(
+    samples=figures(runs),
+    rows=[_row(name, values) for name, values in runs.items()],
+    draw=lambda figure: draw(figure, runs),
+    caption=f"VGG on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient over its length, and range of "
+    f"the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: the loss on 256 training images around "
+    "the end of training, on a plane of two random directions, each filter's as long as the filter; first seed.",
+    notes=(
+      f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper. A VGG has "
+      "no shortcuts: scaled weight standardization is all of NF that fits in.",
+      "The theorem's sides are equal but for rounding and for the small number that is added to the variance.",
+      "Ratios are those of geometric means over the steps that were looked at.",
+    ),
+  )
+
+
+def theorem(made: Trainer, params: Any, images: jax.Array, labels: jax.Array) -> float:
+  """The largest left / right of theorem 4.1 over the channels of a layer; channels whose gradient is zero are left out."""
+
+  @jax.jit
+  def sides(params: Any) -> tuple[jax.Array, jax.Array]:
+    network = made.model(params)
+    norm: Any = network.norms[LAYER]
+    y, _ = network.run(images, upto=LAYER)
+    outer = jax.grad(lambda z: cross_entropy(made.model(params).run(z, start=LAYER)[0], labels))(norms.normalize(norm, y, None))
+    channels = y.shape[-1]
+    return batch_norm_bound(outer.reshape(-1, channels), y.reshape(-1, channels), norm.norm.scale[...], norms.EPSILON)
+
+  left, right = (np.asarray(side, np.float64) for side in sides(params))
+  alive = right > 1e-12 * max(right.max(), 1e-30)
+  return float(np.max(left[alive] / right[alive]))
+
+
+def mean(run: dict[str, Any], name: str) -> float:
+  """The geometric mean over the steps looked at of "smoothness", "change" (over the gradient's length) or "range" (of the loss)."""
+  value = {
+    "smoothness": np.array(run["smoothness"]),
+    "change": np.array(run["change"]) / np.maximum(run["gradient"], 1e-12),
+    "range": np.array(run["highest"]) - np.array(run["lowest"]),
+  }[name]
+  return float(np.exp(np.mean(np.log(np.maximum(value, 1e-12)))))
+
+
+def figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+  """The criteria's figures, a number a seed."""
+  ratios = lambda name, measure: np.array([mean(a, measure) / mean(b, measure) for a, b in zip(runs["none"], runs[name], strict=True)])
+  return {
+    **{measure: list(ratios("batch", measure)) for measure in ("smoothness", "change", "range")},
+    "lp": list(np.minimum(ratios("L1", "smoothness"), ratios("L∞", "smoothness"))),
+    "scaled_ws": list(ratios("scaled WS", "smoothness")),
+    "theorem": [run["theorem"] for run in runs["batch"]],
+  }
+
+
+def _row(name: str, values: list[dict[str, Any]]) -> Row:
+  average = lambda measure: float(np.mean([mean(run, measure) for run in values]))
+  return {
+    "network": name,
+    "test accuracy": float(np.mean([run["accuracy"] for run in values])),
+    "effective β": average("smoothness"),
+    "change of the gradient / its length": average("change"),
+    "range of the loss": average("range"),
+    "loss at the end": float(np.mean([run["loss"][-1] for run in values])),
+  }
+
+
+def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
+  """Draws three curves above and three planes below."""
+  figure.set_size_inches(9, 6.6)
+  above, below = figure.subplots(2, 3)
+  measures = {
+    "effective β": lambda run: run["smoothness"],
+    "‖change‖ / ‖gradient‖": lambda run: np.array(run["change"]) / np.array(run["gradient"]),
+    "range of the loss": lambda run: np.array(run["highest"]) - np.array(run["lowest"]),
+  }
+  for axis, (title, measure) in zip(above, measures.items(), strict=True):
+    for style, (name, values) in enumerate(runs.items()):
+      steps = np.arange(len(values[0]["gradient"])) * EVERY
+      drawing.line(axis, steps, [measure(run) for run in values], name, style)
+    axis.set_yscale("log")
+    drawing.name_axes(axis, "step", title)
+  drawing.legend(above[0], fontsize=8)
+  for axis, name in zip(below, PICTURED, strict=True):
+    values = np.array(runs[name][0]["plane"])
+    shown = axis.contour(PLACES, PLACES, np.log10(np.maximum(values, 1e-6)).T, levels=10, cmap="gray", linewidths=1)
+    axis.clabel(shown, fontsize=7, fmt="%.1f")
+    axis.plot(0, 0, "k+")
+    axis.set_aspect("equal")
+    drawing.name_axes(axis, "direction 1", "direction 2", f"{name}: log10 of the loss")
+
+
+EXPERIMENT = Experiment(
+  name="landscape",
+  title="Landscape of the loss",
+  paper="Santurkar et al. 2018 (1805.11604), Li et al. 2018 (1712.09913)",
+  section="Santurkar: section 3.2, figure 4, theorem 4.1; Li: section 4",
+  claim="Batch normalization makes the loss smoother along the gradient, as do other normalizations that do not control "
+  "distributions, and scaled weight standardization; theorem 4.1 holds on a layer.",
+  criteria=CRITERIA,
+  minutes=1.0,
+  run=run,
+)

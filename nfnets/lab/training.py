@@ -1,0 +1,145 @@
+"""Trains the purpose-made networks of this room: SGD with Nesterov's momentum, and AGC where a strength is given."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from nfnets.agc import agc
+from nfnets.lab.task import Data
+
+Array = jax.Array
+Params = Any  # a pytree of float32 arrays: nested dicts with the names of the network's attributes
+# (parameters before a step, after it, images, labels, key of the step's noise) → a pytree of arrays
+Watch = Callable[[Params, Params, Array, Array, Array], Any]
+MOMENTUM = 0.9
+# Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
+_UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+  """How long to train, and on what.
+
+  Attributes:
+    batch: images a step.
+    steps: how many, the first `warmup` of them with a linearly rising learning rate; a cosine takes it to 0 at the end.
+    weight_decay: times the weights, is added to the gradient of kernels (after clipping); nothing else decays.
+    momentum: of Nesterov; 0: plain gradient descent.
+  """
+
+  batch: int
+  steps: int
+  warmup: int = 5
+  weight_decay: float = 0.0
+  momentum: float = MOMENTUM
+
+
+class Trainer:
+  """Trains one architecture; each training is one call of a program that is compiled once.
+
+  Args:
+    make: turns a key into a network that maps images to logits, called as network(images, key=key).
+    data: what it sees.
+    recipe: how long.
+    watch: looks at every `every`-th step, the first one included.
+    every: see `watch`.
+  """
+
+  def __init__(
+    self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, *, watch: Watch | None = None, every: int = 1
+  ):
+    self.recipe, self.data, self._make, self.watch, self._every = recipe, data, make, watch, every
+    self._graph, self._template, self._rest = nnx.split(make(jax.random.key(0)), nnx.Param, ...)
+    self._descend = jax.jit(self._train)
+    self._logits_of = jax.jit(self.logits)
+
+  def init(self, seed: int) -> Params:
+    """New weights."""
+    return jax.jit(lambda key: nnx.to_pure_dict(nnx.split(self._make(key), nnx.Param, ...)[1]))(jax.random.key(seed))
+
+  def logits(self, params: Params, images: Array, key: Array | None = None) -> Array:
+    """The network's outputs, float32 [batch, classes]; a normalizer uses the statistics of these images."""
+    return self.model(params)(images, key=key).astype(jnp.float32)
+
+  def model(self, params: Params) -> Any:
+    """The network with these parameters."""
+    state = jax.tree.map(lambda x: x, self._template)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(self._graph, state, self._rest, copy=True)
+
+  def loss(self, params: Params, images: Array, labels: Array, key: Array | None = None) -> Array:
+    """The mean cross-entropy, float32 []."""
+    return cross_entropy(self.logits(params, images, key), labels)
+
+  def train(self, params: Params, order: Array, rate: float, strength: float = math.inf, seed: int = 0) -> tuple[Params, Any, Any]:
+    """Trains from `params`.
+
+    Args:
+      params: of `init`; they stay as they are.
+      order: int32 [steps, batch], numbers of training images; see `batches`.
+      rate: the highest learning rate.
+      strength: λ of AGC, which leaves the classifier alone; infinite: none.
+      seed: of the noise of noisy normalizers.
+
+    Returns:
+      The parameters after the last step; the loss of each step, float32 [steps]; and what `watch` saw, each array with a first
+      axis for the steps that it looked at, None without it.
+    """
+    params, (losses, seen) = self._descend(params, order, jnp.float32(rate), jnp.float32(strength), jax.random.key(seed))
+    seen = jax.tree.map(lambda x: np.asarray(x)[:: self._every], seen)
+    return params, np.asarray(losses), seen
+
+  def test(self, params: Params, batch: int = 360) -> tuple[float, float]:
+    """(Accuracy, mean cross-entropy) on the test images, `batch` at a time, whose statistics a normalizer uses."""
+    images, labels = self.data.test
+    outputs = [self._logits_of(params, images[i : i + batch], jax.random.key(i)) for i in range(0, len(images), batch)]
+    logits = jnp.concatenate(outputs)
+    return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels)), float(cross_entropy(logits, labels))
+
+  def _train(self, params: Params, order: Array, rate: Array, strength: Array, key: Array) -> tuple[Params, Any]:
+    clip = agc(lambda count: strength, exclude="^fc/kernel$", unit_axes={p: a for p, a in _UNITS.items() if "blocks" in params})
+    (images, labels), steps, warmup, beta = self.data.train, self.recipe.steps, self.recipe.warmup, self.recipe.momentum
+    decays = jax.tree.map_with_path(lambda path, _: self.recipe.weight_decay * (path[-1].key == "kernel"), params)
+
+    def step(carry: tuple[Params, Params, Any], place: tuple[Array, Array]) -> tuple[tuple[Params, Params, Any], Any]:
+      params, momentum, state = carry
+      number, chosen = place
+      # Without the barrier XLA fuses every gradient into each of the norms that read it, and compiles several times longer.
+      shown = images[chosen], labels[chosen], jax.random.fold_in(key, number)
+      value, grads = jax.lax.optimization_barrier(jax.value_and_grad(self.loss)(params, *shown))
+      grads, state = clip.update(grads, state, params)
+      grads = jax.tree.map(lambda g, p, decay: g + decay * p, grads, params, decays)
+      now = rate * jnp.minimum((number + 1) / warmup, 0.5 * (1 + jnp.cos(jnp.pi * number / steps)))
+      momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
+      after = jax.tree.map(lambda p, m, g: p - now * (g + beta * m), params, momentum, grads)
+      return (after, momentum, state), (value, self._look(number, params, after, *shown))
+
+    start = (params, jax.tree.map(jnp.zeros_like, params), clip.init(params))
+    (params, _, _), seen = jax.lax.scan(step, start, (jnp.arange(steps), order))
+    return params, seen
+
+  def _look(self, number: Array, *shown: Any) -> Any:
+    """What `watch` sees at a step that it looks at, and zeros at the others, which costs nothing."""
+    if self.watch is None:
+      return None
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self.watch, *shown))
+    return jax.lax.cond(number % self._every == 0, self.watch, lambda *shown: nothing, *shown)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+  """The mean over images: float [] of logits [batch, classes] and int labels [batch]."""
+  return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def batches(count: int, recipe: Recipe, seed: int) -> Array:
+  """Numbers of training images, int32 [steps, batch]: permutations of all `count`, one after the other."""
+  rng, wanted = np.random.default_rng(seed), recipe.steps * recipe.batch
+  order = np.concatenate([rng.permutation(count) for _ in range(-(-wanted // count))])
+  return jnp.asarray(order[:wanted].reshape(recipe.steps, recipe.batch), jnp.int32)
