@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -69,31 +70,35 @@ class Data:
     return self.train[0].shape[-1]
 
 
-def data(config: DataConfig | None) -> Data:
-  """Images cut in patches of 2×2 pixels: the digits, [4, 4, 12]; or at most 10,000 training and 2,000 test images, [8, 8, 12].
+def data(config: DataConfig | None, *, cut: bool = True) -> Data:
+  """The digits, 8×8×3; or at most 10,000 training and 2,000 test images of a dataset, averaged to 16×16×3.
+
+  With `cut`, each 2×2 pixels become one place with 12 numbers, which makes training fast: see `patches`.
 
   Raises:
     DataError: as `open_source`, and for an image that cannot be decoded.
   """
   if config is None:
-    cut = lambda labelled: (patches(labelled[0]), labelled[1])
-    return Data("digits", 10, cut(images()), cut(images(split="test")))
-  parts = {name: _read(config, split, MOST[name]) for name, split in (("train", config.train_split), ("test", config.test_split))}
-  return Data(config.name, parts["train"][2], parts["train"][:2], parts["test"][:2])
+    read, name, classes = images, "digits", 10
+  else:
+    read, name = functools.partial(_read, config), config.name
+    classes = open_source(config, config.test_split).num_classes
+  parts = [read(split=split) for split in ("train", "test")]
+  train, test = ((patches(pixels), labels) for pixels, labels in parts) if cut else parts
+  return Data(name, classes, train, test)
 
 
-def _read(config: DataConfig, split: str, most: int) -> tuple[jax.Array, jax.Array, int]:
-  """Images float32 [n, 8, 8, 12], the same ones each time, labels, and the number of classes."""
-  source = open_source(config, split)
-  chosen = np.random.default_rng(0).permutation(len(source))[:most]
+def _read(config: DataConfig, split: str) -> Labelled:
+  """The same images each time, normalised, float32 [n, 16, 16, 3], and labels."""
+  source = open_source(config, config.train_split if split == "train" else config.test_split)
+  chosen = np.random.default_rng(0).permutation(len(source))[: MOST[split]]
   pixels, labels = np.empty((len(chosen), SIDE, SIDE, 3), np.float32), np.empty(len(chosen), np.int32)
   for i, number in enumerate(chosen):
     record = source[int(number)]
     image = record.image if isinstance(record.image, np.ndarray) else decode.pixels(record.image, source.rules)
     pixels[i], labels[i] = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA), record.label
   source.close()
-  pixels = (pixels - np.float32(config.mean)) / np.float32(config.std)
-  return patches(jnp.asarray(pixels)), jnp.asarray(labels), source.num_classes
+  return jnp.asarray((pixels - np.float32(config.mean)) / np.float32(config.std)), jnp.asarray(labels)
 
 
 def patches(pixels: jax.Array) -> jax.Array:
@@ -120,13 +125,28 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
   file, colon, function = name.rpartition(":")
   if not colon:
     network = models.create(name, 10, rngs=seed, drop_rate=0.0, stochastic_depth=0.0)
-    for _, module in nnx.iter_modules(network):
-      if hasattr(module, "skip_gain") and module.skip_gain is not None:
-        module.skip_gain[...] = jnp.ones(())  # at 0, as they are initialised, blocks would add nothing that could be seen
-    kernel = network.fc.kernel
-    if not np.any(kernel[...]):  # nor would any gradient pass a classifier of zeros
-      kernel[...] = jax.random.normal(jax.random.key(seed), kernel.shape) * kernel.shape[0] ** -0.5
+    open_branches(network, seed)
     return network, min(32, models.variant(name).train_resolution), {"train": True}
+  network = user_function(name)(seed)
+  if not isinstance(network, nnx.Module):
+    raise UserError(f"--model={name}: expected an nnx.Module from {function}({seed}), got {type(network).__name__}")
+  network.train()
+  return network, getattr(network, "image_size", 32), {}
+
+
+def open_branches(network: models.Network, seed: int) -> None:
+  """Sets what a network of the zoo initialises to 0 to values with which something can be seen, in place."""
+  for _, module in nnx.iter_modules(network):
+    if getattr(module, "skip_gain", None) is not None:
+      module.skip_gain[...] = jnp.ones(())  # at 0 blocks would add nothing
+  kernel = network.fc.kernel
+  if not np.any(kernel[...]):  # no gradient would pass a classifier of zeros
+    kernel[...] = jax.random.normal(jax.random.key(seed), kernel.shape) * kernel.shape[0] ** -0.5
+
+
+def user_function(name: str) -> Callable[..., Any]:
+  """The function that FILE.py:FUNCTION names; raises UserError."""
+  file, _, function = name.rpartition(":")
   if not pathlib.Path(file).is_file():
     raise UserError(f"--model={name}: no file {file}; expected a name of nfnets.models or FILE.py:FUNCTION")
   spec = importlib.util.spec_from_file_location("nfnets_lab_user_model", file)
@@ -140,8 +160,4 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
   make = getattr(module, function, None)
   if not callable(make):
     raise UserError(f"--model={name}: no function {function} in {file}")
-  network = make(seed)
-  if not isinstance(network, nnx.Module):
-    raise UserError(f"--model={name}: expected an nnx.Module from {function}({seed}), got {type(network).__name__}")
-  network.train()
-  return network, getattr(network, "image_size", 32), {}
+  return make

@@ -78,7 +78,9 @@ class Trainer:
     """The mean cross-entropy, float32 []."""
     return cross_entropy(self.logits(params, images, key), labels)
 
-  def train(self, params: Params, order: Array, rate: float, strength: float = math.inf, seed: int = 0) -> tuple[Params, Any, Any]:
+  def train(
+    self, params: Params, order: Array, rate: float, strength: float = math.inf, seed: int = 0
+  ) -> tuple[Params, Any, Any]:
     """Trains from `params`.
 
     Args:

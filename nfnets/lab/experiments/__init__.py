@@ -5,7 +5,20 @@ import importlib
 from nfnets.lab.experiment import Experiment
 
 # In the order of the report. A file is imported when its experiment is asked for.
-_TABLE: tuple[str, ...] = ("forward", "backward", "informative", "stability_edge", "covariate_shift", "landscape", "agc_inside", "batch_size")
+_TABLE: tuple[str, ...] = (
+  "forward",
+  "backward",
+  "informative",
+  "stability_edge",
+  "covariate_shift",
+  "landscape",
+  "agc_inside",
+  "batch_size",
+  "train_test",
+  "nfify",
+  "without_norm",
+  "scaling",
+)
 
 
 def names() -> list[str]:

@@ -49,9 +49,7 @@ CRITERIA = (
     low=-0.05,
   ),
   Criterion(
-    name="noisy_above_none",
-    claim="It trains better than without normalization: test accuracy is higher by at least 0.",
-    low=0.0,
+    name="noisy_above_none", claim="It trains better than without normalization: test accuracy is higher by at least 0.", low=0.0
   ),
 )
 
@@ -77,9 +75,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     for seed in range(settings.seeds)
   }
   found = progress.parts(jobs)
-  runs = {
-    (kind, norm): [found[f"{kind}, {norm}, seed {seed}"] for seed in range(settings.seeds)] for kind, norm in NETWORKS
-  }
+  runs = {(kind, norm): [found[f"{kind}, {norm}, seed {seed}"] for seed in range(settings.seeds)] for kind, norm in NETWORKS}
   return Measured(
     samples=figures(runs),
     rows=[_row(kind, norm, values) for (kind, norm), values in runs.items()],

@@ -133,7 +133,9 @@ def mean(run: dict[str, Any], name: str) -> float:
 
 def figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed."""
-  ratios = lambda name, measure: np.array([mean(a, measure) / mean(b, measure) for a, b in zip(runs["none"], runs[name], strict=True)])
+  ratios = lambda name, measure: np.array(
+    [mean(a, measure) / mean(b, measure) for a, b in zip(runs["none"], runs[name], strict=True)]
+  )
   return {
     **{measure: list(ratios("batch", measure)) for measure in ("smoothness", "change", "range")},
     "lp": list(np.minimum(ratios("L1", "smoothness"), ratios("L∞", "smoothness"))),

@@ -1,0 +1,206 @@
+"""Makes the normalizer-free twin of a batch-normalized ResNet and compares both: signal, gradients, likeness, training."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nfnets import models
+from nfnets.errors import UserError
+from nfnets.lab import drawing, task, twin
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.measures.geometry import similarity
+from nfnets.lab.measures.signals import gradient_norms, signal
+from nfnets.lab.training import Recipe
+from nfnets.lab.zoo import ZooTrainer
+
+BATCH, RATES = 64, (0.05, 0.2)
+SHAPE: dict[str, Any] = {"depth": (2, 2, 2), "width": (32, 64, 64)}
+
+CRITERIA = (
+  Criterion(
+    name="forward",
+    claim="In the twin the signal keeps its size: log2 of the mean square behind blocks varies by at most 2.",
+    high=2.0,
+  ),
+  Criterion(
+    name="backward",
+    claim="Its gradients neither explode nor vanish: the largest over the smallest gradient of a block's kernels is at most 10.",
+    high=10.0,
+  ),
+  Criterion(
+    name="alike", claim="It makes images no more alike: the cosine of pooled features is higher by at most 0.1.", high=0.1
+  ),
+  Criterion(
+    name="accuracy", claim="With the changed recipe it trains as well: test accuracy is lower by at most 0.02.", low=-0.02
+  ),
+)
+
+
+def run(settings: Settings, progress: Progress) -> Measured:
+  """Measures and trains both networks with every seed."""
+  side, make = pair(settings)
+  images, labels = task.images(64, side=side)
+  steps = settings.of_scale(150, 3000)
+  train = [task.images(split=split, side=side) for split in ("train", "test")]
+  data = task.Data("digits", 10, *train)
+
+  @functools.cache
+  def trainer(kind: str, rate: float) -> ZooTrainer:
+    recipe = Recipe(batch=BATCH, steps=steps, warmup=steps // 10)
+    return ZooTrainer(lambda key: make(kind, key, False), data, recipe, rate)
+
+  def fit(kind: str, rate: float, seed: int) -> float:
+    made = trainer(kind, rate)
+    return made.accuracy(made.fit(seed))
+
+  kinds, seeds = ("batch", "NF"), range(settings.seeds)
+  looks = {
+    f"{kind}, seed {seed}": functools.partial(look, make(kind, jax.random.key(seed), True), images, labels)
+    for kind in kinds
+    for seed in seeds
+  }
+  fits = {
+    f"{kind}, rate {rate:g}, seed {seed}": functools.partial(fit, kind, rate, seed)
+    for kind in kinds
+    for rate in RATES
+    for seed in seeds
+  }
+  found = progress.parts({**looks, **fits})
+  runs = {kind: [found[f"{kind}, seed {seed}"] for seed in seeds] for kind in kinds}
+  accuracy = {
+    kind: np.array([[found[f"{kind}, rate {rate:g}, seed {seed}"] for seed in seeds] for rate in RATES]) for kind in kinds
+  }
+  best = {kind: values[np.argmax(values.mean(axis=1))] for kind, values in accuracy.items()}
+  return Measured(
+    samples=figures(runs, best),
+    rows=[_row(kind, runs[kind], best[kind]) for kind in kinds],
+    draw=lambda figure: draw(figure, runs, best),
+    caption=f"{settings.model or 'resnet_tiny'} and its normalizer-free twin on digits, at initialization: mean square behind each "
+    f"block, length of the gradient of each block's kernels; and test accuracy after {steps} steps. Shades and lines: all seeds.",
+    notes=(
+      *twin.recipe_changes(BATCH),
+      f"Both train with batches of {BATCH} and the better of the learning rates {RATES[0]:g} and {RATES[1]:g}, without clipping.",
+      "Before training, the twin's branches have a gain of 1 here, so that they can be seen; they are initialised with 0.",
+    ),
+  )
+
+
+def pair(settings: Settings) -> tuple[int, Any]:
+  """(Pixels a side, (kind "batch" or "NF", key, whether branches are open) → network) of the model that the settings name.
+
+  Raises:
+    UserError: the zoo's network has no twin, or the user's function takes no kit.
+  """
+  if settings.model is not None and ":" in settings.model:
+    function = task.user_function(settings.model)
+
+    def build(kind: str, key: jax.Array, opened: bool) -> nnx.Module:
+      kit = twin.BatchNormKit(key) if kind == "batch" else twin.NormFreeKit(key, gain=1.0 if opened else 0.0)
+      try:
+        return function(kit)
+      except TypeError as error:
+        raise UserError(
+          f"--model={settings.model}: nfify calls the function with a kit (see nfnets.lab.twin): {error}"
+        ) from error
+
+    return getattr(build("batch", jax.random.key(0), True), "image_size", 8), build
+  name = settings.model or "resnet_tiny"
+  overrides = {
+    **(SHAPE if settings.model is None and settings.scale == "small" else {}),
+    "drop_rate": 0.0,
+    "stochastic_depth": 0.0,
+  }
+  twin.nf_config(models.variant(name))
+
+  def make(kind: str, key: jax.Array, opened: bool) -> nnx.Module:
+    create = models.create if kind == "batch" else twin.nf_twin
+    network = create(name, 10, rngs=key, **overrides)
+    if opened:
+      task.open_branches(network, 0)
+    return network
+
+  return min(8 if settings.model is None else 32, models.variant(name).train_resolution), make
+
+
+def look(network: nnx.Module, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
+  """Measures a network at initialization: "power" and "gradient" by block, and "cosine" of what it gives for different images."""
+  seen, norms = signal(network, images, train=True), gradient_norms(network, images, labels, train=True)
+  places = block_paths(network)
+  power = [seen[path]["var"] + seen[path]["mean_sq"] for path in places]
+  of_block = lambda path: [norm for name, norm in norms.items() if name.startswith(f"{path}/") and name.endswith("kernel")]
+  gradient = [float(np.sqrt(np.sum(np.square(of_block(path))))) for path in places]
+  graph, state = nnx.split(network)
+  if isinstance(network, models.Network):
+    features = lambda images: nnx.merge(graph, state, copy=True).outputs(images, train=True)["pool"]
+  else:
+    features = lambda images: nnx.merge(graph, state, copy=True)(images, train=True)
+  return {"power": power, "gradient": gradient, "cosine": float(similarity(jax.jit(features)(images))["cosine"])}
+
+
+def block_paths(network: nnx.Module) -> list[str]:
+  """The paths of the residual blocks, in order: those of a zoo's network, or the modules that hold a Junction of a kit.
+
+  Raises:
+    UserError: there are none.
+  """
+  if isinstance(network, models.Network):
+    return [f"blocks/{i}" for i in range(len(network.blocks))]
+  found = ["/".join(map(str, path[:-1])) for path, module in nnx.iter_modules(network) if isinstance(module, twin.Junction)]
+  if not found:
+    raise UserError("the network has no block made with kit.block(); see nfnets.lab.twin")
+  return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in path.split("/")])
+
+
+def figures(runs: dict[str, list[dict[str, Any]]], best: dict[str, np.ndarray]) -> dict[str, list[float]]:
+  """The criteria's figures, a number a seed."""
+  return {
+    "forward": [float(np.ptp(np.log2(run["power"]))) for run in runs["NF"]],
+    "backward": [max(run["gradient"]) / max(min(run["gradient"]), 1e-30) for run in runs["NF"]],
+    "alike": [nf["cosine"] - batch["cosine"] for nf, batch in zip(runs["NF"], runs["batch"], strict=True)],
+    "accuracy": list(best["NF"] - best["batch"]),
+  }
+
+
+def _row(kind: str, values: list[dict[str, Any]], accuracy: np.ndarray) -> Row:
+  return {
+    "network": kind,
+    "mean square, first block": float(np.mean([run["power"][0] for run in values])),
+    "last block": float(np.mean([run["power"][-1] for run in values])),
+    "gradient, first block": float(np.mean([run["gradient"][0] for run in values])),
+    "gradient, last block": float(np.mean([run["gradient"][-1] for run in values])),
+    "cosine of features": float(np.mean([run["cosine"] for run in values])),
+    "test accuracy": float(accuracy.mean()),
+  }
+
+
+def draw(figure: Any, runs: dict[str, list[dict[str, Any]]], best: dict[str, np.ndarray]) -> None:
+  """Draws three panels."""
+  power, gradient, accuracy = figure.subplots(1, 3, width_ratios=(1, 1, 0.6))
+  for style, (kind, values) in enumerate(runs.items()):
+    blocks = np.arange(1, 1 + len(values[0]["power"]))
+    drawing.line(power, blocks, [run["power"] for run in values], kind, style, markers=True)
+    drawing.line(gradient, blocks, [run["gradient"] for run in values], kind, style, markers=True)
+    accuracy.bar(style, best[kind].mean(), color=("0.25", "0.75")[style], edgecolor="k")
+    accuracy.plot([style, style], [best[kind].min(), best[kind].max()], color="#d55e00", lw=2)
+  for axis, name in ((power, "mean square"), (gradient, "‖gradient‖ of the kernels")):
+    axis.set_yscale("log")
+    drawing.name_axes(axis, "block", name)
+  drawing.legend(power)
+  accuracy.set_xticks(range(len(best)), list(best))
+  drawing.name_axes(accuracy, "", "test accuracy")
+
+
+EXPERIMENT = Experiment(
+  name="nfify",
+  title="The normalizer-free twin of a network",
+  paper="Brock et al. 2021 (2101.08692, 2102.06171)",
+  section="2101.08692: sections 3 and 4; 2102.06171: section 4",
+  claim="A batch-normalized ResNet has a normalizer-free twin of the same shape whose signal and gradients are as stable, and that "
+  "trains as well with a changed recipe.",
+  criteria=CRITERIA,
+  minutes=1.0,
+  run=run,
+)

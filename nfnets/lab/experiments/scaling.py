@@ -1,0 +1,155 @@
+"""Scaling: the loss of normalizer-free networks against the compute that they were trained with."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from nfnets.lab import drawing, task
+from nfnets.lab.deep import Deep, DeepConfig
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Settings
+from nfnets.lab.training import Recipe, Trainer, batches
+
+BATCH, LAMBDA = 64, 0.16
+RATES = (0.05, 0.2)
+
+CRITERIA = (
+  Criterion(
+    name="slope",
+    claim="The lowest held-out loss for its compute falls: the slope of log loss over log compute is at most -0.1.",
+    high=-0.1,
+  ),
+  Criterion(
+    name="straight",
+    claim="It falls along a straight line: the share of the variance that the line explains is at least 0.9.",
+    low=0.9,
+  ),
+  Criterion(
+    name="larger",
+    claim="More compute wants larger networks: the rank correlation of compute and width along the line is at least 0.5.",
+    low=0.5,
+  ),
+)
+
+
+def run(settings: Settings, progress: Progress) -> Measured:
+  """Trains every network for every budget with every learning rate and seed."""
+  shapes = settings.of_scale(((4, 1), (8, 2), (16, 3), (24, 4)), ((8, 2), (16, 4), (32, 6), (64, 8), (128, 12)))  # width, depth
+  epochs = settings.of_scale((1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
+  data = task.data(settings.data)
+  count, places = len(data.train[1]), int(np.prod(data.train[0].shape[1:3]))
+
+  @functools.cache
+  def trainer(width: int, depth: int, budget: int) -> Trainer:
+    config = DeepConfig(depth=depth, width=width, norm="nf", num_classes=data.classes, in_features=data.channels)
+    steps = budget * count // BATCH
+    return Trainer(lambda key: Deep(config, key), data, Recipe(batch=BATCH, steps=steps, warmup=max(2, steps // 20)))
+
+  def job(width: int, depth: int, budget: int, rate: float, seed: int) -> float:
+    made = trainer(width, depth, budget)
+    params, *_ = made.train(made.init(seed), batches(count, made.recipe, seed), rate, LAMBDA)
+    return made.test(params)[1]
+
+  keys = [(*shape, budget) for shape in shapes for budget in epochs]
+  jobs = {
+    f"width {width}, depth {depth}, epochs {budget}, rate {rate:g}, seed {seed}": functools.partial(
+      job, width, depth, budget, rate, seed
+    )
+    for width, depth, budget in keys
+    for rate in RATES
+    for seed in range(settings.seeds)
+  }
+  found = np.array(list(progress.parts(jobs).values())).reshape(len(keys), len(RATES), settings.seeds)
+  losses = found[np.arange(len(keys)), np.argmin(np.nan_to_num(found.mean(axis=-1), nan=np.inf), axis=-1)].T  # [seeds, networks]
+  compute = np.array([operations(width, depth, data.channels, places) * budget * count for width, depth, budget in keys])
+  widths = np.array([width for width, _, _ in keys])
+  return Measured(
+    samples=figures(compute, losses, widths),
+    rows=[
+      {
+        "width": width,
+        "blocks": depth,
+        "epochs": budget,
+        "operations": float(operations_),
+        "held-out loss": float(column.mean()),
+        "lowest": float(column.min()),
+        "highest": float(column.max()),
+      }
+      for (width, depth, budget), operations_, column in zip(keys, compute, losses.T, strict=True)
+    ],
+    draw=lambda figure: draw(figure, compute, losses, keys),
+    caption=f"Held-out loss on {data.name} of normalizer-free networks of several widths and depths, each trained for several "
+    "numbers of epochs with a schedule of its own, against the operations of training. Grey: the line through the lowest ones.",
+    notes=(
+      f"Compute is three times the multiplications and additions of the forward pass. The better of {len(RATES)} learning rates "
+      f"is taken; AGC has λ = {LAMBDA}.",
+      f"The paper pre-trained NFNets of up to 110 thousand TPU-core hours on JFT-4B; {count} images that are seen several times "
+      "are another matter, and say how the method behaves, not which exponent large data has.",
+    ),
+  )
+
+
+def operations(width: int, depth: int, channels: int, places: int) -> int:
+  """Multiplications and additions of one image's forward and backward pass through a Deep without its classifier."""
+  return 3 * 2 * places * 9 * (channels * width + depth * width * width)
+
+
+def frontier(compute: np.ndarray, loss: np.ndarray) -> np.ndarray:
+  """Numbers of the networks whose loss is below that of all that took no more compute, by rising compute."""
+  order = np.argsort(compute, kind="stable")
+  best = np.minimum.accumulate(loss[order])
+  return order[np.concatenate([[True], loss[order][1:] < best[:-1]])]
+
+
+def fit(compute: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:
+  """(Slope, intercept, share of the variance explained) of log10 loss over log10 compute; NaN with fewer than three networks."""
+  if len(compute) < 3:
+    return (float("nan"),) * 3
+  x, y = np.log10(compute), np.log10(loss)
+  slope, intercept = np.polyfit(x, y, 1)
+  return float(slope), float(intercept), float(1 - np.var(y - slope * x - intercept) / np.var(y))
+
+
+def figures(compute: np.ndarray, losses: np.ndarray, widths: np.ndarray) -> dict[str, list[float]]:
+  """The criteria's figures from losses [seeds, networks]."""
+  import scipy.stats
+
+  found: dict[str, list[float]] = {"slope": [], "straight": [], "larger": []}
+  for loss in losses:
+    lowest = frontier(compute, loss)
+    slope, _, explained = fit(compute[lowest], loss[lowest])
+    found["slope"].append(slope)
+    found["straight"].append(explained)
+    distinct = len(set(widths[lowest])) > 1
+    found["larger"].append(float(scipy.stats.spearmanr(compute[lowest], widths[lowest]).statistic) if distinct else 0.0)
+  return found
+
+
+def draw(figure: Any, compute: np.ndarray, losses: np.ndarray, keys: list[tuple[int, int, int]]) -> None:
+  """Draws loss against compute, a line a network."""
+  axis = figure.subplots()
+  for style, shape in enumerate(dict.fromkeys(key[:2] for key in keys)):
+    at = [i for i, key in enumerate(keys) if key[:2] == shape]
+    drawing.line(axis, compute[at], losses[:, at], f"width {shape[0]}, {shape[1]} blocks", style, markers=True)
+  mean = losses.mean(axis=0)
+  lowest = frontier(compute, mean)
+  slope, intercept, _ = fit(compute[lowest], mean[lowest])
+  ends = np.array([compute.min(), compute.max()])
+  axis.plot(ends, 10**intercept * ends**slope, color="0.6", lw=4, alpha=0.5, zorder=0, label=f"slope {slope:.2f}")
+  axis.set_xscale("log")
+  axis.set_yscale("log")
+  drawing.name_axes(axis, "operations of training", "held-out loss, nats")
+  drawing.legend(axis, loc="lower left")
+
+
+EXPERIMENT = Experiment(
+  name="scaling",
+  title="Scaling",
+  paper="Smith et al. 2023 (2310.16764)",
+  section="section 2 and figure 2",
+  claim="The held-out loss of normalizer-free networks falls as a power of the compute of training, and more compute wants larger "
+  "networks.",
+  criteria=CRITERIA,
+  minutes=1.5,
+  run=run,
+)

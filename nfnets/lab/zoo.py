@@ -1,0 +1,67 @@
+"""Trains any nnx network that is called as network(images, train=…), its running statistics included."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from nfnets.agc import agc
+from nfnets.lab.task import Data
+from nfnets.lab.training import Recipe, batches, cross_entropy
+
+Array = jax.Array
+
+
+class ZooTrainer:
+  """SGD with Nesterov's momentum, warm-up and cosine, and AGC where a strength is given; compiled once.
+
+  Args:
+    make: turns a key into a network of float32 parameters, which needs no randomness when it trains.
+    data: what it sees.
+    recipe: how long.
+    rate: the highest learning rate.
+    strength: λ of AGC; None: no clipping.
+  """
+
+  def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float, strength: float | None = None):
+    self.data, self.recipe, self._make = data, recipe, make
+    self._graph = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))[0]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, recipe.warmup, recipe.steps)
+    clip = optax.identity() if strength is None else agc(strength)
+    self._optimizer = optax.chain(clip, optax.sgd(schedule, momentum=recipe.momentum, nesterov=True))
+    self._run = jax.jit(self._descend)
+    self.logits = jax.jit(self._logits, static_argnums=2)  # (state, images, train) → float32 [batch, classes]
+
+  def fit(self, seed: int) -> nnx.State:
+    """Trains from new weights: parameters and running statistics."""
+    return self._run(jax.random.key(seed), batches(len(self.data.train[1]), self.recipe, seed))
+
+  def accuracy(self, state: nnx.State) -> float:
+    """The share of test images that is recognised, in evaluation."""
+    images, labels = self.data.test
+    return float(jnp.mean(jnp.argmax(self.logits(state, images, False), axis=-1) == labels))
+
+  def _descend(self, key: Array, order: Array) -> nnx.State:
+    _, params, stats = nnx.split(self._make(key), nnx.Param, ...)
+    images, labels = self.data.train
+
+    def loss(params: nnx.State, stats: nnx.State, chosen: Array) -> tuple[Array, nnx.State]:
+      network: Any = nnx.merge(self._graph, params, stats, copy=True)
+      value = cross_entropy(network(images[chosen], train=True), labels[chosen])
+      return value, nnx.split(network, nnx.Param, ...)[2]
+
+    def step(carry: Any, chosen: Array) -> tuple[Any, None]:
+      params, stats, state = carry
+      grads, stats = jax.lax.optimization_barrier(jax.grad(loss, has_aux=True)(params, stats, chosen))
+      updates, state = self._optimizer.update(grads, state, params)
+      return (optax.apply_updates(params, updates), stats, state), None
+
+    (params, stats, _), _ = jax.lax.scan(step, (params, stats, self._optimizer.init(params)), order)
+    return nnx.merge_state(params, stats)
+
+  def _logits(self, state: nnx.State, images: Array, train: bool) -> Array:
+    network: Any = nnx.merge(self._graph, state, copy=True)
+    return network(images, train=train).astype(jnp.float32)
