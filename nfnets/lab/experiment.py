@@ -54,7 +54,8 @@ class Progress:
   def parts(self, jobs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """Computes {name: value} of all jobs; a value that the file holds is not computed again.
 
-    On CPUs several jobs run at once, one a core, since networks of this size keep no more busy. Values must be what JSON can hold.
+    On CPUs several jobs run at once, one a core, since networks of this size keep no more busy. Values must be such that JSON
+    can hold them.
     """
     values = {name: value for name, value in self._kept().items() if name in jobs}
     left, workers = [name for name in jobs if name not in values], cores() if jax.default_backend() == "cpu" else 1
@@ -72,7 +73,7 @@ class Progress:
         values.update([done.result()])
         self(len(values) / len(jobs))
     finally:
-      pool.shutdown(wait=False, cancel_futures=True)
+      pool.shutdown(cancel_futures=True)
     return {name: values[name] for name in jobs}
 
   def _kept(self) -> dict[str, Any]:

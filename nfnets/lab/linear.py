@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class LinearNetwork(nnx.Module):
-  """A deep linear network that can be trained: pixels → width → … → width → classes, with a normalizer after each of its layers."""
+  """A deep linear network that can be trained: pixels → width → … → width → classes, each layer but the last normalized."""
 
   def __init__(self, inputs: int, width: int, depth: int, norm: str, key: Array, *, num_classes: int = 10):
     keys = layers.ParamKeys(key)

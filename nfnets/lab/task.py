@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from nfnets.data.images import decode
 from nfnets.data.sources.builtin import digits
 from nfnets.data.sources.open import open_source
 from nfnets.errors import UserError
+from nfnets.lab.twin import BatchNormKit
 
 Labelled = tuple[jax.Array, jax.Array]  # images float32 [n, side, side, channels], labels int32 [n]
 PATCH = 2  # pixels a side of the patches that become one place each with all their numbers, which makes training fast
@@ -98,7 +100,7 @@ def _read(config: DataConfig, split: str) -> Labelled:
     image = record.image if isinstance(record.image, np.ndarray) else decode.pixels(record.image, source.rules)
     pixels[i], labels[i] = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA), record.label
   source.close()
-  return jnp.asarray((pixels - np.float32(config.mean)) / np.float32(config.std)), jnp.asarray(labels)
+  return jnp.asarray((pixels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)), jnp.asarray(labels)
 
 
 def patches(pixels: jax.Array) -> jax.Array:
@@ -112,8 +114,8 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
   """Makes the network that a user names, with new weights.
 
   Args:
-    name: a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed) returns an nnx.Module; its attribute `image_size`, if
-      it has one, says how many pixels a side it takes.
+    name: a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed), or FUNCTION(kit) with a parameter of that name (see
+      lab.twin), returns an nnx.Module; its attribute `image_size`, if it has one, says how many pixels a side it takes.
     seed: of its weights.
 
   Returns:
@@ -127,9 +129,10 @@ def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]
     network = models.create(name, 10, rngs=seed, drop_rate=0.0, stochastic_depth=0.0)
     open_branches(network, seed)
     return network, min(32, models.variant(name).train_resolution), {"train": True}
-  network = user_function(name)(seed)
+  make = user_function(name)
+  network = make(kit=BatchNormKit(seed)) if takes_kit(make) else make(seed)
   if not isinstance(network, nnx.Module):
-    raise UserError(f"--model={name}: expected an nnx.Module from {function}({seed}), got {type(network).__name__}")
+    raise UserError(f"--model={name}: expected an nnx.Module from that function, got {type(network).__name__}")
   network.train()
   return network, getattr(network, "image_size", 32), {}
 
@@ -142,6 +145,11 @@ def open_branches(network: models.Network, seed: int) -> None:
   kernel = network.fc.kernel
   if not np.any(kernel[...]):  # no gradient would pass a classifier of zeros
     kernel[...] = jax.random.normal(jax.random.key(seed), kernel.shape) * kernel.shape[0] ** -0.5
+
+
+def takes_kit(function: Callable[..., Any]) -> bool:
+  """Whether a user's function has a parameter that is called kit."""
+  return "kit" in inspect.signature(function).parameters
 
 
 def user_function(name: str) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ Array = jax.Array
 Params = Any  # a pytree of float32 arrays: nested dicts with the names of the network's attributes
 # (parameters before a step, after it, images, labels, key of the step's noise) → a pytree of arrays
 Watch = Callable[[Params, Params, Array, Array, Array], Any]
+# (recipe, schedule of the learning rate, strength, parameters) → optimizer
+Optimizer = Callable[["Recipe", optax.Schedule, Array, Params], optax.GradientTransformation]
 MOMENTUM = 0.9
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
@@ -50,12 +52,21 @@ class Trainer:
     recipe: how long.
     watch: looks at every `every`-th step, the first one included.
     every: see `watch`.
+    optimizer: makes one, called as `sgd`, which None is.
   """
 
   def __init__(
-    self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, *, watch: Watch | None = None, every: int = 1
+    self,
+    make: Callable[[Array], nnx.Module],
+    data: Data,
+    recipe: Recipe,
+    *,
+    watch: Watch | None = None,
+    every: int = 1,
+    optimizer: Optimizer | None = None,
   ):
     self.recipe, self.data, self._make, self.watch, self._every = recipe, data, make, watch, every
+    self._optimizer = optimizer or sgd
     self._graph, self._template, self._rest = nnx.split(make(jax.random.key(0)), nnx.Param, ...)
     self._descend = jax.jit(self._train)
     self._logits_of = jax.jit(self.logits)
@@ -106,25 +117,22 @@ class Trainer:
     return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels)), float(cross_entropy(logits, labels))
 
   def _train(self, params: Params, order: Array, rate: Array, strength: Array, key: Array) -> tuple[Params, Any]:
-    clip = agc(lambda count: strength, exclude="^fc/kernel$", unit_axes={p: a for p, a in _UNITS.items() if "blocks" in params})
-    (images, labels), steps, warmup, beta = self.data.train, self.recipe.steps, self.recipe.warmup, self.recipe.momentum
-    decays = jax.tree.map_with_path(lambda path, _: self.recipe.weight_decay * (path[-1].key == "kernel"), params)
+    (images, labels), recipe = self.data.train, self.recipe
+    rising = lambda count: (count + 1) / recipe.warmup
+    schedule = lambda count: rate * jnp.minimum(rising(count), 0.5 * (1 + jnp.cos(jnp.pi * count / recipe.steps)))
+    optimizer = self._optimizer(recipe, schedule, strength, params)
 
-    def step(carry: tuple[Params, Params, Any], place: tuple[Array, Array]) -> tuple[tuple[Params, Params, Any], Any]:
-      params, momentum, state = carry
+    def step(carry: tuple[Params, Any], place: tuple[Array, Array]) -> tuple[tuple[Params, Any], Any]:
+      params, state = carry
       number, chosen = place
-      # Without the barrier XLA fuses every gradient into each of the norms that read it, and compiles several times longer.
       shown = images[chosen], labels[chosen], jax.random.fold_in(key, number)
+      # Without the barrier XLA fuses every gradient into each of the norms that read it, and compiles several times longer.
       value, grads = jax.lax.optimization_barrier(jax.value_and_grad(self.loss)(params, *shown))
-      grads, state = clip.update(grads, state, params)
-      grads = jax.tree.map(lambda g, p, decay: g + decay * p, grads, params, decays)
-      now = rate * jnp.minimum((number + 1) / warmup, 0.5 * (1 + jnp.cos(jnp.pi * number / steps)))
-      momentum = jax.tree.map(lambda m, g: beta * m + g, momentum, grads)
-      after = jax.tree.map(lambda p, m, g: p - now * (g + beta * m), params, momentum, grads)
-      return (after, momentum, state), (value, self._look(number, params, after, *shown))
+      updates, state = optimizer.update(grads, state, params)
+      after = optax.apply_updates(params, updates)
+      return (after, state), (value, self._look(number, params, after, *shown))
 
-    start = (params, jax.tree.map(jnp.zeros_like, params), clip.init(params))
-    (params, _, _), seen = jax.lax.scan(step, start, (jnp.arange(steps), order))
+    (params, _), seen = jax.lax.scan(step, (params, optimizer.init(params)), (jnp.arange(recipe.steps), order))
     return params, seen
 
   def _look(self, number: Array, *shown: Any) -> Any:
@@ -133,6 +141,19 @@ class Trainer:
       return None
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self.watch, *shown))
     return jax.lax.cond(number % self._every == 0, self.watch, lambda *shown: nothing, *shown)
+
+
+def clip(strength: Array, params: Params) -> optax.GradientTransformation:
+  """AGC for the networks of this room, without the classifier's weight; an infinite strength λ, float32 [], clips nothing."""
+  return agc(lambda count: strength, exclude="^fc/kernel$", unit_axes=_UNITS if "blocks" in params else None)
+
+
+def sgd(recipe: Recipe, schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:
+  """AGC → weight decay of kernels → Nesterov's momentum → learning rate."""
+  kernels = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
+  decay = optax.add_decayed_weights(recipe.weight_decay, mask=kernels) if recipe.weight_decay else optax.identity()
+  momentum = optax.trace(recipe.momentum, nesterov=True) if recipe.momentum else optax.identity()
+  return optax.chain(clip(strength, params), decay, momentum, optax.scale_by_learning_rate(schedule))
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

@@ -6,7 +6,7 @@ A user's network is written once, with what a kit gives in place of convolutions
     def __init__(self, kit, features):
       self.join = kit.block()
       self.norm, self.conv = kit.norm(features), kit.conv(features, features, 3)
-    def __call__(self, x, train):
+    def __call__(self, x, train=True):
       out = self.conv(self.join.enter(kit.activation(self.norm(x, train))))
       return self.join(x, out)
 
@@ -85,7 +85,7 @@ class BatchNormKit:
 
 
 class NormFreeKit(BatchNormKit):
-  """Scaled weight standardization, activations with gamma, no normalizer, and blocks scaled by alpha, beta and a gain from 0 on."""
+  """Scaled weight standardization, activations with gamma, no normalizer; branches scaled by alpha, beta and a gain."""
 
   def __init__(self, seed: int | Array, *, alpha: float = 0.2, gain: float = 0.0):
     super().__init__(seed)
@@ -106,13 +106,18 @@ class NormFreeKit(BatchNormKit):
     return Junction(self._alpha, beta, self._gain)
 
 
+def has_twin(config: Any) -> bool:
+  """Whether a row of the variants' table is a ResNet with batch normalization."""
+  return isinstance(config, ResNetConfig) and not isinstance(config, FixupConfig) and config.norm == "batch"
+
+
 def nf_config(config: Any) -> NFResNetConfig:
   """The row of the normalizer-free twin of a ResNet of the zoo: depth, width, stem, strides, activation and rates are the same.
 
   Raises:
     UserError: the network is none with batch normalization.
   """
-  if not isinstance(config, ResNetConfig) or isinstance(config, FixupConfig) or config.norm != "batch":
+  if not has_twin(config):
     raise UserError(f"a twin is made of a ResNet with batch normalization, such as resnet50; got {type(config).__name__}")
   shared = {field.name for field in dataclasses.fields(NFResNetConfig)} & {field.name for field in dataclasses.fields(config)}
   return NFResNetConfig(**{name: getattr(config, name) for name in shared})

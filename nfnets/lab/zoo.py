@@ -51,7 +51,7 @@ class ZooTrainer:
     def loss(params: nnx.State, stats: nnx.State, chosen: Array) -> tuple[Array, nnx.State]:
       network: Any = nnx.merge(self._graph, params, stats, copy=True)
       value = cross_entropy(network(images[chosen], train=True), labels[chosen])
-      return value, nnx.split(network, nnx.Param, ...)[2]
+      return value, nnx.state(network, nnx.Not(nnx.Param))
 
     def step(carry: Any, chosen: Array) -> tuple[Any, None]:
       params, stats, state = carry

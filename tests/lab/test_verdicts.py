@@ -108,7 +108,7 @@ def test_the_report_is_one_file_without_references(tmp_path):
 
 def test_the_table_of_experiments():
   """Each says paper, section and claim, every criterion ends somewhere, and no identity of two of them is the same."""
-  assert len(experiments.names()) == 5
+  assert len(experiments.names()) == 13
   for name in experiments.names():
     made = experiments.get(name)
     assert made.name == name and made.paper and made.section and made.claim.endswith(".") and 0 < made.minutes <= 3

@@ -47,7 +47,7 @@ def rates(batch: int) -> list[float]:
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every batch size, learning rate and seed, for the same number of epochs."""
   sizes = settings.of_scale((4, 32, 256, 1024), (4, 16, 64, 256, 1024))
-  width, depth, epochs = settings.of_scale((16, 2, 16), (16, 3, 4))
+  width, depth, epochs = settings.of_scale((16, 2, 16), (16, 2, 3))
   lambdas = settings.of_scale((0.01, 0.04, 0.16), LAMBDAS)
   data, ways = task.data(settings.data), arms(lambdas)
 

@@ -92,12 +92,12 @@ def run(settings: Settings, progress: Progress) -> Measured:
     samples=figures(runs),
     rows=[_row(name, values) for name, values in runs.items()],
     draw=lambda figure: draw(figure, runs),
-    caption=f"VGG on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient over its length, and range of "
-    f"the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: the loss on 256 training images around "
-    "the end of training, on a plane of two random directions, each filter's as long as the filter; first seed.",
+    caption=f"VGG on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient over its length, and "
+    f"range of the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: the loss on 256 training "
+    "images around the end of training, on a plane of two random directions, each filter's as long as the filter; first seed.",
     notes=(
-      f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper. A VGG has "
-      "no shortcuts: scaled weight standardization is all of NF that fits in.",
+      f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper. A VGG "
+      "has no shortcuts: scaled weight standardization is all of NF that fits in.",
       "The theorem's sides are equal but for rounding and for the small number that is added to the variance.",
       "Ratios are those of geometric means over the steps that were looked at.",
     ),
@@ -122,7 +122,7 @@ def theorem(made: Trainer, params: Any, images: jax.Array, labels: jax.Array) ->
 
 
 def mean(run: dict[str, Any], name: str) -> float:
-  """The geometric mean over the steps looked at of "smoothness", "change" (over the gradient's length) or "range" (of the loss)."""
+  """The geometric mean over time of "smoothness", "change" (over the gradient's length) or "range" (of the loss)."""
   value = {
     "smoothness": np.array(run["smoothness"]),
     "change": np.array(run["change"]) / np.maximum(run["gradient"], 1e-12),

@@ -1,6 +1,7 @@
 """Makes the normalizer-free twin of a batch-normalized ResNet and compares both: signal, gradients, likeness, training."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from nfnets.lab.training import Recipe
 from nfnets.lab.zoo import ZooTrainer
 
 BATCH, RATES = 64, (0.05, 0.2)
+DEFAULT = "resnet_tiny"
 SHAPE: dict[str, Any] = {"depth": (2, 2, 2), "width": (32, 64, 64)}
 
 CRITERIA = (
@@ -41,7 +43,7 @@ CRITERIA = (
 
 def run(settings: Settings, progress: Progress) -> Measured:
   """Measures and trains both networks with every seed."""
-  side, make = pair(settings)
+  name, side, make = pair(settings)
   images, labels = task.images(64, side=side)
   steps = settings.of_scale(150, 3000)
   train = [task.images(split=split, side=side) for split in ("train", "test")]
@@ -78,9 +80,14 @@ def run(settings: Settings, progress: Progress) -> Measured:
     samples=figures(runs, best),
     rows=[_row(kind, runs[kind], best[kind]) for kind in kinds],
     draw=lambda figure: draw(figure, runs, best),
-    caption=f"{settings.model or 'resnet_tiny'} and its normalizer-free twin on digits, at initialization: mean square behind each "
-    f"block, length of the gradient of each block's kernels; and test accuracy after {steps} steps. Shades and lines: all seeds.",
+    caption=f"{name} and its normalizer-free twin on digits, at initialization: mean square "
+    f"behind each block, length of the gradient of each block's kernels; test accuracy after {steps} steps. Shades: all seeds.",
     notes=(
+      *(
+        ()
+        if settings.model in (None, name)
+        else (f"{settings.model} has no twin: see nfnets.lab.twin; {name} stands in its place.",)
+      ),
       *twin.recipe_changes(BATCH),
       f"Both train with batches of {BATCH} and the better of the learning rates {RATES[0]:g} and {RATES[1]:g}, without clipping.",
       "Before training, the twin's branches have a gain of 1 here, so that they can be seen; they are initialised with 0.",
@@ -88,41 +95,26 @@ def run(settings: Settings, progress: Progress) -> Measured:
   )
 
 
-def pair(settings: Settings) -> tuple[int, Any]:
-  """(Pixels a side, (kind "batch" or "NF", key, whether branches are open) → network) of the model that the settings name.
-
-  Raises:
-    UserError: the zoo's network has no twin, or the user's function takes no kit.
-  """
-  if settings.model is not None and ":" in settings.model:
-    function = task.user_function(settings.model)
+def pair(settings: Settings) -> tuple[str, int, Callable[[str, jax.Array, bool], nnx.Module]]:
+  """What is compared: the network's name, pixels a side, and (kind "batch" or "NF", key, whether branches are open) → network."""
+  chosen = settings.model or DEFAULT
+  if ":" in chosen and task.takes_kit(function := task.user_function(chosen)):
 
     def build(kind: str, key: jax.Array, opened: bool) -> nnx.Module:
-      kit = twin.BatchNormKit(key) if kind == "batch" else twin.NormFreeKit(key, gain=1.0 if opened else 0.0)
-      try:
-        return function(kit)
-      except TypeError as error:
-        raise UserError(
-          f"--model={settings.model}: nfify calls the function with a kit (see nfnets.lab.twin): {error}"
-        ) from error
+      return function(kit=twin.BatchNormKit(key) if kind == "batch" else twin.NormFreeKit(key, gain=1.0 if opened else 0.0))
 
-    return getattr(build("batch", jax.random.key(0), True), "image_size", 8), build
-  name = settings.model or "resnet_tiny"
-  overrides = {
-    **(SHAPE if settings.model is None and settings.scale == "small" else {}),
-    "drop_rate": 0.0,
-    "stochastic_depth": 0.0,
-  }
-  twin.nf_config(models.variant(name))
+    return chosen, getattr(build("batch", jax.random.key(0), True), "image_size", 8), build
+  name = chosen if ":" not in chosen and twin.has_twin(models.variant(chosen)) else DEFAULT
+  shape = SHAPE if name == DEFAULT and settings.scale == "small" else {}
 
   def make(kind: str, key: jax.Array, opened: bool) -> nnx.Module:
     create = models.create if kind == "batch" else twin.nf_twin
-    network = create(name, 10, rngs=key, **overrides)
+    network = create(name, 10, rngs=key, drop_rate=0.0, stochastic_depth=0.0, **shape)
     if opened:
       task.open_branches(network, 0)
     return network
 
-  return min(8 if settings.model is None else 32, models.variant(name).train_resolution), make
+  return name, 8 if name == DEFAULT else min(32, models.variant(name).train_resolution), make
 
 
 def look(network: nnx.Module, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
@@ -133,10 +125,11 @@ def look(network: nnx.Module, images: jax.Array, labels: jax.Array) -> dict[str,
   of_block = lambda path: [norm for name, norm in norms.items() if name.startswith(f"{path}/") and name.endswith("kernel")]
   gradient = [float(np.sqrt(np.sum(np.square(of_block(path))))) for path in places]
   graph, state = nnx.split(network)
-  if isinstance(network, models.Network):
-    features = lambda images: nnx.merge(graph, state, copy=True).outputs(images, train=True)["pool"]
-  else:
-    features = lambda images: nnx.merge(graph, state, copy=True)(images, train=True)
+
+  def features(images: jax.Array) -> jax.Array:
+    copy: Any = nnx.merge(graph, state, copy=True)
+    return copy.outputs(images, train=True)["pool"] if isinstance(copy, models.Network) else copy(images, train=True)
+
   return {"power": power, "gradient": gradient, "cosine": float(similarity(jax.jit(features)(images))["cosine"])}
 
 
@@ -198,8 +191,8 @@ EXPERIMENT = Experiment(
   title="The normalizer-free twin of a network",
   paper="Brock et al. 2021 (2101.08692, 2102.06171)",
   section="2101.08692: sections 3 and 4; 2102.06171: section 4",
-  claim="A batch-normalized ResNet has a normalizer-free twin of the same shape whose signal and gradients are as stable, and that "
-  "trains as well with a changed recipe.",
+  claim="A batch-normalized ResNet has a normalizer-free twin of the same shape whose signal and gradients are as stable, and "
+  "that trains as well with a changed recipe.",
   criteria=CRITERIA,
   minutes=1.0,
   run=run,

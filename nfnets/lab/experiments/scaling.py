@@ -147,8 +147,8 @@ EXPERIMENT = Experiment(
   title="Scaling",
   paper="Smith et al. 2023 (2310.16764)",
   section="section 2 and figure 2",
-  claim="The held-out loss of normalizer-free networks falls as a power of the compute of training, and more compute wants larger "
-  "networks.",
+  claim="The held-out loss of normalizer-free networks falls as a power of the compute of training, and more compute wants "
+  "larger networks.",
   criteria=CRITERIA,
   minutes=1.5,
   run=run,

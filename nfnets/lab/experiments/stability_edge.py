@@ -10,10 +10,11 @@ from flax import nnx
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Settings
-from nfnets.lab.measures.curvature import sharpness_of
+from nfnets.lab.measures.curvature import batch_sharpness, sharpness_of
 
 RATE = 0.3
 EVERY = 25  # steps between two measurements of the sharpness
+BATCH = 16  # images a step of stochastic gradient descent
 # "plain" has the paper's tanh
 NETWORKS: dict[str, dict[str, Any]] = {
   "plain": {"norm": "none", "residual": False, "activation": "tanh"},
@@ -38,6 +39,13 @@ CRITERIA = tuple(
   Criterion(
     name="rises", claim="It rises towards that: in the plain network the median of the last third is above the start.", low=1.0
   ),
+  Criterion(
+    name="stochastic",
+    claim=f"Under stochastic gradient descent with {BATCH} images the batch sharpness, not the largest eigenvalue, hovers there: "
+    "its median × learning rate / 2 over the last third is about 1 in the plain network.",
+    low=_LOW,
+    high=_HIGH,
+  ),
 )
 
 
@@ -60,12 +68,16 @@ def run(settings: Settings, progress: Progress) -> Measured:
       done += 1
       progress(done / (settings.seeds * len(makers)))
     curves[name] = np.array(runs)  # [seeds, measurements, 2]
+  images, labels = task.images(count)
+  plain = DeepConfig(depth=depth, width=width, **NETWORKS["plain"])
+  stochastic = np.array([_wander(_maker(plain)(seed), images, labels, steps, seed) for seed in range(settings.seeds)])
   return Measured(
-    samples=figures({name: curves[name] for name in NETWORKS}),
-    rows=[_row(name, values) for name, values in curves.items()],
-    draw=lambda figure: draw(figure, curves),
-    caption=f"Full-batch gradient descent with learning rate {RATE} on {count} digits: largest eigenvalue of the Hessian, in "
-    "units of 2 / learning rate (left), and the loss (right). Shades: all seeds.",
+    samples=figures({name: curves[name] for name in NETWORKS}, stochastic),
+    rows=[_row(name, values) for name, values in [*curves.items(), ("plain, batch sharpness of SGD", stochastic[..., [0, 2]])]],
+    draw=lambda figure: draw(figure, curves, stochastic),
+    caption=f"Gradient descent with learning rate {RATE} on {count} digits. Left: largest eigenvalue of the Hessian, in units of "
+    f"2 / learning rate, with all images a step. Middle: the plain network with {BATCH} images a step: the same, and batch "
+    "sharpness. Right: the loss with all images. Shades: all seeds.",
     notes=(
       "Beyond 1 a quadratic with that curvature would diverge. Real losses do not: they fall on, in small jumps.",
       f"Smaller networks and fewer images than the paper's 5,000 of CIFAR-10: {depth} blocks of {width} channels.",
@@ -79,12 +91,8 @@ def _maker(config: DeepConfig) -> Any:
 
 def _descend(network: nnx.Module, images: jax.Array, labels: jax.Array, steps: int, arguments: dict) -> np.ndarray:
   """Trains, and returns float64 [measurements, 2]: sharpness × rate / 2, and the loss, the first before any step."""
-  graph, params, rest = nnx.split(network, nnx.Param, ...)
-  targets = jax.nn.one_hot(labels, 10)
-
-  def loss(params: nnx.State) -> jax.Array:
-    model: Any = nnx.merge(graph, params, rest, copy=True)
-    return 0.5 * jnp.mean(jnp.sum((model(images, **arguments).astype(jnp.float32) - targets) ** 2, axis=-1))
+  params, squared = _squared_error(network, arguments)
+  loss = lambda params: squared(params, images, labels)
 
   @jax.jit
   def descend(params: nnx.State) -> nnx.State:
@@ -99,16 +107,56 @@ def _descend(network: nnx.Module, images: jax.Array, labels: jax.Array, steps: i
   return np.array(found, np.float64)
 
 
+def _squared_error(network: nnx.Module, arguments: dict) -> tuple[nnx.State, Any]:
+  """(Parameters, (params, images, labels) → half the squared error of an image, float32 [])."""
+  graph, params, rest = nnx.split(network, nnx.Param, ...)
+
+  def loss(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
+    model: Any = nnx.merge(graph, params, rest, copy=True)
+    outputs = model(images, **arguments).astype(jnp.float32)
+    return 0.5 * jnp.mean(jnp.sum((outputs - jax.nn.one_hot(labels, 10)) ** 2, axis=-1))
+
+  return params, loss
+
+
+def _wander(network: nnx.Module, images: jax.Array, labels: jax.Array, steps: int, seed: int) -> np.ndarray:
+  """Trains with BATCH images a step, as many images in all as `_descend`.
+
+  Returns float64 [measurements, 3]: batch sharpness and sharpness, both × rate / 2, and the loss.
+  """
+  params, loss = _squared_error(network, {})
+  count = len(labels) // BATCH
+  cut = lambda x: x[: count * BATCH].reshape(count, BATCH, *x.shape[1:])
+
+  @jax.jit
+  def descend(params: nnx.State, key: jax.Array) -> nnx.State:
+    def step(params: nnx.State, key: jax.Array) -> tuple[nnx.State, None]:
+      chosen = jax.random.choice(key, len(labels), (BATCH,), replace=False)
+      grads = jax.grad(loss)(params, images[chosen], labels[chosen])
+      return jax.tree.map(lambda p, g: p - RATE * g, params, grads), None
+
+    return jax.lax.scan(step, params, jax.random.split(key, EVERY * count))[0]
+
+  sharp = sharpness_of(loss, iterations=16)
+  noisy = jax.jit(lambda params: batch_sharpness(loss, params, cut(images), cut(labels)))
+  value, found = jax.jit(loss), []
+  for number in range(steps // EVERY + 1):
+    measured = (float(noisy(params)), sharp(params, 0, images, labels))
+    found.append((*(RATE / 2 * x for x in measured), float(value(params, images, labels))))
+    params = descend(params, jax.random.fold_in(jax.random.key(seed), number))
+  return np.array(found, np.float64)
+
+
 def last_third(curves: np.ndarray) -> list[float]:
   """The median of the sharpness over the last third of the measurements, for each seed, of [seeds, measurements, 2]."""
   return [float(np.median(seed[-(len(seed) // 3) :, 0])) for seed in curves]
 
 
-def figures(curves: dict[str, np.ndarray]) -> dict[str, list[float]]:
-  """The criteria's figures, a number a seed."""
+def figures(curves: dict[str, np.ndarray], stochastic: np.ndarray) -> dict[str, list[float]]:
+  """The criteria's figures, a number a seed, from curves of `_descend` and of `_wander` with a first axis for the seeds."""
   medians = {name: last_third(values) for name, values in curves.items()}
   rises = [late / max(start, 1e-12) for late, start in zip(medians["plain"], curves["plain"][:, 0, 0], strict=True)]
-  return {**medians, "rises": rises}
+  return {**medians, "rises": rises, "stochastic": last_third(stochastic)}
 
 
 def _row(name: str, values: np.ndarray) -> dict[str, Any]:
@@ -121,29 +169,32 @@ def _row(name: str, values: np.ndarray) -> dict[str, Any]:
   }
 
 
-def draw(figure: Any, curves: dict[str, np.ndarray]) -> None:
-  """Draws two panels."""
-  sharp, loss = figure.subplots(1, 2)
+def draw(figure: Any, curves: dict[str, np.ndarray], stochastic: np.ndarray) -> None:
+  """Draws three panels."""
+  sharp, noisy, loss = figure.subplots(1, 3)
   for style, (name, values) in enumerate(curves.items()):
     steps = np.arange(values.shape[1]) * EVERY
     drawing.line(sharp, steps, values[..., 0], name, style)
     drawing.line(loss, steps, values[..., 1], name, style)
-  sharp.axhline(1, color="0.6", lw=4, alpha=0.5, zorder=0)
-  sharp.set_ylim(0, 2.5)
-  drawing.name_axes(sharp, "step", "sharpness × learning rate / 2", "")
-  drawing.legend(sharp, loc="upper right")
+  steps = np.arange(stochastic.shape[1]) * EVERY
+  drawing.line(noisy, steps, stochastic[..., 0], "batch sharpness", 0)
+  drawing.line(noisy, steps, stochastic[..., 1], "largest eigenvalue", 1)
+  for axis, title in ((sharp, "all images a step"), (noisy, f"plain, {BATCH} images a step")):
+    axis.axhline(1, color="0.6", lw=4, alpha=0.5, zorder=0)
+    axis.set_ylim(0, 2.5)
+    drawing.name_axes(axis, "step" if axis is sharp else "epoch", "× learning rate / 2", title)
+    drawing.legend(axis, loc="upper right")
   loss.set_yscale("log")
   drawing.name_axes(loss, "step", "half squared error an image", "")
-  drawing.legend(loss)
 
 
 EXPERIMENT = Experiment(
   name="stability_edge",
   title="Edge of stability",
-  paper="Cohen et al. 2021 (2103.00065)",
-  section="section 3 and figures 1 and 5; networks with batch normalization in its appendix",
+  paper="Cohen et al. 2021 (2103.00065), Edge of Stochastic Stability 2024 (2412.20553)",
+  section="Cohen: section 3 and figures 1 and 5; networks with batch normalization in its appendix",
   claim="Under full-batch gradient descent the largest eigenvalue of the Hessian rises to 2 / learning rate and hovers there, "
-  "in plain networks, with batch normalization, and with alpha/beta.",
+  "in plain networks, with batch normalization, and with alpha/beta; with small batches the batch sharpness does.",
   criteria=CRITERIA,
   minutes=1.5,
   run=run,

@@ -72,8 +72,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
     f"{steps} steps. Left: test accuracy by learning rate. Right: training loss at each one's best rate, mean of ten steps. "
     "Shades: all seeds.",
     notes=(
-      f"Each has the same {len(RATES)} learning rates, the same batches and steps; the best is that of the mean over seeds. NF has "
-      f"AGC with λ = {LAMBDA}, the others no clipping. Fixup has no biases but its scalar ones.",
+      f"Each has the same {len(RATES)} learning rates, the same batches and steps; the best is that of the mean over seeds. "
+      f"NF has AGC with λ = {LAMBDA}, the others no clipping. Fixup has no biases but its scalar ones.",
       "The figures that are claimed are from ResNet-50 on ImageNet: 76.2 % with batch normalization, 68.9 % with Dynamic Tanh.",
     ),
   )
@@ -127,10 +127,11 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], losses: dict[str, np.ndar
 EXPERIMENT = Experiment(
   name="without_norm",
   title="Training without any normalizer",
-  paper="Zhu et al. 2025 (2503.10622), Brock et al. 2021 (2102.06171), Zhang et al. 2019 (1901.09321), De & Smith 2020 (2002.10444)",
+  paper="Zhu et al. 2025 (2503.10622), Brock et al. 2021 (2102.06171), Zhang et al. 2019 (1901.09321), "
+  "De & Smith 2020 (2002.10444)",
   section="Zhu: the limitations, Dynamic Tanh in the place of batch normalization in ResNet-50",
-  claim="In a ResNet Dynamic Tanh cannot replace batch normalization, while alpha/beta with scaled weight standardization and AGC "
-  "can, and so can Fixup and SkipInit.",
+  claim="In a ResNet Dynamic Tanh cannot replace batch normalization, while alpha/beta with scaled weight standardization and "
+  "AGC can, and so can Fixup and SkipInit.",
   criteria=CRITERIA,
   minutes=2.0,
   run=run,

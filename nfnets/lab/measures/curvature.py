@@ -26,6 +26,24 @@ def sharpness(loss: Callable[[Any], Array], params: Any, *, iterations: int = 30
   return sharpness_of(loss, iterations=iterations)(params, seed)
 
 
+def batch_sharpness(loss: Callable[..., Array], params: Any, *batches: Array) -> Array:
+  """The mean over batches of gᵀ H g / gᵀ g, with gradient g and Hessian H of that batch's loss (2412.20553): float32 [].
+
+  Args:
+    loss: (params, *batch) → float [].
+    params: a pytree of float arrays.
+    batches: arrays whose first axis counts batches, such as images [batches, batch, …] and labels [batches, batch].
+  """
+
+  def of_batch(batch: tuple[Array, ...]) -> Array:
+    gradient = jax.grad(lambda p: loss(p, *batch))
+    direction, product = jax.jvp(gradient, (params,), (gradient(params),))
+    inner = lambda a, b: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    return inner(direction, product) / jnp.maximum(inner(direction, direction), 1e-30)
+
+  return jnp.mean(jax.lax.map(of_batch, batches))
+
+
 def sharpness_of(loss: Callable[..., Array], *, iterations: int = 30) -> Callable[..., float]:
   """Makes (params, seed, *data) → the largest eigenvalue, with loss(params, *data); compiled once, for use during training."""
   compiled = jax.jit(lambda params, key, *data: _lanczos(lambda p: loss(p, *data), params, key, iterations))

@@ -1,4 +1,4 @@
-"""What the loss looks like around a point: along the gradient, in a plane of two random directions, and theory's bound for a layer."""
+"""What the loss looks like around a point: along the gradient and in a plane of random directions; theory's bound for a layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def along_gradient(loss: Callable[[Any], Array], params: Any, steps: Array) -> d
 
 
 def filter_direction(params: Any, key: Array) -> Any:
-  """A random direction as long as the weights, filter by filter; other arrays do not move (Li et al. 2018, 1712.09913, section 4).
+  """A random direction, filter by filter as long as the weights; other arrays do not move (Li et al. 2018, 1712.09913, 4).
 
   Args:
     params: nested dicts of float arrays. The last axis of a kernel counts its filters.

@@ -39,7 +39,7 @@ def covariate_shift(loss: Callable[[Any], Array], before: Any, after: Any, layer
 
 
 def layer_numbers(params: Any) -> Any:
-  """Numbers the layers of a network whose layers stand in lists, such as "convs/3/kernel", in nested dicts; the rest comes last."""
+  """Numbers the layers of a network whose layers stand in lists, such as "convs/3/kernel"; what is in no list comes last."""
   number = lambda path: next((int(part.key) for part in path if str(part.key).isdigit()), None)
   found = [number(path) for path, _ in jax.tree.leaves_with_path(params)]
   last = 1 + max((place for place in found if place is not None), default=-1)

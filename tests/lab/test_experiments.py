@@ -1,0 +1,239 @@
+"""Experiments that train: what their figures say of good and of broken networks, and parts that are kept."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfnets.config import DataConfig
+from nfnets.lab import experiments, task
+from nfnets.lab.deep import Deep, DeepConfig
+from nfnets.lab.experiment import Measured, Progress, Settings, conclude
+from nfnets.lab.experiments import (
+  agc_optimizers,
+  batch_size,
+  covariate_shift,
+  landscape,
+  nfify,
+  scaling,
+  stability_edge,
+  train_test,
+  without_norm,
+)
+from nfnets.lab.training import Recipe, Trainer, batches
+
+SEEDS = 3
+SPREAD = np.array([0.0, 0.001, -0.001])  # between seeds
+
+
+def verdicts(module, samples):
+  measured = Measured(samples=samples, rows=[], draw=lambda figure: None, caption="")
+  result = conclude(module.EXPERIMENT, Settings(), measured)
+  return {finding.criterion.name: finding.verdict for finding in result.findings}, result.verdict
+
+
+# ---- runs as the papers would have them, and runs of a network that is broken: it stays at chance, whatever is done to it
+def shift_runs(size, cosine, accuracy, unrest):
+  """`size`, `cosine`, `accuracy` and `unrest` give a figure for each (kind, norm)."""
+  runs = {}
+  for kind, norm in covariate_shift.NETWORKS:
+    value = size(kind, norm)
+    mean = np.cumsum(np.full((5, 4), unrest(norm)), axis=0)
+    run = {"shift": [[0.0, value]] * 5, "norm": [[1.0, 1.0]] * 5, "cosine": [[1.0, cosine(norm)]] * 5}
+    run |= {"mean": mean.tolist(), "std": np.ones((5, 4)).tolist()}
+    runs[kind, norm] = [{**run, "accuracy": accuracy(norm) + spread} for spread in SPREAD]
+  return runs
+
+
+def test_covariate_shift():
+  good = shift_runs(
+    lambda kind, norm: 0.2 if norm == "none" else 0.3,
+    lambda norm: 0.9 if norm == "none" else 0.8,
+    lambda norm: 0.8 if norm == "none" else 0.95,
+    lambda norm: 0.5 if norm == "noisy_batch" else 0.2,
+  )
+  assert verdicts(covariate_shift, covariate_shift.figures(good))[1] == "holds"
+  reduced = shift_runs(lambda kind, norm: 0.3 if norm == "none" else 0.1, lambda norm: 0.9, lambda norm: 0.1, lambda norm: 0.2)
+  parts, whole = verdicts(covariate_shift, covariate_shift.figures(reduced))
+  assert whole == "does not hold" == parts["vgg_shift"] == parts["linear_shift"]
+  dead = shift_runs(lambda kind, norm: float("nan"), lambda norm: float("nan"), lambda norm: float("nan"), lambda norm: 0.2)
+  assert verdicts(covariate_shift, covariate_shift.figures(dead))[1] == "cannot be told here"
+
+
+def landscape_runs(size):
+  runs = {}
+  for name in landscape.NETWORKS:
+    value = [size(name)] * 4
+    run = {"smoothness": value, "change": value, "gradient": [1.0] * 4, "highest": value, "lowest": [0.0] * 4, "theorem": 1.0}
+    runs[name] = [run] * SEEDS
+  return runs
+
+
+def test_landscape():
+  assert verdicts(landscape, landscape.figures(landscape_runs(lambda name: 5.0 if name == "none" else 1.0)))[1] == "holds"
+  rougher = landscape.figures(landscape_runs(lambda name: 1.0 if name == "none" else 5.0))
+  assert verdicts(landscape, rougher)[1] == "does not hold"
+  broken = verdicts(landscape, {**rougher, "theorem": [2.0] * SEEDS})[0]
+  assert broken["theorem"] == "does not hold"
+
+
+def size_runs(value):
+  sizes, lambdas = (4, 64, 1024), (0.01, 0.04, 0.16)
+  names = batch_size.arms(lambdas)
+  accuracy = {name: np.stack([value(name, size) + SPREAD for size in sizes]) for name in names}
+  return batch_size.figures(accuracy, sizes, lambdas)
+
+
+def test_batch_size():
+  best = {4: "0.16", 64: "0.04", 1024: "0.01"}
+
+  def good(name, size):
+    if name == "batch":
+      return 0.7 if size == 4 else 0.9
+    if name == "NF":
+      return 0.5 if size == 1024 else 0.9
+    return 0.9 if name.endswith(best[size]) else 0.85
+
+  assert verdicts(batch_size, size_runs(good))[1] == "holds"
+  parts, whole = verdicts(batch_size, size_runs(lambda name, size: 0.9 if name == "batch" else 0.1))
+  assert whole == "does not hold" and "holds" not in parts.values()
+  parts, whole = verdicts(batch_size, size_runs(lambda name, size: float("nan")))
+  assert "holds" not in parts.values()
+
+
+def test_train_test():
+  batch = {"running": 0.95, "batches": 0.94, "one class": 0.2, "single": 0.1, "shifted, running": 0.3, "shifted, batches": 0.9}
+  free = {**dict.fromkeys(batch, 0.9), "difference": 0.0}
+  good = {"batch": [{**batch, "difference": 0.2}] * SEEDS, "NF": [free] * SEEDS}
+  assert verdicts(train_test, train_test.figures(good))[1] == "holds"
+  parts, whole = verdicts(train_test, train_test.figures({"batch": good["batch"], "NF": good["batch"]}))
+  assert parts["nf_same"] == parts["nf_mix"] == "does not hold" == whole
+  assert verdicts(train_test, train_test.figures({"batch": good["NF"], "NF": good["NF"]}))[0]["single"] == "does not hold"
+
+
+def test_agc_and_optimizers():
+  def runs(value):
+    return {(n, w): np.stack([value(n, w) + SPREAD] * 3) for n in agc_optimizers.RATES for w in agc_optimizers.WAYS}
+
+  good = runs(lambda name, where: 0.9 if (name, where) == ("SGD", "before") or where == "behind" or name == "LARS" else 0.3)
+  assert verdicts(agc_optimizers, agc_optimizers.figures(good))[1] == "holds"
+  parts, whole = verdicts(agc_optimizers, agc_optimizers.figures(runs(lambda name, where: 0.1)))
+  assert whole == "does not hold" == parts["sgd"] == parts["adamw_behind"]
+
+
+def test_nfify():
+  good = {"power": [1.0, 1.04], "gradient": [1.0, 2.0], "cosine": 0.5}
+  accuracy = {"batch": 0.95 + SPREAD, "NF": 0.95 + SPREAD}
+  assert verdicts(nfify, nfify.figures({"batch": [good] * SEEDS, "NF": [good] * SEEDS}, accuracy))[1] == "holds"
+  exploding = {"power": [1.0, 1024.0], "gradient": [1.0, 1e6], "cosine": 1.0}
+  runs = {"batch": [good] * SEEDS, "NF": [exploding] * SEEDS}
+  parts, _ = verdicts(nfify, nfify.figures(runs, {"batch": 0.95 + SPREAD, "NF": 0.1 + SPREAD}))
+  assert set(parts.values()) == {"does not hold"}
+
+
+def test_without_norm():
+  good = dict.fromkeys(without_norm.NETWORKS, 0.95 + SPREAD) | {"DyT": 0.85 + SPREAD, "Derf": 0.86 + SPREAD}
+  assert verdicts(without_norm, without_norm.figures(good))[1] == "holds"
+  parts, whole = verdicts(without_norm, without_norm.figures({**good, "NF": 0.1 + SPREAD, "DyT": 0.95 + SPREAD}))
+  assert whole == "does not hold" == parts["nf"] == parts["dyt"] == parts["nf_dyt"]
+  assert without_norm.best_rate(np.array([[0.5, 0.5], [np.nan, 0.9], [0.6, 0.6]])) == 2
+
+
+def test_scaling():
+  """Points on a power law are found again; networks that learn nothing have no slope."""
+  compute, widths = np.logspace(8, 10, 8), np.array([4, 4, 8, 8, 16, 16, 32, 32])
+  law = np.stack([3 * (compute / 1e8) ** -0.3 * (1 + spread) for spread in SPREAD])
+  found = scaling.figures(compute, law, widths)
+  np.testing.assert_allclose(found["slope"], -0.3, rtol=1e-6)
+  assert verdicts(scaling, found)[1] == "holds"
+  assert list(scaling.frontier(np.array([1.0, 2.0, 3.0, 4.0]), np.array([4.0, 5.0, 3.0, 3.5]))) == [0, 2]
+  parts, whole = verdicts(scaling, scaling.figures(compute, np.full_like(law, 2.3), widths))
+  assert "holds" not in parts.values() and whole != "holds"
+
+
+def test_batch_sharpness_far_from_the_edge_does_not_hold():
+  curves = np.ones((SEEDS, 9, 2))
+  parts, whole = verdicts(
+    stability_edge, stability_edge.figures(dict.fromkeys(stability_edge.NETWORKS, curves), 0.4 * np.ones((SEEDS, 9, 3)))
+  )
+  assert parts["stochastic"] == "does not hold" == whole and parts["plain"] == "holds"
+
+
+# ---- what all of them stand on
+def test_a_training_learns_and_is_watched():
+  data = task.data(None)
+  config = DeepConfig(depth=1, width=8, norm="nf", in_features=data.channels)
+  recipe = Recipe(batch=64, steps=60, weight_decay=1e-4)
+  watch = lambda before, after, images, labels, key: jnp.sum((after["fc"]["kernel"] - before["fc"]["kernel"]) ** 2)
+  trainer = Trainer(lambda key: Deep(config, key), data, recipe, watch=watch, every=20)
+  order = batches(len(data.train[1]), recipe, 0)
+  params, losses, seen = trainer.train(trainer.init(0), order, 0.2, 0.16)
+  accuracy, loss = trainer.test(params)
+  assert losses[-1] < 0.5 * losses[0] and accuracy > 0.6 and loss < losses[0]
+  assert seen.shape == (3,) and (seen > 0).all()
+  frozen, *_ = trainer.train(trainer.init(0), order, 0.2, 1e-9)  # AGC that lets almost nothing through, but for the classifier
+  first = trainer.init(0)
+  np.testing.assert_allclose(frozen["stem"]["kernel"], first["stem"]["kernel"], rtol=0.01)  # which decays
+  assert np.abs(frozen["fc"]["kernel"] - first["fc"]["kernel"]).max() > 1e-2
+
+
+def test_order_of_batches():
+  order = np.asarray(batches(10, Recipe(batch=4, steps=5), 0))
+  assert order.shape == (5, 4) and sorted(order.ravel()[:10]) == list(range(10))
+
+
+def test_images_of_a_config():
+  """A dataset's images are averaged to 16 pixels a side; each 2×2 of them lie at one place."""
+  whole, cut = (task.data(DataConfig(name="digits", mean=(77.8,) * 3, std=(95.9,) * 3), cut=cut) for cut in (False, True))
+  assert whole.train[0].shape == (1437, 16, 16, 3) and cut.train[0].shape == (1437, 8, 8, 12) and cut.classes == 10
+  np.testing.assert_array_equal(cut.test[0][0, 1, 2], np.asarray(whole.test[0][0, 2:4, 4:6]).ravel())
+  assert task.data(None).train[0].shape == (1437, 4, 4, 12)
+
+
+def test_parts_are_kept_one_by_one(tmp_path):
+  file, done, shares = tmp_path / "made_up.parts", [], []
+
+  def job(name, fails=False):
+    def work():
+      if fails:
+        raise RuntimeError(name)
+      done.append(name)
+      return {"value": name}
+
+    return work
+
+  names = [f"part {i}" for i in range(6)]
+  with pytest.raises(RuntimeError, match="part 5"):
+    Progress(shares.append, file).parts({name: job(name, name == "part 5") for name in names})
+  with file.open("a") as text:
+    text.write('\n{"part": "part 4", "val')  # a killed run leaves half a line
+  before = len(done)
+  found = Progress(shares.append, file).parts({name: job(name) for name in names})
+  assert list(found) == names and [value["value"] for value in found.values()] == names
+  assert len(done) == 6 and before >= 1 and shares[-1] == 1
+  assert Progress(shares.append, None).parts({"a": lambda: 1}) == {"a": 1}
+
+
+def test_other_settings_begin_anew(tmp_path):
+  """Parts of other settings are not taken."""
+  from nfnets.lab import runner
+
+  seen = []
+
+  def run(settings, progress):
+    value = progress.parts({"a": lambda: seen.append(settings.seeds) or settings.seeds})["a"]
+    if settings.seeds == 1:
+      raise OSError("stopped")
+    return Measured(samples={"slope": [float(value)] * 3}, rows=[], draw=lambda figure: figure.subplots(), caption="")
+
+  made = dataclasses.replace(experiments.get("forward"), name="made_up", run=run)
+  made = dataclasses.replace(made, criteria=(dataclasses.replace(made.criteria[0], name="slope"),))
+  for _ in range(2):
+    with pytest.raises(OSError):
+      runner.run([made], Settings(seeds=1), tmp_path, lambda step: None)
+  assert seen == [1] and (tmp_path / "made_up.parts").is_file()
+  runner.run([made], Settings(seeds=2), tmp_path, lambda step: None)
+  assert seen == [1, 2] and not (tmp_path / "made_up.parts").exists()
+  assert json.loads((tmp_path / "made_up.json").read_text())["findings"][0]["samples"] == [2, 2, 2]
