@@ -1,14 +1,12 @@
 """Normalizers, and what stands in their place, as one field `norm=` of the purpose-made networks of this room.
 
 A name is a row of NORMS, where some take a number behind a colon: "group:8" has eight groups, "ghost:16" normalizes 16 images at
-once, "lp:inf" divides by the largest deviation. Flax's own modules are used where it has them
-(but for weight normalization). All of them use the statistics of
-the images at hand, in training and in evaluation.
+once, "lp:inf" divides by the largest deviation. Normalizers are those of nfnets.models.norms, where any ResNet of the zoo has
+them with running statistics; here all of them use the statistics of the images at hand, in training and in evaluation.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,15 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnets.errors import UserError
-from nfnets.models import layers
+from nfnets.models import layers, norms as models_norms
 
 Array = jax.Array
-EPSILON = 1e-5
-
-
-class UnknownNormError(UserError):
-  """No normalizer has the given name, or its number is wrong; the message lists all."""
+EPSILON = models_norms.EPSILON
+UnknownNormError = models_norms.UnknownNormError
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,69 +74,22 @@ class Plain(nnx.Module):
     return norm(x)
 
 
-class Affine(nnx.Module):
-  """A scale of ones and a bias of zeros for each channel."""
+class OwnStatistics(nnx.Module):
+  """A normalizer of nfnets.models.norms that uses the statistics of the images at hand."""
 
-  def __init__(self, features: int):
-    self.scale = nnx.Param(layers.full(1)(None, (features,)))
-    self.bias = nnx.Param(layers.full(0)(None, (features,)))
-
-  def affine(self, x: Array) -> Array:
-    return x * self.scale[...] + self.bias[...]
-
-
-class LpBatch(Affine):
-  """(x - mean) / (mean |x - mean|^p)^(1/p) over images and space; for p = inf, the largest deviation (Santurkar et al. 2018)."""
-
-  def __init__(self, features: int, p: float):
-    super().__init__(features)
-    self.p = p
+  def __init__(self, norm: nnx.Module | None):
+    self.norm = norm
 
   def __call__(self, x: Array, key: Array | None) -> Array:
-    x = x - jnp.mean(x, axis=(0, 1, 2))
-    if math.isinf(self.p):
-      size = jnp.max(jnp.abs(x), axis=(0, 1, 2))
-    elif self.p == 2:
-      return self.affine(x * jax.lax.rsqrt(jnp.mean(x * x, axis=(0, 1, 2)) + EPSILON))
-    else:
-      size = jnp.mean(jnp.abs(x) ** self.p, axis=(0, 1, 2)) ** (1 / self.p)
-    return self.affine(x / (size + EPSILON))
+    return models_norms.normalize(self.norm, x, True)
 
 
-class GhostBatch(nnx.Module):
-  """Batch normalization of each `size` images by themselves (Hoffer et al. 2017); they must divide the batch."""
-
-  def __init__(self, features: int, size: int, keys: Any):
-    self.norm, self.size = nnx.BatchNorm(features, use_running_average=False, epsilon=EPSILON, rngs=keys), size
-
-  def __call__(self, x: Array, key: Array | None) -> Array:
-    if x.shape[0] % self.size:
-      raise ValueError(f"norm='ghost:{self.size}': expected a divisor of the batch of {x.shape[0]} images")
-    parts = x.reshape(-1, self.size, *x.shape[1:])
-    mean = jnp.mean(parts, axis=(1, 2, 3), keepdims=True)
-    parts = (parts - mean) * jax.lax.rsqrt(jnp.var(parts, axis=(1, 2, 3), keepdims=True) + EPSILON)
-    scale, bias = self.norm.scale, self.norm.bias
-    assert scale is not None and bias is not None
-    return parts.reshape(x.shape) * scale[...] + bias[...]
-
-
-class Squash(Affine):
-  """Dynamic tanh, scale · tanh(a · x) + bias with a = 0.5 at the start (Zhu et al. 2025), or Derf, with erf(a · x + s)."""
-
-  def __init__(self, features: int, *, erf: bool):
-    super().__init__(features)
-    self.a = nnx.Param(layers.full(0.5)(None, ()))
-    self.shift = nnx.Param(layers.full(0)(None, ())) if erf else None
-
-  def __call__(self, x: Array, key: Array | None) -> Array:
-    x = x * self.a[...]
-    return self.affine(jnp.tanh(x) if self.shift is None else jax.lax.erf(x + self.shift[...]))
-
-
-def _grouped(features: int, groups: int, keys: Any) -> nnx.Module:
-  if groups < 1 or features % groups:
-    raise UnknownNormError(f"norm='group:{groups}': expected a divisor of the {features} channels")
-  return Plain(nnx.GroupNorm(features, groups, epsilon=EPSILON, rngs=keys))
+def _of_models(name: str) -> Callable[[int, str, Any], nnx.Module]:
+  """Makes the normalizer of that name of nfnets.models.norms."""
+  join = lambda number: f"{name}:{number}" if number else name
+  return lambda features, number, keys: OwnStatistics(
+    models_norms.make_norm(join(number), features, dtype=jnp.float32, rngs=keys)
+  )
 
 
 def _uncentred(features: int, number: str, keys: Any) -> nnx.Module:
@@ -211,13 +158,13 @@ NORMS = {
   "batch": Norm(activations=lambda features, _, keys: Batch(features, keys)),
   "batch_uncentred": Norm(activations=_uncentred),  # divides by the root mean square alone (Daneshmand et al. 2020, 2021)
   "noisy_batch": Norm(activations=lambda features, _, keys: Batch(features, keys, noisy=True)),
-  "ghost": Norm(activations=lambda features, size, keys: GhostBatch(features, int(size), keys), number="images"),
-  "layer": Norm(activations=lambda features, _, keys: _grouped(features, 1, keys)),  # over height, width and channels
+  "ghost": Norm(activations=_of_models("ghost"), number="images"),
+  "layer": Norm(activations=_of_models("layer")),  # over height, width and channels
   "instance": Norm(activations=lambda features, _, keys: Plain(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
-  "group": Norm(activations=lambda features, groups, keys: _grouped(features, int(groups), keys), number="groups"),
-  "lp": Norm(activations=lambda features, p, _: LpBatch(features, float(p)), number="p"),
-  "dyt": Norm(activations=lambda features, _, keys: Squash(features, erf=False)),
-  "derf": Norm(activations=lambda features, _, keys: Squash(features, erf=True)),
+  "group": Norm(activations=_of_models("group"), number="groups"),
+  "lp": Norm(activations=_of_models("lp"), number="p"),
+  "dyt": Norm(activations=_of_models("dyt")),
+  "derf": Norm(activations=_of_models("derf")),
   "weight_norm": Norm(weights="weight_norm"),
   "weight_std": Norm(weights="standardized"),
   "scaled_weight_std": Norm(weights="scaled_standardized", gamma=True),

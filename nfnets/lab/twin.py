@@ -25,7 +25,8 @@ from nfnets import models
 from nfnets.errors import UserError
 from nfnets.models import layers
 from nfnets.models.nf_resnet import NFResNetConfig
-from nfnets.models.resnet import FixupConfig, ResNetConfig, make_norm, normalize
+from nfnets.models.norms import make_norm, normalize
+from nfnets.models.resnet import FixupConfig, ResNetConfig
 
 Array = jax.Array
 

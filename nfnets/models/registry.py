@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nfnets.errors import UserError
-from nfnets.models import layers, nf_regnet, nf_resnet, nfnet, resnet
+from nfnets.models import layers, nf_regnet, nf_resnet, nfnet, norms, resnet
 from nfnets.models.network import Network
 
 Config = nfnet.NFNetConfig | nf_resnet.NFResNetConfig | nf_regnet.NFRegNetConfig | resnet.ResNetConfig
@@ -152,6 +152,8 @@ def _check(name: str, field: str, value, hint) -> None:
   expected = None
   if field == "activation":
     expected = None if value in layers.ACTIVATIONS else "one of " + ", ".join(layers.ACTIVATIONS)
+  elif field == "norm" and hint is str:
+    norms.parse(value)
   elif choices:
     allowed = value in choices or value is None and type(None) in typing.get_args(hint)
     expected = None if allowed else "one of " + ", ".join(map(repr, choices))

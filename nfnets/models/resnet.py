@@ -1,4 +1,4 @@
-"""The papers' baselines, all of them ResNets: batch, group, layer, instance and no normalization, SkipInit and Fixup.
+"""The papers' baselines, all of them ResNets: with any normalizer of norms.py or none, SkipInit and Fixup.
 
 P1 and P2 (see layers.py) compare with pre-activation bottleneck ResNets (He et al., 1603.05027). SkipInit is from De and Smith,
 2002.10444; Fixup, which is post-activation, is from Zhang et al., 1901.09321. Depths are those of the release.
@@ -15,6 +15,7 @@ from flax import nnx
 from nfnets.models import layers
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 from nfnets.models.nf_resnet import DEPTHS
+from nfnets.models.norms import OF_WEIGHTS, activation_of, conv_of, make_norm, normalize
 
 Array = jax.Array
 
@@ -25,8 +26,8 @@ class ResNetConfig:
 
   # blocks of each stage
   depth: tuple[int, ...]
-  # "batch", "group" (32 groups of channels), "layer" (height, width and all channels), "instance" (each channel alone) or "none"
-  norm: Literal["batch", "group", "layer", "instance", "none"] = "batch"
+  # a name of norms.NUMBERS, such as "batch", "group:8", "dyt", "scaled_weight_std" or "none"
+  norm: str = "batch"
   # SkipInit: a scalar on each residual branch, zero at the start
   skip_init: bool = False
   # output channels of each stage; the stem has a quarter of the first
@@ -61,33 +62,6 @@ class FixupConfig(ResNetConfig):
   stochastic_depth: float = 0.1
 
 
-def make_norm(kind: str, features: int, *, dtype, rngs: layers.ParamKeys) -> nnx.Module | None:
-  """Makes the normalization that `kind` names (see `ResNetConfig.norm`), with scale and bias [features]; None for "none".
-
-  Statistics are float32, whatever the dtype.
-  """
-  if kind == "none":
-    return None
-  init: dict[str, Any] = {
-    "scale_init": layers.full(1),
-    "bias_init": layers.full(0),
-    "epsilon": 1e-5,
-    "dtype": dtype,
-    "rngs": rngs,
-  }
-  if kind == "batch":  # running statistics move by a tenth a step; under jit over a mesh they are the global batch's
-    return nnx.BatchNorm(features, momentum=0.9, **init)
-  groups = {"group": min(32, features), "layer": 1, "instance": features}[kind]
-  return nnx.GroupNorm(features, groups, **init)
-
-
-def normalize(norm: nnx.Module | None, x: Array, train: bool) -> Array:
-  """Applies a normalization of `make_norm`; when training, BatchNorm uses the batch's statistics and moves its running ones."""
-  if norm is None:
-    return x
-  return norm(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm) else norm(x)
-
-
 class ResBlock(nnx.Module):
   """A pre-activation bottleneck, three times norm → activation → conv; the shortcut's projection reads the first activation."""
 
@@ -95,16 +69,17 @@ class ResBlock(nnx.Module):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
-    bias = config.norm == "none"
-    self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
+    bias = config.norm == "none" or config.norm in OF_WEIGHTS
+    conv = conv_of(config.norm)
+    self.activation = activation_of(config.norm, config.activation)
     self.norm0 = make_norm(config.norm, in_features, dtype=dtype, rngs=rngs)
-    self.conv0 = layers.Conv(in_features, width, 1, use_bias=bias, rngs=rngs)
+    self.conv0 = conv(in_features, width, 1, use_bias=bias, rngs=rngs)
     self.norm1 = make_norm(config.norm, width, dtype=dtype, rngs=rngs)
-    self.conv1 = layers.Conv(width, width, 3, strides=strides, use_bias=bias, rngs=rngs)
+    self.conv1 = conv(width, width, 3, strides=strides, use_bias=bias, rngs=rngs)
     self.norm2 = make_norm(config.norm, width, dtype=dtype, rngs=rngs)
-    self.conv2 = layers.Conv(width, features, 1, use_bias=bias, rngs=rngs)
+    self.conv2 = conv(width, features, 1, use_bias=bias, rngs=rngs)
     transition = strides > 1 or in_features != features
-    self.conv_shortcut = layers.Conv(in_features, features, 1, strides=strides, use_bias=bias, rngs=rngs) if transition else None
+    self.conv_shortcut = conv(in_features, features, 1, strides=strides, use_bias=bias, rngs=rngs) if transition else None
     self.skip_gain = nnx.Param(layers.full(0)(None, ())) if config.skip_init else None
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
@@ -181,10 +156,10 @@ class ResNet(Network):
   block: ClassVar[Callable[..., nnx.Module]] = ResBlock
 
   def __init__(self, config: ResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
-    self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
+    self.activation = activation_of(config.norm, config.activation)
     self.pool = config.stem_pool
     features = config.width[0] // 4
-    self.stem = layers.Conv(3, features, config.stem_kernel, strides=config.stem_strides, use_bias=False, rngs=rngs)
+    self.stem = conv_of(config.norm)(3, features, config.stem_kernel, strides=config.stem_strides, use_bias=False, rngs=rngs)
     specs = block_specs(
       depth=config.depth,
       width=config.width,

@@ -1,0 +1,201 @@
+"""Normalizers of ResNets by name, and what papers have put in their place; the field `norm` of `ResNetConfig`.
+
+A name stands for a normalizer of activations, or for a way to make the weights of convolutions. Some take a number behind a
+colon: "group:8" has eight groups of channels, "ghost:16" normalizes 16 images at once, "lp:1" divides by the mean absolute
+deviation.
+Statistics are float32, whatever the dtype. Running statistics move by a tenth a step; under jit over a mesh they are the global
+batch's.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nfnets.errors import UserError
+from nfnets.models import layers
+
+Array = jax.Array
+EPSILON, MOMENTUM = 1e-5, 0.9
+
+# name: what the number behind a colon is, "" if there is none; brackets: it may be left out
+NUMBERS = {
+  "batch": "",
+  "group": "[GROUPS]",  # 32 groups without a number
+  "layer": "",  # height, width and all channels
+  "instance": "",  # each channel alone
+  "ghost": "IMAGES",  # batch normalization of that many images at once (Hoffer et al. 2017)
+  "lp": "P",  # 1, 2 or inf: batch normalization by another deviation (Santurkar et al. 2018)
+  "dyt": "",  # dynamic tanh (Zhu et al. 2025)
+  "derf": "",  # scale · erf(a · x + s) + bias
+  "weight_norm": "",  # Salimans and Kingma 2016
+  "weight_std": "",  # Qiao et al. 2019
+  "scaled_weight_std": "",  # P1, with activations that have their gamma, but without alpha and beta
+  "none": "",
+}
+OF_WEIGHTS = ("weight_norm", "weight_std", "scaled_weight_std")
+
+
+class UnknownNormError(UserError):
+  """No normalizer has the given name, or its number is wrong; the message lists all."""
+
+
+def parse(norm: str) -> tuple[str, str]:
+  """Splits "group:8" into ("group", "8"), and "batch" into ("batch", ""); raises UnknownNormError."""
+  name, colon, number = str(norm).partition(":")
+  takes = NUMBERS.get(name, "")
+  allowed = number in ("1", "2", "inf") if name == "lp" else number.isascii() and number.isdigit() and int(number) > 0
+  if name not in NUMBERS or not (takes and allowed if colon else not takes or takes.startswith("[")):
+    shown = lambda name, takes: f"{name}[:{takes[1:]}" if takes[:1] == "[" else f"{name}:{takes}" if takes else name
+    known = ", ".join(shown(*row) for row in NUMBERS.items())
+    raise UnknownNormError(f"norm={norm!r}: expected one of {known}")
+  return name, number
+
+
+class Affine(nnx.Module):
+  """A scale of ones and a bias of zeros for each channel, applied in float32."""
+
+  def __init__(self, features: int, dtype: Any = jnp.float32):
+    self.scale, self.bias = nnx.Param(layers.full(1)(None, (features,))), nnx.Param(layers.full(0)(None, (features,)))
+    self.dtype = jnp.dtype(dtype)
+
+  def affine(self, x: Array) -> Array:
+    return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class RunningNorm(Affine):
+  """(x - mean) / size · scale + bias by channel, with running statistics for evaluation; subclasses say what the size is."""
+
+  def __init__(self, features: int, dtype: Any = jnp.float32):
+    super().__init__(features, dtype)
+    self.mean, self.size = nnx.BatchStat(layers.full(0)(None, (features,))), nnx.BatchStat(layers.full(1)(None, (features,)))
+
+  def normalized(self, x: Array) -> tuple[Array, Array, Array]:
+    """(x normalized by its own statistics, mean [channels], size [channels]) of x, float32 [batch, height, width, channels]."""
+    raise NotImplementedError
+
+  def __call__(self, x: Array, *, use_running_average: bool) -> Array:
+    x = x.astype(jnp.float32)
+    if use_running_average:
+      return self.affine((x - self.mean[...]) / self.size[...])
+    x, mean, size = self.normalized(x)
+    self.mean[...] = MOMENTUM * self.mean[...] + (1 - MOMENTUM) * jax.lax.stop_gradient(mean)
+    self.size[...] = MOMENTUM * self.size[...] + (1 - MOMENTUM) * jax.lax.stop_gradient(size)
+    return self.affine(x)
+
+
+class LpNorm(RunningNorm):
+  """The size is (mean |x - mean|^p)^(1/p) over images and space; for p = inf, the largest deviation (Santurkar et al. 2018)."""
+
+  def __init__(self, features: int, p: float, dtype: Any = jnp.float32):
+    super().__init__(features, dtype)
+    self.p = p
+
+  def normalized(self, x: Array) -> tuple[Array, Array, Array]:
+    mean = jnp.mean(x, axis=(0, 1, 2))
+    x = x - mean
+    if math.isinf(self.p):
+      size = jnp.max(jnp.abs(x), axis=(0, 1, 2)) + EPSILON
+    elif self.p == 2:
+      size = jnp.sqrt(jnp.mean(x * x, axis=(0, 1, 2)) + EPSILON)
+    else:
+      size = jnp.mean(jnp.abs(x) ** self.p, axis=(0, 1, 2)) ** (1 / self.p) + EPSILON
+    return x / size, mean, size
+
+
+class GhostNorm(RunningNorm):
+  """Batch normalization of each `images` images by themselves (Hoffer et al. 2017); they must divide the batch."""
+
+  def __init__(self, features: int, images: int, dtype: Any = jnp.float32):
+    super().__init__(features, dtype)
+    self.images = images
+
+  def normalized(self, x: Array) -> tuple[Array, Array, Array]:
+    if x.shape[0] % self.images:
+      raise UserError(f"norm='ghost:{self.images}': expected a divisor of the batch of {x.shape[0]} images")
+    parts = x.reshape(-1, self.images, *x.shape[1:])
+    mean = jnp.mean(parts, axis=(1, 2, 3), keepdims=True)
+    variance = jnp.var(parts, axis=(1, 2, 3), keepdims=True) + EPSILON
+    of_all = lambda statistic: jnp.mean(statistic, axis=(0, 1, 2, 3))
+    return ((parts - mean) * jax.lax.rsqrt(variance)).reshape(x.shape), of_all(mean), jnp.sqrt(of_all(variance))
+
+
+class Squash(Affine):
+  """Dynamic tanh, scale · tanh(a · x) + bias with a = 0.5 at the start (Zhu et al. 2025), or Derf, with erf(a · x + s)."""
+
+  def __init__(self, features: int, *, erf: bool, dtype: Any = jnp.float32):
+    super().__init__(features, dtype)
+    self.a = nnx.Param(layers.full(0.5)(None, ()))
+    self.shift = nnx.Param(layers.full(0)(None, ())) if erf else None
+
+  def __call__(self, x: Array) -> Array:
+    x = x.astype(jnp.float32) * self.a[...]
+    return self.affine(jnp.tanh(x) if self.shift is None else jax.lax.erf(x + self.shift[...]))
+
+
+class WeightNormConv(layers.Conv):
+  """A convolution whose kernels are divided by their length for each output channel, times a gain of ones (1602.07868)."""
+
+  def __init__(self, in_features: int, out_features: int, kernel_size: int, *, rngs: layers.ParamKeys, **conv: Any):
+    super().__init__(in_features, out_features, kernel_size, rngs=rngs, **conv)
+    self.gain = nnx.Param(layers.full(1)(None, (out_features,)))
+
+  def weight(self) -> Array:
+    kernel = self.kernel[...]
+    return kernel * (jax.lax.rsqrt(jnp.sum(kernel**2, axis=(0, 1, 2)) + 1e-12) * self.gain[...])
+
+
+class WeightStdConv(layers.WSConv):
+  """Weight standardization (1903.10520): kernels have the variance 1, where the scaled form has 1 / fan_in."""
+
+  def standardize(self) -> Array:
+    return super().standardize() * math.prod(self.kernel.shape[:-1]) ** 0.5
+
+
+def make_norm(norm: str, features: int, *, dtype: Any, rngs: layers.ParamKeys) -> nnx.Module | None:
+  """Makes the normalizer of activations that `norm` names, with scale and bias [features]; None where it names none.
+
+  Raises:
+    UnknownNormError: there is no such name, or its number does not fit.
+  """
+  name, number = parse(norm)
+  init: dict[str, Any] = {
+    "scale_init": layers.full(1),
+    "bias_init": layers.full(0),
+    "epsilon": EPSILON,
+    "dtype": dtype,
+    "rngs": rngs,
+  }
+  if name == "batch":
+    return nnx.BatchNorm(features, momentum=MOMENTUM, **init)
+  if name in ("group", "layer", "instance"):
+    groups = int(number) if number else {"group": min(32, features), "layer": 1, "instance": features}[name]
+    if features % groups:
+      raise UnknownNormError(f"norm={norm!r}: expected a divisor of the {features} channels")
+    return nnx.GroupNorm(features, groups, **init)
+  if name == "ghost":
+    return GhostNorm(features, int(number), dtype)
+  if name == "lp":
+    return LpNorm(features, float(number), dtype)
+  return Squash(features, erf=name == "derf", dtype=dtype) if name in ("dyt", "derf") else None
+
+
+def normalize(norm: nnx.Module | None, x: Array, train: bool) -> Array:
+  """Applies what `make_norm` made; in training, those with running statistics use the batch's and move their own."""
+  if norm is None:
+    return x
+  apply: Any = norm
+  return apply(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm | RunningNorm) else apply(x)
+
+
+def conv_of(norm: str) -> Any:
+  """The class of convolution that `norm` names."""
+  return {"weight_norm": WeightNormConv, "weight_std": WeightStdConv, "scaled_weight_std": layers.WSConv}.get(norm, layers.Conv)
+
+
+def activation_of(norm: str, activation: str) -> layers.Activation:
+  """The nonlinearity; with its gamma where weights are standardized so that it is relied on."""
+  found = layers.ACTIVATIONS[activation]
+  return found if norm == "scaled_weight_std" else found.without_gamma()

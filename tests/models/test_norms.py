@@ -1,0 +1,96 @@
+"""Normalizers by name: what they compute, their running statistics, and networks that have them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nfnets import models
+from nfnets.errors import UserError
+from nfnets.models import layers, norms
+
+X = 3 * jax.random.normal(jax.random.key(0), (8, 4, 4, 6)) * jnp.arange(1, 7) + 5
+NAMES = ("batch", "group:3", "layer", "instance", "ghost:4", "lp:1", "lp:2", "lp:inf", "dyt", "derf")
+RUNNING = ("batch", "ghost:4", "lp:1", "lp:2", "lp:inf")
+make = lambda name: norms.make_norm(name, 6, dtype=jnp.float32, rngs=layers.ParamKeys(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_running_statistics_become_those_of_the_data(name):
+  """After a hundred steps on the same images evaluation gives what training gives; ghosts only about that."""
+  module = make(name)
+  first = norms.normalize(module, X, True)
+  before = norms.normalize(make(name), X, False)
+  for _ in range(100):
+    norms.normalize(module, X, True)
+  after = norms.normalize(module, X, False)
+  if name in RUNNING:
+    assert np.abs(before - first).max() > 0.5
+    np.testing.assert_allclose(after, first, atol=0.5 if name.startswith("ghost") else 1e-3)
+  else:
+    np.testing.assert_array_equal(before, first)
+  assert bool(jax.tree.leaves(nnx.state(module, nnx.BatchStat))) == (name in RUNNING)
+
+
+def test_deviations_are_1():
+  centred = lambda y: np.asarray(y) - np.asarray(y).mean(axis=(0, 1, 2))
+  out = {name: centred(norms.normalize(make(name), X, True)) for name in ("lp:1", "lp:2", "lp:inf", "batch")}
+  np.testing.assert_allclose(np.abs(out["lp:1"]).mean(axis=(0, 1, 2)), 1, rtol=1e-4)
+  np.testing.assert_allclose(np.abs(out["lp:inf"]).max(axis=(0, 1, 2)), 1, rtol=1e-4)
+  np.testing.assert_allclose(out["lp:2"], out["batch"], atol=1e-4)
+  ghosts = np.asarray(norms.normalize(make("ghost:4"), X, True)).reshape(2, 4, 4, 4, 6)
+  np.testing.assert_allclose(ghosts.mean(axis=(1, 2, 3)), 0, atol=1e-5)
+  np.testing.assert_allclose(ghosts.std(axis=(1, 2, 3)), 1, rtol=1e-3)
+  np.testing.assert_allclose(norms.normalize(make("dyt"), X, True), np.tanh(0.5 * np.asarray(X)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "length"),
+  (("weight_norm", lambda w: (np.linalg.norm(w, axis=0), 1)), ("weight_std", lambda w: (w.std(axis=0), 1)))
+  + (("scaled_weight_std", lambda w: (w.std(axis=0) * len(w) ** 0.5, 1)),),
+)
+def test_kernels(name, length):
+  conv = norms.conv_of(name)(5, 4, 3, rngs=layers.ParamKeys(jax.random.key(0)))
+  found, expected = length(np.asarray(conv.weight(), np.float64).reshape(-1, 4))
+  np.testing.assert_allclose(found, expected, rtol=1e-3)
+  if name != "weight_norm":
+    conv.kernel[...] = 5 * conv.kernel[...] + 1
+    before = conv.weight()
+    layers.standardize(nnx.List([conv]))
+    np.testing.assert_allclose(conv.weight(), before, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", (*norms.NUMBERS, "group:4"))
+def test_every_resnet_of_the_zoo_takes_every_name(name):
+  """Abstractly, which costs nothing: parameters, shapes, and one normalizer or none in each place."""
+  norm = {"ghost": "ghost:2", "lp": "lp:1"}.get(name, name)
+  network = nnx.eval_shape(lambda: models.create("resnet_tiny", 10, norm=norm, depth=(1,), width=(64,), stage_strides=(1,)))
+  block = network.blocks[0]
+  assert (block.norm0 is None) == (norm in (*norms.OF_WEIGHTS, "none")) == (block.conv0.bias is not None)
+  assert type(block.conv1) is norms.conv_of(norm) and (block.activation.gamma != 1) == (norm == "scaled_weight_std")
+
+
+@pytest.mark.parametrize("norm", ("lp:1", "weight_std", "derf"))
+def test_networks_train(norm):
+  """Gradients are finite and reach the stem."""
+  network = models.create("resnet_tiny", 4, norm=norm, depth=(1,), width=(32,), stage_strides=(1,))
+  network.fc.kernel[...] = jnp.ones_like(network.fc.kernel[...]) * jnp.arange(4.0)
+  graph, params, rest = nnx.split(network, nnx.Param, ...)
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  loss = lambda params: jnp.sum(nnx.merge(graph, params, rest, copy=True)(images, train=True) ** 2)
+  grads = jax.jit(jax.grad(loss))(params)
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads)) and np.abs(grads["stem"]["kernel"][...]).max() > 0
+
+
+@pytest.mark.parametrize("norm", ("bach", "group:0", "group:x", "group:", "batch:3", "lp", "lp:3", "ghost", ""))
+def test_unknown_names_are_answered_with_all(norm):
+  with pytest.raises(norms.UnknownNormError, match=r"expected one of batch, group\[:GROUPS\], layer"):
+    models.variant("resnet50", norm=norm)
+
+
+def test_numbers_must_divide():
+  with pytest.raises(norms.UnknownNormError, match="divisor of the 6 channels"):
+    make("group:4")
+  with pytest.raises(UserError, match="divisor of the batch of 8"):
+    norms.normalize(make("ghost:3"), X, True)
