@@ -2,6 +2,7 @@
   python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 [--without-agc] [--profile=DIR]
   python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --peer=timm [--peer_compile] [--rounds=3]
   python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --peer=haiku --official=DIR
+  python -m launch.bench sweep --config=configs/synthetic.py --models=nfnet_f0,nfnet_f1 [--batches=64,128] [--minutes=10]
   python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
 
 step: times the compiled training step, on synthetic images that already lie on the devices. It prints the times of
@@ -9,6 +10,9 @@ initialising, lowering and compiling, milliseconds a step, images/s, FLOPs, MFU 
 docs/speed.md says how to read it. --profile=DIR also saves a trace of ten steps and prints what took the most of their time.
 step --peer: times our step on one device and, in turn, the same work by timm in PyTorch or by the official release in Haiku (the
 directory DIR holds its nfnets/), each side in a process of its own. It prints both and the ratio with its spread over the rounds.
+sweep: for a GPU that is at hand for ten minutes: checks a step in bfloat16 against float32, then times our step and timm's at each
+batch size, and timm's compiled and in its other layout of memory; prints a table of each side's best. --minutes bounds it, --json
+holds what was measured so far.
 data: times how training images are made ready on the host, each pipeline in a process of its own, in turn. It prints images/s,
 images per CPU-second, the time to the first batch, memory, and what the time is spent on; the last line is JSON.
 --against=tf.data measures two tf.data pipelines too, one tuned for decoding alone and one with the structure of the official
@@ -18,10 +22,12 @@ recipe.
 import dataclasses
 
 import rich.console
+import rich.table
 from absl import flags
 
 from launch import cli, recipe
 from launch.progress import meter, plain_console
+from nfnets.config import Config
 
 
 def define(values: flags.FlagValues) -> None:
@@ -46,6 +52,9 @@ def define(values: flags.FlagValues) -> None:
     flag_values=values,
   )
   flags.DEFINE_boolean("peer_compile", False, "step, --peer=timm: let torch.compile compile the network.", flag_values=values)
+  flags.DEFINE_list("models", None, "sweep: names of networks, instead of the configuration's.", flag_values=values)
+  flags.DEFINE_list("batches", ["64", "128", "256", "512"], "sweep: images a step, from small to large.", flag_values=values)
+  flags.DEFINE_float("minutes", 10.0, "sweep: no stage begins that would end later.", lower_bound=0.0, flag_values=values)
   flags.DEFINE_string("profile", None, "step: a directory for a profiler's trace of ten steps.", flag_values=values)
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
 
@@ -54,7 +63,8 @@ def run(values: flags.FlagValues, *arguments: str) -> int:
   return cli.run_subcommand(SUBCOMMANDS, values, arguments, "python -m launch.bench NAME --config=configs/synthetic.py:nfnet_f0")
 
 
-def step(values: flags.FlagValues) -> int:
+def _config(values: flags.FlagValues) -> Config:
+  """The recipe with --batch, --image_size and --classes."""
   config = recipe.parse(values)
   if values.batch is not None:
     config = dataclasses.replace(config, batch=values.batch)
@@ -62,6 +72,11 @@ def step(values: flags.FlagValues) -> int:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=values.image_size))
   if values.classes is not None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=values.classes))
+  return config
+
+
+def step(values: flags.FlagValues) -> int:
+  config = _config(values)
   _check_peer(values)
   if values.profile:
     cli.check_directory("profile", values.profile, "a directory for the trace")
@@ -92,6 +107,44 @@ def _check_peer(values: flags.FlagValues) -> None:
     raise cli.UsageError("--official is the directory of --peer=haiku's code; give both or neither")
   if values.peer_compile and values.peer != "timm":
     raise cli.UsageError("--peer_compile compiles timm's network in PyTorch; give --peer=timm with it")
+
+
+def sweep(values: flags.FlagValues) -> int:
+  if bad := [text for text in values.batches if not text.isdigit() or int(text) < 1]:
+    raise cli.UsageError(f"--batches: expected positive whole numbers, got {bad[0]!r}")
+  config = _config(values)
+  named = lambda name: dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+  configs = [named(name) for name in values.models] if values.models else [config]
+  file = cli.writable("json", values.json)
+  from nfnets.measure import sweep as measure
+
+  report = measure.sweep(
+    configs,
+    batches=sorted(int(text) for text in values.batches),
+    minutes=values.minutes,
+    steps=values.steps,
+    rounds=values.rounds,
+    file=file,
+    say=lambda line: print(line, flush=True),
+  )
+  print_sweep(report)
+  cli.hand_out(report, file)
+  return 0
+
+
+def print_sweep(report: dict) -> None:
+  """Prints the best of each side, a row a network."""
+  table = rich.table.Table(
+    "network", "ours, images/s", "batch", "timm, images/s", "batch", "timm ran", "ours / timm", title=report["device"]
+  )
+  for name, best in report["best"].items():
+    if best is None:
+      table.add_row(name, "nothing ran", *[""] * 5)
+      continue
+    ours, theirs = best["ours"], best["theirs"]
+    sides = [f"{ours['images_per_s']:,.1f}", str(ours["batch"]), f"{theirs['images_per_s']:,.1f}", str(theirs["batch"])]
+    table.add_row(name, *sides, theirs["way"], f"× {best['ratio']:.2f}")
+  rich.console.Console().print(table)
 
 
 def data(values: flags.FlagValues) -> int:
@@ -145,7 +198,7 @@ def data(values: flags.FlagValues) -> int:
   return 0
 
 
-SUBCOMMANDS = {"step": step, "data": data}
+SUBCOMMANDS = {"step": step, "sweep": sweep, "data": data}
 
 
 if __name__ == "__main__":

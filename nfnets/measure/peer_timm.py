@@ -36,8 +36,8 @@ class TimmStep:
     self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     self.cuda = self.device.type == "cuda"
     _set_up(torch, job)
-    # Channels last is how cuDNN's tensor cores want it
-    self.layout = torch.channels_last if self.cuda else torch.contiguous_format
+    # Channels last is how cuDNN's tensor cores mostly want it
+    self.layout = torch.channels_last if self.cuda and not job["contiguous"] else torch.contiguous_format
     network = timm.create_model(job["network"], num_classes=job["classes"], **job["overrides"])
     if job["weights"]:
       from safetensors.torch import load_file  # pyrefly: ignore

@@ -73,6 +73,7 @@ def compare(
   warmup: int = 5,
   official: str | None = None,
   torch_compile: bool = False,
+  torch_contiguous: bool = False,
   say: Callable[[str], None] = lambda line: None,
 ) -> PeerReport:
   """Times our step and a peer's in turn.
@@ -85,6 +86,7 @@ def compare(
     warmup: steps of each side before the first turn.
     official: for "haiku", the directory that holds the release's nfnets/.
     torch_compile: for "timm", lets torch.compile compile the network.
+    torch_contiguous: for "timm" on a GPU, leaves channels first in memory, instead of last.
     say: gets a line as each phase begins.
 
   Raises:
@@ -103,7 +105,13 @@ def compare(
   size = config.data.image_size or models.variant(config.model.name).train_resolution
   classes, source = program.class_count(config)
   say(f"{classes} classes, {source}; {config.model.name}: {match.words}")
-  theirs = {**work(config, size=size, classes=classes), **match.job, "compile": torch_compile, "weights": ""}
+  theirs = {
+    **work(config, size=size, classes=classes),
+    **match.job,
+    "compile": torch_compile,
+    "contiguous": torch_contiguous,
+    "weights": "",
+  }
   ours = {"config": to_json(config), "size": size, "classes": classes}
   with started(peer, theirs, ours, say) as (our_side, their_side):
     check_match(our_side.facts, their_side.facts, peer)
