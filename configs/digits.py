@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> Config:
     optim=OptimConfig(base_lr=0.8, warmup_epochs=3, clipping=0.04, agc_track=True, ema_decay=0.99),
     batch=128,
     eval_batch=360,
-    epochs=45,
+    epochs=30,
     log_every=20,
     eval_every=5,
     checkpoint_every=15,

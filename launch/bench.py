@@ -10,7 +10,7 @@ initialising, lowering and compiling, milliseconds a step, images/s, FLOPs, MFU 
 docs/speed.md says how to read it. --profile=DIR also saves a trace of ten steps and prints what took the most of their time.
 step --peer: times our step on one device and, in turn, the same work by timm in PyTorch or by the official release in Haiku (the
 directory DIR holds its nfnets/), each side in a process of its own. It prints both and the ratio with its spread over the rounds.
-sweep: for a GPU that is at hand for ten minutes: checks a step in bfloat16 against float32, then times our step and timm's at each
+sweep: for a GPU that is at hand for ten minutes: checks a step in bfloat16 against float32, then times ours and timm's at each
 batch size, and timm's compiled and in its other layout of memory; prints a table of each side's best. --minutes bounds it, --json
 holds what was measured so far.
 data: times how training images are made ready on the host, each pipeline in a process of its own, in turn. It prints images/s,
