@@ -104,7 +104,7 @@ class Teller:
 
 
 def print_findings(done: list) -> None:
-  """Prints every part of every claim with its criterion, the figure measured and the verdict."""
+  """Prints every part of every claim with its criterion, the figure measured and the verdict, and the notes."""
   from nfnets.lab import report
 
   console = plain_console()
@@ -112,6 +112,8 @@ def print_findings(done: list) -> None:
     console.print(f"\n{record['name']}: {record['claim']}\n  {record['verdict'].upper()}")
     for finding in record["findings"]:
       console.print(f"  - {finding['claim']}\n    {finding['criterion']}: {report.figure(finding)}: {finding['verdict']}")
+    for note in record["notes"]:
+      console.print(f"  {note}")
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 36rem) { .paper { display: none; } .verdict, td.number { white-space: normal; } th, td { padding-right: .4rem; } }
 """
 _CLASSES = {"holds": "holds", "does not hold": "fails", "cannot be told here": "open"}
 
@@ -55,7 +56,7 @@ def page(experiments: list[tuple[dict[str, Any], bytes]]) -> str:
   """The whole HTML text; it refers to nothing outside itself."""
   rows = "".join(
     f'<tr><td><a href="#{_text(record["name"])}">{_text(record["title"])}</a></td>'
-    f"<td>{_text(record['paper'])}</td><td>{_verdict(record['verdict'])}</td></tr>"
+    f'<td class="paper">{_text(record["paper"])}</td><td>{_verdict(record['verdict'])}</td></tr>"
     for record, _ in experiments
   )
   articles = "".join(_article(record, picture) for record, picture in experiments)
@@ -65,10 +66,10 @@ def page(experiments: list[tuple[dict[str, Any], bytes]]) -> str:
     '<meta name="color-scheme" content="light dark">'
     f"<title>Laboratory of normalizer-free networks</title><style>{_STYLE}</style></head><body>"
     "<h1>Why networks train without normalization: published claims, measured</h1>"
-    '<p class="soft">Each criterion was fixed in code before anything was measured. A claim holds if the whole 95 % bootstrap '
+    '<p class="soft">Each criterion is fixed in code. A claim holds if the whole 95 % bootstrap '
     "interval over seeds lies within its criterion, and does not hold if all of it lies outside. With three seeds the interval "
     "is about their range, which holds the true mean three times out of four.</p>"
-    f'<div class="scroll"><table><tr><th>experiment</th><th>paper</th><th>verdict</th></tr>{rows}</table></div>'
+    f'<div class="scroll"><table><tr><th>experiment</th><th class="paper">paper</th><th>verdict</th></tr>{rows}</table></div>'
     f"{articles}</body></html>\n"
   )
 
