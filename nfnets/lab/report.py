@@ -27,7 +27,8 @@ figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--soft); }
-@media (max-width: 36rem) { .paper { display: none; } .verdict, td.number { white-space: normal; } th, td { padding-right: .4rem; } }
+@media (max-width: 36rem) { .paper { display: none; } .verdict, td.number { white-space: normal; }
+  th, td { padding-right: .4rem; } }
 """
 _CLASSES = {"holds": "holds", "does not hold": "fails", "cannot be told here": "open"}
 
@@ -56,7 +57,7 @@ def page(experiments: list[tuple[dict[str, Any], bytes]]) -> str:
   """The whole HTML text; it refers to nothing outside itself."""
   rows = "".join(
     f'<tr><td><a href="#{_text(record["name"])}">{_text(record["title"])}</a></td>'
-    f'<td class="paper">{_text(record["paper"])}</td><td>{_verdict(record['verdict'])}</td></tr>"
+    f'<td class="paper">{_text(record["paper"])}</td><td>{_verdict(record["verdict"])}</td></tr>'
     for record, _ in experiments
   )
   articles = "".join(_article(record, picture) for record, picture in experiments)
