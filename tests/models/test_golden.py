@@ -81,7 +81,7 @@ def by_path(state: nnx.State) -> dict[str, jax.Array]:
 def filled(state: nnx.State) -> nnx.State:
   """`state` with every variable set to the values that the golden numbers were computed on."""
   values = golden.fill_all({path: leaf.shape for path, leaf in by_path(state).items()})
-  value = lambda path: jnp.asarray(values["/".join(map(str, path))])
+  value = lambda path: values["/".join(map(str, path))]
   return nnx.from_flat_state([(path, leaf.replace(value(path))) for path, leaf in nnx.to_flat_state(state)])
 
 
