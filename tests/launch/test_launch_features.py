@@ -17,6 +17,8 @@ from nfnets.evaluation import features
 from nfnets.train import loop
 from tests.evaluation.made import SQUASHED, write_pictures, write_weights
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
   module = importlib.import_module("launch.features")
