@@ -46,10 +46,10 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
 def make(name: str, *, dtype: str = "float32", num_classes: int = 10) -> tuple[models.Network, int]:
   """Makes the network that NETWORKS names, and says the side of its images."""
   model, overrides, size = NETWORKS[name]
-  network = models.create(model, num_classes, dtype=dtype, **overrides)
+  graph, state = nnx.split(nnx.eval_shape(lambda: models.create(model, num_classes, dtype=dtype, **overrides)))
   rng = np.random.default_rng(0)
 
-  def drawn(path: Any, leaf: jax.Array) -> jax.Array:
+  def drawn(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     name, noise = jax.tree_util.keystr(path, simple=True, separator="/"), rng.normal(size=leaf.shape).astype(np.float32)
     if "var" in name:
       return jnp.asarray(np.exp(0.3 * noise))
@@ -57,8 +57,7 @@ def make(name: str, *, dtype: str = "float32", num_classes: int = 10) -> tuple[m
       return jnp.asarray(1.3 * noise * np.prod(leaf.shape[:-1]) ** -0.5 + np.float32(0.01))
     return jnp.asarray(0.2 * noise + np.float32("gain" in name or "scale" in name))
 
-  nnx.update(network, jax.tree.map_with_path(drawn, nnx.state(network, nnx.Any(nnx.Param, nnx.BatchStat))))
-  return network, size
+  return nnx.merge(graph, jax.tree.map_with_path(drawn, state)), size
 
 
 def images(size: int, batch: int = 2, seed: int = 1) -> np.ndarray:

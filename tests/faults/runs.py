@@ -12,6 +12,7 @@ import time
 import numpy as np
 
 from nfnets.train.checkpoints.reader import CheckpointReader
+from tests.xla import FAST
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -56,9 +57,7 @@ def run(
       "--",
       *command,
     ]
-  flags = (
-    f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
-  )
+  flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false {FAST}"
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NFNETS_FAULTS": json.dumps(faults or {})}
   begin = time.monotonic()
   done = subprocess.run(

@@ -20,6 +20,7 @@ from tests.data.images import fuzz
 from tests.faults import data_faults
 from tests.faults.recipe import SMALL
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 IMAGES = 400
 BROKEN = {37: "cut short", 111: "empty", 222: "no image at all", 333: "corrupt"}
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.evaluation.made import SQUASHED, write_pictures, write_weights
 from tests.launch.test_launch import call
+from tests.xla import FAST
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -122,7 +123,7 @@ def test_corruptions_are_a_table_and_a_picture(weights, tmp_path, monkeypatch, c
 
 def test_two_processes_give_what_one_gives(weights, tmp_path):
   """Each has half of the images; the process that writes has all."""
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
   rows = []
   for processes in (1, 2):
     out = tmp_path / str(processes)

@@ -17,6 +17,8 @@ from nfnets.evaluation import features
 from nfnets.train import loop
 from tests.evaluation.made import SQUASHED, write_pictures, write_weights
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def call(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
   module = importlib.import_module("launch.features")
@@ -47,11 +49,17 @@ def test_features_of_a_data_set_are_the_networks(tmp_path, monkeypatch, capsys):
   assert status == 0 and "features of test: 360 of 360 images" in said and "pool [360, 16]" in printed
   data = open_source(DataConfig(name="digits"), "test")
   images = predict.load(path).prepare([data[i].image for i in range(360)])
-  maps = {}
-  outputs = network.outputs(images, tap=lambda name, x: maps.update({name: x}))
+
+  @nnx.jit
+  def run(network, images):
+    maps = {}
+    outputs = network.outputs(images, tap=lambda name, x: maps.update({name: x}))
+    return outputs["pool"], maps[features.strides(network)[stride]]
+
+  pool, last = run(network, images)
   with np.load(out) as file:
-    np.testing.assert_allclose(file["pool"], outputs["pool"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(file[f"stride_{stride}"], maps[features.strides(network)[stride]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(file["pool"], pool, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(file[f"stride_{stride}"], last, rtol=1e-4, atol=1e-5)
     assert file["label"].tolist() == [data[i].label for i in range(360)]
     assert file["image"][3] == "digits test (record 4 of 360)" and file["class"].tolist() == [*map(str, file["label"])]
 
@@ -67,7 +75,7 @@ def test_features_of_photographs_and_those_that_are_none(tmp_path, monkeypatch, 
     assert [name[-7:] for name in names] == ["a/0.png", "a/2.png", "b/0.png", "b/1.png"] and "label" not in file
     classifier = predict.load(path)
     classifier.preprocessing.test_image_size = 24
-    pool = classifier.network.outputs(classifier.prepare(names))["pool"]
+    pool = nnx.jit(lambda network, images: network.outputs(images)["pool"])(classifier.network, classifier.prepare(names))
     np.testing.assert_allclose(file["pool"], pool, rtol=1e-4, atol=1e-5)
 
 

@@ -16,6 +16,7 @@ from nfnets.train import loop
 from nfnets.weights.errors import WeightsError
 from tests.launch.test_launch_checkpoint import call
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 TINY = {"width": (16,), "depth": (1,), "stage_strides": (1,)}
 
 

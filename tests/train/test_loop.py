@@ -33,6 +33,7 @@ from nfnets.train.logs import window
 from nfnets.train.logs.logbook import Logbook, read_jsonl
 from nfnets.train.step import state as states
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 TINY = {
@@ -70,6 +71,23 @@ def final_arrays(workdir) -> list[np.ndarray]:
   return [np.asarray(x) for x in jax.tree.leaves(reader.restore_model(reader.choose(), params, stats))]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+  """Lets runs of one configuration share a compiled step, as new processes would through JAX's cache, and trace it once."""
+  steps = {}
+
+  def train_step_over(config, mesh, *arguments):
+    key = repr(dataclasses.replace(config, eval_batch=1, log_every=1)), mesh  # two fields that no training step reads
+    if key not in steps:
+      steps[key] = make(config, mesh, *arguments)
+    return steps[key]
+
+  make = training_run.train_step_over
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(training_run, "train_step_over", train_step_over)
+    yield
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("uninterrupted")
@@ -100,6 +118,7 @@ def test_stopped_five_times_and_resumed_equals_uninterrupted(uninterrupted, tmp_
   original = TrainBatches.start
   one_by_one = lambda start, first, stop, then: (then(start(step).result()) for step in range(first, stop))
   monkeypatch.setattr(training_run, "prefetch", one_by_one)
+  monkeypatch.setattr(Logbook, "draw", lambda self: None)  # six pictures take longer than all the steps
   stops = sorted({11, *random.Random(5).sample([*range(1, 11), *range(12, 20)], 4)})  # the first epoch is evaluated at step 12
   for at in stops:
 
@@ -145,7 +164,7 @@ def test_another_configurations_workdir_is_refused(uninterrupted):
 
 def test_fields_that_change_nothing_may_differ(uninterrupted):
   workdir, result = uninterrupted
-  config = tiny_config(log_every=3, eval_batch=77)
+  config = tiny_config(log_every=3, eval_batch=16)  # which another test compiles too
   again = loop.train(config, str(workdir))
   assert again.results["params"]["top1"] == result.results["params"]["top1"]
   assert again.results["params"]["loss"] == pytest.approx(result.results["params"]["loss"], rel=1e-5)
@@ -161,9 +180,14 @@ def test_a_finished_run_can_be_prolonged(uninterrupted, tmp_path, capsys):
   )
 
 
+def diverging_config(**changes) -> Config:
+  """Makes a run whose learning rate is far too high after a few steps."""
+  optimizer = OptimConfig(base_lr=1e30, warmup_epochs=0.25, clipping=None, ema_decay=None)
+  return tiny_config(accumulate=1, epochs=4, optim=optimizer, **changes)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_layer_and_checkpoint(tmp_path):
-  config = tiny_config(checkpoint_every=0.25, epochs=4)
-  config.optim = OptimConfig(base_lr=1e30, warmup_epochs=0.25, clipping=None, ema_decay=None)
+  config = diverging_config(checkpoint_every=0.25)
   with pytest.raises(loop.NonFiniteError) as error:
     loop.train(config, str(tmp_path))
   message = str(error.value)
@@ -176,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_checkpoint(tmp_path
 
 def test_an_update_that_overflows_is_never_saved(tmp_path):
   """Loss and gradients are finite, but the learning rate makes the parameters infinite: the state before is the last saved."""
-  config = tiny_config(checkpoint_every=0.1, epochs=1)
+  config = tiny_config(accumulate=1, checkpoint_every=0.1, epochs=1)
   config.optim = OptimConfig(base_lr=3e38, scale_lr=False, warmup_epochs=0.1, clipping=None, ema_decay=None, momentum=0)
   with pytest.raises(loop.NonFiniteError, match="learning rate is too high|not finite"):
     loop.train(config, str(tmp_path))
@@ -238,8 +262,7 @@ def test_an_evaluation_ends_early_when_a_signal_comes_and_is_made_by_the_next_ru
 
 def test_an_error_of_a_save_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
   monkeypatch.setattr(manifest, "write", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-  config = tiny_config(checkpoint_every=0.1, epochs=1)
-  config.optim = OptimConfig(base_lr=1e30, warmup_epochs=0.25, clipping=None, ema_decay=None)
+  config = diverging_config(checkpoint_every=0.1)
   with pytest.raises(loop.NonFiniteError):
     loop.train(config, str(tmp_path))
 

@@ -14,6 +14,7 @@ from nfnets.train.checkpoints.errors import CheckpointError
 from nfnets.train.evaluate import evaluate_checkpoint
 from tests.train.test_loop import TINY
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 CLASSES = ("cat", "dog", "owl")
 
 

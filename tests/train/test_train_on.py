@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from PIL import Image
 
@@ -15,14 +16,22 @@ from nfnets.train.initial import initial_network, read_weights
 from nfnets.train.step.state import build_network, init_state, split_network
 from nfnets.train.step.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 MODEL = ModelConfig(name="nf_resnet_tiny", overrides={"width": (16, 16), "depth": (1, 1), "stage_strides": (1, 2)})
 OPTIM = OptimConfig(base_lr=0.4, warmup_epochs=0.25, ema_decay=0.9)
 BASE = Config(model=MODEL, data=DataConfig(name="digits"), optim=OPTIM, batch=128, eval_batch=360, epochs=1)
 
 
-def test_frozen_layers_keep_their_bits_through_a_resume(tmp_path):
-  first, second = str(tmp_path / "first"), str(tmp_path / "second")
-  loop.train(BASE, first)
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> str:
+  """The workdir of a finished run of BASE."""
+  workdir = str(tmp_path_factory.mktemp("first"))
+  loop.train(BASE, workdir)
+  return workdir
+
+
+def test_frozen_layers_keep_their_bits_through_a_resume(first, tmp_path):
+  second = str(tmp_path / "second")
   # with SAM, whose ascent must leave them where they are too
   slower = dataclasses.replace(OPTIM, frozen=("^stem/", "^blocks/0/"), layer_decay=0.5, weight_decay=0.1, sam_rho=0.05)
   config = dataclasses.replace(BASE, optim=slower, init=InitConfig(weights=first, new_head=True), seed=1)
@@ -37,7 +46,7 @@ def test_frozen_layers_keep_their_bits_through_a_resume(tmp_path):
     assert all(not np.array_equal(after[name], source[name]) for name in source if name not in frozen)
 
 
-def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(tmp_path):
+def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(first, tmp_path):
   """As a person would: weights of one dataset, images of another in a folder, two classes that a colour tells apart."""
   rng = np.random.default_rng(0)
   for split, count in (("train", 32), ("val", 8)):
@@ -47,8 +56,6 @@ def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(tmp_path)
         pixels = rng.integers(0, 100, (40, 48, 3), np.uint8)
         pixels[..., channel] += 120
         Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.png")
-  first = str(tmp_path / "first")
-  loop.train(BASE, first)
   config = finetune.get_config(f"nf_resnet_tiny,weights={first},epochs=6")
   data = dataclasses.replace(config.data, dir=str(tmp_path / "photos"), image_size=32)
   config = dataclasses.replace(config, model=MODEL, data=data, batch=16, eval_batch=16, eval_every=6)
@@ -57,9 +64,7 @@ def test_the_recipe_trains_a_new_classifier_on_a_folder_of_photographs(tmp_path)
   assert read_weights(tmp_path / "second").class_names == ("blue", "red")
 
 
-def test_images_on_another_scale_than_the_weights_were_trained_on_are_said(tmp_path):
-  first = str(tmp_path / "first")
-  loop.train(BASE, first)
+def test_images_on_another_scale_than_the_weights_were_trained_on_are_said(first):
   said = []
   same = dataclasses.replace(BASE, init=InitConfig(weights=first))
   initial_network(same, 10, said.append)

@@ -20,6 +20,8 @@ from nfnets.weights.errors import WeightsError
 from nfnets.weights.stored import Stored
 from tests.weights.test_stored import CONFIG, TINY
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def stored(seed: int, **changes) -> Stored:
   rng = np.random.default_rng(seed)

@@ -1,5 +1,6 @@
 """Haiku's names and ours: one list of theirs for each family, and the way there and back, equal to the bit."""
 
+import functools
 import hashlib
 import pickle
 
@@ -96,14 +97,19 @@ def test_outputs_of_haikus_weights_are_the_releases(tmp_path):
 
 
 def test_a_published_file_is_named(tmp_path, monkeypatch):
-  content = pickle.dumps(haiku.to_theirs(arrays_of("nf_resnet26", 3), "NF_ResNet"))
+  content = pickle.dumps(haiku.to_theirs(small(), "NF_ResNet"))
   monkeypatch.setitem(haiku.PUBLISHED, hashlib.md5(content, usedforsecurity=False).hexdigest(), "nfnet_f3")
   (tmp_path / "x.npz").write_bytes(content)
   assert read(tmp_path / "x.npz").source.endswith("x.npz (the published nfnet_f3, by its MD5 sum)")
 
 
+@functools.cache
+def small() -> dict[str, np.ndarray]:
+  return arrays_of("nf_resnet26", 3)
+
+
 def tiny() -> dict[str, np.ndarray]:
-  return formats.flat(haiku.to_theirs(arrays_of("nf_resnet26", 3), "NF_ResNet"))
+  return formats.flat(haiku.to_theirs(small(), "NF_ResNet"))
 
 
 def as_pickle(arrays, path):
@@ -132,7 +138,7 @@ def test_flat_names_are_read_from_every_format(tmp_path, form):
   WRITERS[form](tiny(), tmp_path / "x")
   stored = read(tmp_path / "x")
   assert stored.config.model.name == "nf_resnet26"
-  for name, array in arrays_of("nf_resnet26", 3).items():
+  for name, array in small().items():
     np.testing.assert_array_equal(stored.arrays[name], array)
 
 

@@ -21,6 +21,7 @@ from nfnets.train.checkpoints.compatibility import (
 from nfnets.train.checkpoints.errors import CheckpointError
 from nfnets.train.checkpoints.reader import CheckpointReader
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 NAMES = tuple("abcdefghij")
 FACTS = RunFacts(config=Config(), class_names=NAMES, records=1000, fingerprint="0123456789abcdef")
 OLD = pathlib.Path(__file__).parent / "written_before_the_rooms"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nfnets import optim
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -29,6 +29,7 @@ TINY = {
   "stem_strides": (1, 1, 1, 2),
   "stage_strides": (1, 2),
 }  # two blocks: compiling takes most of the time
+SMALL = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}  # of a ResNet, which has half as many layers
 
 
 def make_config(**changes) -> Config:
@@ -50,27 +51,36 @@ def batch_of(step: int, rows: int = 32) -> dict[str, np.ndarray]:
   return {"image": image.astype(np.uint8), "label": label}
 
 
+NETWORKS = {}  # by the model's configuration: each is made once
+
+
 def prepare(config: Config):
-  graph, params, stats = split_network(build_network(config.model, 10))
+  name = repr(config.model)
+  if name not in NETWORKS:
+    NETWORKS[name] = split_network(build_network(config.model, 10))
+  graph, params, stats = NETWORKS[name]
   optimizer = optim.make_optimizer(config.optim, params, batch=config.batch, steps_per_epoch=20, total_steps=40)
   return graph, optimizer, init_state(params, stats, optimizer, config)
 
 
+def messages_of(devices: int, stop: bool = False) -> dict[str, np.ndarray]:
+  """Makes what the processes tell each other beside a batch; `stop`: whether the last device's process was asked to stop."""
+  return {"stop": np.arange(1, devices + 1, dtype=np.int32) // devices * stop, "corrupt": np.arange(devices, dtype=np.int32)}
+
+
 def train(config: Config, devices: int, count: int = STEPS):
-  """Returns (losses, state) after `count` steps on so many devices."""
+  """Returns (losses, state, the compiled step) after `count` steps on so many devices."""
   mesh = sharding.make_mesh(jax.devices()[:devices])
   graph, optimizer, state = prepare(config)
   like = sharding.place(mesh, state, shard=config.shard)
   state, losses = sharding.put(state, like), []
   step = train_step_over(config, mesh, graph, optimizer, like)
   for i in range(count):
-    messages = {"stop": np.zeros(devices, np.int32), "corrupt": np.arange(devices, dtype=np.int32)}
-    messages["stop"][-1] = i == 1
-    state, metrics = step(state, sharding.put_batch(mesh, {**batch_of(i), **messages}))
+    state, metrics = step(state, sharding.put_batch(mesh, {**batch_of(i), **messages_of(devices, stop=i == 1)}))
     assert int(metrics["stop"]) == (i == 1) and metrics["corrupt"].tolist() == [*range(devices)]
     losses.append(float(metrics["loss_sum"]) / float(metrics["count"]))
   assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
-  return losses, state
+  return losses, state, step
 
 
 def same(a, b, tolerance: float = 1e-5) -> None:
@@ -85,18 +95,20 @@ def furthest(a, b) -> float:
 
 @pytest.fixture(scope="module")
 def one_device():
-  return train(make_config(), 1)
+  """The reference; it alone looks for bad steps too, and finds none: their test takes the step that is compiled here."""
+  return train(make_config(on_bad_step="skip", spike=3.0), 1)
 
 
 def test_the_reference_learns(one_device):
-  losses, state = one_device
+  losses, state, _ = one_device
+  assert int(state.bad_steps) == 0
   assert np.mean(losses[-3:]) < 0.9 * losses[0] and int(state.step) == STEPS and not state.halted
 
 
 @pytest.mark.parametrize("devices, shard, accumulate", [(2, True, 1), (8, False, 2)])
 def test_shared_work_is_the_same_work(one_device, devices, shard, accumulate):
   """Compares losses, parameters, momentum, AGC's statistics and averages after 20 steps."""
-  losses, state = train(make_config(shard=shard, accumulate=accumulate), devices)
+  losses, state, _ = train(make_config(shard=shard, accumulate=accumulate), devices)
   np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
   same((state.params, state.ema), (one_device[1].params, one_device[1].ema))
   same(state.opt_state, one_device[1].opt_state, 1e-4)  # among it are AGC's largest ratios, which are 40 and more
@@ -110,11 +122,12 @@ def test_a_loop_of_ones_own(one_device, wrap):
   core = make_train_step(config, graph, optimizer, axis="replicas")
   if wrap == "pmap":
     step = jax.pmap(core, axis_name="replicas", devices=devices)
-    state = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    state = jax.tree.map(lambda x: np.stack([x, x]), state)
     divide, first = (lambda batch: {name: x.reshape(2, -1, *x.shape[1:]) for name, x in batch.items()}), lambda x: x[0]
   else:
     mesh = jax.make_mesh((2,), ("replicas",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
     whole, rows = PartitionSpec(), PartitionSpec("replicas")
+    state = jax.device_put(state, NamedSharding(mesh, whole))  # where the step's results lie: else it would be compiled twice
     step = jax.jit(jax.shard_map(core, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False))
     divide = first = lambda x: x
   losses = []
@@ -144,8 +157,7 @@ def test_weights_are_standardized_once_however_many_parts(monkeypatch):
 
 def test_statistics_of_each_device():
   """batch_stats="device": the gradient is the mean of what each half of the batch gives, and so are the statistics."""
-  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
-  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small), batch_stats="device")
+  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=SMALL), batch_stats="device")
   config.optim = dataclasses.replace(config.optim, warmup_epochs=0)  # with a warm-up the first learning rate would be 0
   graph, optimizer, state = prepare(config)
   mesh, batch = sharding.make_mesh(jax.devices()[:2]), batch_of(0)
@@ -157,9 +169,14 @@ def test_statistics_of_each_device():
     gradients(state.params, state.stats, jax.tree.map(lambda x, part=part: x[part], batch))
     for part in (slice(0, 16), slice(16, 32))
   ]
-  grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-  updates, _ = optimizer.update(grads, state.opt_state, state.params)
-  expected = jax.tree.map(jnp.add, state.params, updates), stats
+
+  @jax.jit
+  def update(a, b):
+    grads, _, stats, _ = jax.tree.map(lambda a, b: (a + b) / 2, a, b)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    return jax.tree.map(jnp.add, state.params, updates), stats
+
+  expected = update(*halves)
   chex.assert_trees_all_close(jax.device_get((after.params, after.stats)), jax.device_get(expected), rtol=0, atol=1e-5)
   other = train_step_over(dataclasses.replace(config, batch_stats="global"), mesh, graph, optimizer, like)(
     sharding.put(state, like), sharding.put_batch(mesh, batch_of(0))
@@ -176,8 +193,7 @@ def test_sharpness_aware_steps_refuse_statistics_of_the_global_batch():
 
 def test_a_loop_of_ones_own_refuses_batchnorm_over_the_global_batch():
   """Each device of a pmap has only its own images, so that no batch statistics are global."""
-  small = {"width": (16, 32), "depth": (1, 1), "stage_strides": (1, 2)}
-  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=small))
+  config = make_config(model=ModelConfig(name="resnet_tiny", overrides=SMALL))
   graph, optimizer, state = prepare(config)
   step = make_train_step(config, graph, optimizer, axis="replicas")
   with pytest.raises(UserError, match="config.batch_stats='global' with axis='replicas'"):
@@ -205,7 +221,7 @@ def test_a_second_trace_of_a_compiled_step_is_an_error():
 
 def test_sharpness_aware_steps():
   """Does SAM by hand on two devices: each ascends alone on a quarter of its rows, and the gradients there are averaged."""
-  plain = make_config()
+  plain = make_config(model=ModelConfig(name="nf_resnet_tiny", drop_rate=0.2, stochastic_depth=0.2, overrides=SMALL))
   plain.optim = dataclasses.replace(plain.optim, warmup_epochs=0)  # with a warm-up the first learning rate would be 0
   config = dataclasses.replace(plain, optim=dataclasses.replace(plain.optim, sam_rho=0.1, sam_share=0.25))
   graph, optimizer, state = prepare(config)
@@ -214,7 +230,7 @@ def test_sharpness_aware_steps():
   after, _ = train_step_over(config, mesh, graph, optimizer, like)(sharding.put(state, like), sharding.put_batch(mesh, batch))
   batch["key"] = row_keys(step_key(config, 0), 32)
   gradients = jax.jit(lambda params, batch: local_gradients(plain, graph, params, state.stats, batch)[0])
-  descents = []
+  descents, plain_descents = [], []
   for rows in (slice(0, 16), slice(16, 32)):
     mine = jax.tree.map(lambda x, rows=rows: x[rows], batch)
     first = {
@@ -224,27 +240,36 @@ def test_sharpness_aware_steps():
     ascent = gradients(state.params, first)
     norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(jax.device_get(ascent))))
     descents.append(gradients(jax.tree.map(lambda p, g, norm=norm: p + 0.1 / norm * g, state.params, ascent), mine))
-  updates, _ = optimizer.update(jax.tree.map(lambda a, b: (a + b) / 2, *descents), state.opt_state, state.params)
-  expected = jax.tree.map(jnp.add, state.params, updates)
+    plain_descents.append(gradients(state.params, mine))
+
+  @jax.jit
+  def update(a, b):
+    updates, _ = optimizer.update(jax.tree.map(lambda a, b: (a + b) / 2, a, b), state.opt_state, state.params)
+    return jax.tree.map(jnp.add, state.params, updates)
+
+  expected, without = update(*descents), update(*plain_descents)
   chex.assert_trees_all_close(jax.device_get(after.params), jax.device_get(expected), rtol=0, atol=1e-5)
-  batch = sharding.put_batch(mesh, batch_of(0))
-  without, _ = train_step_over(plain, mesh, graph, optimizer, like)(sharding.put(state, like), batch)
-  assert furthest(after.params, without.params) > 1e-3 and furthest(after.params, state.params) > 1e-3
+  assert furthest(after.params, without) > 1e-3 and furthest(after.params, state.params) > 1e-3
 
 
-def test_bad_steps_are_left_out_and_counted():
+def test_bad_steps_are_left_out_and_counted(one_device):
   """Skips a step whose loss is eight times its running mean; test_step.py has the policy "stop"."""
-  config = make_config(on_bad_step="skip", spike=3.0)
-  graph, optimizer, state = prepare(config)
-  step = jax.jit(make_train_step(config, graph, optimizer))
+  mesh, (_, _, step) = sharding.make_mesh(jax.devices()[:1]), one_device
+  _, _, state = prepare(make_config(on_bad_step="skip", spike=3.0))
+
+  def take_step(state, i):
+    """A step of the same program, whose arguments do not outlive it; its results are copied."""
+    placed = sharding.put(state, sharding.place(mesh, state))
+    return jax.device_get(step(placed, sharding.put_batch(mesh, {**batch_of(i), **messages_of(1)})))
+
   for i in range(2):
-    state, metrics = step(state, batch_of(i))
+    state, metrics = take_step(state, i)
     assert not metrics["bad"]
   before = state
-  state, metrics = step(dataclasses.replace(state, loss_mean=state.loss_mean / 8), batch_of(2))
+  state, metrics = take_step(dataclasses.replace(state, loss_mean=state.loss_mean / 8), 2)
   assert metrics["bad"] and (int(state.bad_steps), int(state.step), bool(state.halted)) == (1, 3, False)
   same((state.params, state.opt_state, state.ema), (before.params, before.opt_state, before.ema), 0)
-  state, metrics = step(dataclasses.replace(state, loss_mean=before.loss_mean), batch_of(3))
+  state, metrics = take_step(dataclasses.replace(state, loss_mean=before.loss_mean), 3)
   assert not metrics["bad"] and (int(state.bad_steps), int(state.step)) == (1, 4)
 
 

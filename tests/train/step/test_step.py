@@ -126,7 +126,7 @@ def test_evaluation_is_exact_on_any_devices_and_batch():
   assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * 3, rel=1e-5)
   network = build_network(config.model, 10)
   images, labels = (np.stack(part) for part in zip(*((data[i].image, data[i].label) for i in range(360)), strict=True))
-  logits = np.asarray(network(normalise(jnp.asarray(images), config.data)), np.float64)
+  logits = np.asarray(nnx.jit(lambda network, x: network(normalise(x, config.data)))(network, images), np.float64)
   assert results[0]["top1"] == (logits.argmax(-1) == labels).mean()
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   assert results[0]["loss"] == pytest.approx(-logp[np.arange(360), labels].mean(), rel=1e-5)
@@ -145,7 +145,8 @@ def test_mixed_labels_reach_the_loss():
   labels = jnp.asarray([data[i].label for i in range(16)])
   batch, other = {"image": jnp.asarray(np.stack([data[i].image for i in range(8)])), "label": labels[:8]}, labels[8:]
   batch["key"] = row_keys(jax.random.key(0), 8)
-  loss = lambda **extra: float(batch_loss(config, graph, params, stats, batch | extra)[0])
+  compiled = jax.jit(lambda params, stats, batch: batch_loss(config, graph, params, stats, batch)[0])
+  loss = lambda **extra: float(compiled(params, stats, batch | extra))
   mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
   assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)
   assert isinstance(nnx.merge(graph, params, stats), nnx.Module)
