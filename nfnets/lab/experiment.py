@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -59,6 +60,7 @@ class Progress:
     """
     values = {name: value for name, value in self._kept().items() if name in jobs}
     left, workers = [name for name in jobs if name not in values], cores() if jax.default_backend() == "cpu" else 1
+    random.Random(0).shuffle(left)  # neighbours often share a program, which two threads would both compile
 
     def work(name: str) -> tuple[str, Any]:
       value = jobs[name]()

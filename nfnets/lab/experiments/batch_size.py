@@ -152,7 +152,7 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], l
   by_lambda.set_xticks(lambdas, [f"{strength:g}" for strength in lambdas])
   by_lambda.minorticks_off()
   drawing.name_axes(by_lambda, "λ of AGC", "test accuracy")
-  drawing.legend(by_lambda)
+  drawing.legend(by_lambda, fontsize=8, ncols=2)
 
 
 EXPERIMENT = Experiment(
