@@ -1,4 +1,4 @@
-"""Describes a network: python -m launch.describe nfnet_f0 [--num_classes=1000]; without a name, lists them all."""
+"""Describes a network: python -m launch.describe nfnet_f0 [--num_classes=1000] [--norm=group:8]; without a name, lists all."""
 
 from absl import flags
 
@@ -7,6 +7,7 @@ from launch import cli
 
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("num_classes", 1000, "Classes of the classifier.", flag_values=values)
+  flags.DEFINE_string("norm", None, "The normalizer of a ResNet, such as group:8 or dyt; batch without it.", flag_values=values)
 
 
 def run(values: flags.FlagValues, *names: str) -> int:
@@ -15,7 +16,7 @@ def run(values: flags.FlagValues, *names: str) -> int:
   if not names:
     print("\n".join(models.names()))
   for name in names:
-    print(models.describe(name, values.num_classes))
+    print(models.describe(name, values.num_classes, **({} if values.norm is None else {"norm": values.norm})))
   return 0
 
 

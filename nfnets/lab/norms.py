@@ -38,31 +38,6 @@ class Norm:
 
 
 # ---- what acts on activations, x: [batch, height, width, channels]
-class Batch(nnx.Module):
-  """Batch normalization (Ioffe and Szegedy 2015): over images and space.
-
-  With `noisy`, it is that of Santurkar et al. 2018, section 2.2: each number that comes out of it is multiplied by noise, and
-  noise is added. The mean and the spread of the noise are drawn anew at each step for each number of an image, so that
-  distributions move more than without any normalization. The strengths (mean within ±0.5, spread 1 to 1.25, each image ±0.1
-  around them) are from memory of their appendix, not checked against it.
-  """
-
-  def __init__(self, features: int, keys: Any, *, noisy: bool = False):
-    self.norm, self.noisy = nnx.BatchNorm(features, use_running_average=False, epsilon=EPSILON, rngs=keys), noisy
-
-  def __call__(self, x: Array, key: Array | None) -> Array:
-    x = self.norm(x)
-    if not self.noisy:
-      return x
-    if key is None:
-      raise ValueError("noisy_batch draws noise at each call, but key is None")
-    keys = jax.random.split(key, 4)
-    mean = jax.random.uniform(keys[0], x.shape[1:], minval=-0.5, maxval=0.5)
-    spread = jax.random.uniform(keys[1], x.shape[1:], minval=1.0, maxval=1.25)
-    added = mean + jax.random.uniform(keys[2], x.shape, minval=-0.1, maxval=0.1)
-    return x * (spread + 0.1 * jax.random.normal(keys[3], x.shape)) + added
-
-
 class Plain(nnx.Module):
   """A module of flax that needs no key."""
 
@@ -81,7 +56,7 @@ class OwnStatistics(nnx.Module):
     self.norm = norm
 
   def __call__(self, x: Array, key: Array | None) -> Array:
-    return models_norms.normalize(self.norm, x, True)
+    return models_norms.normalize(self.norm, x, True, key)
 
 
 def _of_models(name: str) -> Callable[[int, str, Any], nnx.Module]:
@@ -155,9 +130,9 @@ def convolve_ring(x: Array, kernel: Array) -> Array:
 # ---- the table
 NORMS = {
   "none": Norm(),
-  "batch": Norm(activations=lambda features, _, keys: Batch(features, keys)),
+  "batch": Norm(activations=_of_models("batch")),
   "batch_uncentred": Norm(activations=_uncentred),  # divides by the root mean square alone (Daneshmand et al. 2020, 2021)
-  "noisy_batch": Norm(activations=lambda features, _, keys: Batch(features, keys, noisy=True)),
+  "noisy_batch": Norm(activations=_of_models("noisy_batch")),
   "ghost": Norm(activations=_of_models("ghost"), number="images"),
   "layer": Norm(activations=_of_models("layer")),  # over height, width and channels
   "instance": Norm(activations=lambda features, _, keys: Plain(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),

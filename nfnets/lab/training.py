@@ -65,15 +65,16 @@ class Trainer:
     every: int = 1,
     optimizer: Optimizer | None = None,
   ):
-    self.recipe, self.data, self._make, self.watch, self._every = recipe, data, make, watch, every
+    self.recipe, self.data, self.watch, self._every = recipe, data, watch, every
     self._optimizer = optimizer or sgd
     self._graph, self._template, self._rest = nnx.split(make(jax.random.key(0)), nnx.Param, ...)
+    self._init = jax.jit(lambda key: nnx.to_pure_dict(nnx.split(make(key), nnx.Param, ...)[1]))
     self._descend = jax.jit(self._train)
     self._logits_of = jax.jit(self.logits)
 
   def init(self, seed: int) -> Params:
     """New weights."""
-    return jax.jit(lambda key: nnx.to_pure_dict(nnx.split(self._make(key), nnx.Param, ...)[1]))(jax.random.key(seed))
+    return self._init(jax.random.key(seed))
 
   def logits(self, params: Params, images: Array, key: Array | None = None) -> Array:
     """The network's outputs, float32 [batch, classes]; a normalizer uses the statistics of these images."""

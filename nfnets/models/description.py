@@ -32,6 +32,8 @@ class Description:
 
   name: str
   num_classes: int
+  # of a ResNet, see norms.py; None: a network that has no such field
+  norm: str | None
   # pixels a side by use, such as {"train": 192, "test": 256}
   resolutions: dict[str, int]
   stages: list[Stage]
@@ -73,7 +75,7 @@ class Description:
     )
     return "\n".join(
       [
-        f"{self.name}, {self.num_classes} classes",
+        f"{self.name}, {self.num_classes} classes" + (f", norm={self.norm}" if self.norm else ""),
         line(header),
         rule,
         *map(line, rows[:-1]),
@@ -115,7 +117,8 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
     )
     for i, stage in enumerate(names)
   ]
-  return Description(name=name, num_classes=num_classes, resolutions=resolutions, stages=stages)
+  norm = getattr(config, "norm", None)
+  return Description(name=name, num_classes=num_classes, norm=norm, resolutions=resolutions, stages=stages)
 
 
 def _stage_names(depth: tuple[int, ...]):

@@ -220,10 +220,11 @@ class Network(nnx.Module):
     """The key, or the keys of the images, of a training pass; raises ValueError where one is needed and missing."""
     if isinstance(rngs, nnx.Rngs):
       return rngs.dropout()
-    if rngs is None and (self.drop_rate > 0 or any(getattr(block, "drop_rate", 0) > 0 for block in self.blocks)):
+    draws = lambda block: getattr(block, "drop_rate", 0) > 0 or getattr(block, "draws", False)
+    if rngs is None and (self.drop_rate > 0 or any(map(draws, self.blocks))):
       raise ValueError(
-        "train=True draws dropout and stochastic depth, but rngs is None: pass rngs=nnx.Rngs(seed) or a jax.random key, "
-        "or create the network with drop_rate=0 and stochastic_depth=0"
+        "train=True draws dropout, stochastic depth or noise, but rngs is None: pass rngs=nnx.Rngs(seed) or a jax.random key, "
+        "or create the network with drop_rate=0, stochastic_depth=0 and without noisy_batch"
       )
     return rngs
 

@@ -23,6 +23,7 @@ EPSILON, MOMENTUM = 1e-5, 0.9
 # name: what the number behind a colon is, "" if there is none; brackets: it may be left out
 NUMBERS = {
   "batch": "",
+  "noisy_batch": "",  # with noise behind it in training (Santurkar et al. 2018)
   "group": "[GROUPS]",  # 32 groups without a number
   "layer": "",  # height, width and all channels
   "instance": "",  # each channel alone
@@ -52,6 +53,24 @@ def parse(norm: str) -> tuple[str, str]:
     known = ", ".join(shown(*row) for row in NUMBERS.items())
     raise UnknownNormError(f"norm={norm!r}: expected one of {known}")
   return name, number
+
+
+class NoisyBatchNorm(nnx.BatchNorm):
+  """Batch normalization behind which, in training, each number is multiplied by noise, and noise is added: see `noise`."""
+
+
+def noise(x: Array, key: Array) -> Array:
+  """Adds the noise of Santurkar et al. 2018, section 2.2, to x [batch, height, width, channels].
+
+  The mean and the spread of the noise are drawn for each number of an image, anew at each call, so that distributions move more
+  than without any normalization. The strengths (mean within ±0.5, spread 1 to 1.25, each image ±0.1 around them) are from memory
+  of the paper's appendix, not checked against it. `key` is one key, or the images' keys [batch], of which the first one is taken.
+  """
+  keys = jax.random.split(key[0] if key.ndim else key, 4)
+  mean = jax.random.uniform(keys[0], x.shape[1:], minval=-0.5, maxval=0.5)
+  spread = jax.random.uniform(keys[1], x.shape[1:], minval=1.0, maxval=1.25)
+  added = mean + jax.random.uniform(keys[2], x.shape, minval=-0.1, maxval=0.1)
+  return (x * (spread + 0.1 * jax.random.normal(keys[3], x.shape)) + added).astype(x.dtype)
 
 
 class Affine(nnx.Module):
@@ -168,8 +187,8 @@ def make_norm(norm: str, features: int, *, dtype: Any, rngs: layers.ParamKeys) -
     "dtype": dtype,
     "rngs": rngs,
   }
-  if name == "batch":
-    return nnx.BatchNorm(features, momentum=MOMENTUM, **init)
+  if name in ("batch", "noisy_batch"):
+    return (nnx.BatchNorm if name == "batch" else NoisyBatchNorm)(features, momentum=MOMENTUM, **init)
   if name in ("group", "layer", "instance"):
     groups = int(number) if number else {"group": min(32, features), "layer": 1, "instance": features}[name]
     if features % groups:
@@ -182,12 +201,16 @@ def make_norm(norm: str, features: int, *, dtype: Any, rngs: layers.ParamKeys) -
   return Squash(features, erf=name == "derf", dtype=dtype) if name in ("dyt", "derf") else None
 
 
-def normalize(norm: nnx.Module | None, x: Array, train: bool) -> Array:
-  """Applies what `make_norm` made; in training, those with running statistics use the batch's and move their own."""
+def normalize(norm: nnx.Module | None, x: Array, train: bool, key: Array | None = None) -> Array:
+  """Applies what `make_norm` made; in training, those with running statistics use the batch's and move their own.
+
+  `key` is for noisy_batch alone, which without one makes no noise.
+  """
   if norm is None:
     return x
   apply: Any = norm
-  return apply(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm | RunningNorm) else apply(x)
+  x = apply(x, use_running_average=not train) if isinstance(norm, nnx.BatchNorm | RunningNorm) else apply(x)
+  return noise(x, key) if train and key is not None and isinstance(norm, NoisyBatchNorm) else x
 
 
 def conv_of(norm: str) -> Any:

@@ -69,6 +69,7 @@ class ResBlock(nnx.Module):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
+    self.draws = config.norm == "noisy_batch"  # noise, at each call in training; the normalizer before the classifier has none
     bias = config.norm == "none" or config.norm in OF_WEIGHTS
     conv = conv_of(config.norm)
     self.activation = activation_of(config.norm, config.activation)
@@ -83,16 +84,17 @@ class ResBlock(nnx.Module):
     self.skip_gain = nnx.Param(layers.full(0)(None, ())) if config.skip_init else None
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
-    out = self.activation(normalize(self.norm0, x, train))
+    keys = [layers.fold_in(key, i) for i in range(3)] if train and self.draws and key is not None else [None] * 3
+    out = self.activation(normalize(self.norm0, x, train, keys[0]))
     shortcut = x
     if self.conv_shortcut is not None:
       shortcut = self.conv_shortcut(out)
       tap("conv_shortcut", shortcut)
     out = self.conv0(out)
     tap("conv0", out)
-    out = self.conv1(self.activation(normalize(self.norm1, out, train)))
+    out = self.conv1(self.activation(normalize(self.norm1, out, train, keys[1])))
     tap("conv1", out)
-    out = self.conv2(self.activation(normalize(self.norm2, out, train)))
+    out = self.conv2(self.activation(normalize(self.norm2, out, train, keys[2])))
     tap("conv2", out)
     tap("residual", out)
     if train and self.drops:

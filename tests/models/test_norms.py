@@ -85,8 +85,24 @@ def test_networks_train(norm):
 
 @pytest.mark.parametrize("norm", ("bach", "group:0", "group:x", "group:", "batch:3", "lp", "lp:3", "ghost", ""))
 def test_unknown_names_are_answered_with_all(norm):
-  with pytest.raises(norms.UnknownNormError, match=r"expected one of batch, group\[:GROUPS\], layer"):
+  with pytest.raises(norms.UnknownNormError, match=r"expected one of batch, noisy_batch, group\[:GROUPS\]"):
     models.variant("resnet50", norm=norm)
+
+
+def test_noise_behind_batch_normalization_is_drawn_in_training_alone():
+  network = models.create("resnet_tiny", 4, norm="noisy_batch", depth=(1,), width=(32,), stage_strides=(1,))
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  run = jax.jit(lambda key: nnx.clone(network).outputs(images, train=True, rngs=key)["pool"])
+  first, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 0.01
+  by_image = nnx.clone(network).outputs(images, train=True, rngs=jax.random.split(jax.random.key(0), 4))["pool"]
+  assert by_image.shape == first.shape and np.isfinite(by_image).all()
+  np.testing.assert_array_equal(network(images), network(images))
+  with pytest.raises(ValueError, match="noise, but rngs is None"):
+    network(images, train=True)
+  noised = norms.noise(jnp.zeros((64, 4, 4, 6)), jax.random.key(0))
+  assert np.abs(noised.mean(axis=0)).max() > 0.3 and noised.std(axis=0).max() < 0.2  # its mean moves places, not images
 
 
 def test_numbers_must_divide():
