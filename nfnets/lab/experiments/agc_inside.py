@@ -278,6 +278,6 @@ EXPERIMENT = Experiment(
   "depends less on its threshold than global clipping; the stem may go unclipped, the stages may not, and the classifier "
   "should.",
   criteria=CRITERIA,
-  minutes=2.5,
+  minutes=0.8,
   run=run,
 )

@@ -192,6 +192,6 @@ EXPERIMENT = Experiment(
   claim="Batch normalization does not reduce internal covariate shift, and with noise that makes the distributions of layers' "
   "inputs jump it still trains as well.",
   criteria=CRITERIA,
-  minutes=1.5,
+  minutes=1.0,
   run=run,
 )

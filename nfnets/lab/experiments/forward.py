@@ -232,6 +232,6 @@ EXPERIMENT = Experiment(
   "without normalization, and grows by alpha² a block, starting again at each transition, with alpha/beta; scaled weight "
   "standardization stops the shift of the means.",
   criteria=CRITERIA,
-  minutes=2.5,
+  minutes=1.5,
   run=run,
 )

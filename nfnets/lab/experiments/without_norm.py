@@ -133,6 +133,6 @@ EXPERIMENT = Experiment(
   claim="In a ResNet Dynamic Tanh cannot replace batch normalization, while alpha/beta with scaled weight standardization and "
   "AGC can, and so can Fixup and SkipInit.",
   criteria=CRITERIA,
-  minutes=2.0,
+  minutes=1.8,
   run=run,
 )
