@@ -72,6 +72,7 @@ if __name__ == "__main__":
   options, children, signals = parser.parse_args(), [], []
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, _: (signals.append(number), [child.send_signal(number) for child in children]))
+  status = 0
   for restart in range(options.restarts + 1):
     status = run_once(options, children)
     if signals or not should_restart(status):
