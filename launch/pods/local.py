@@ -69,10 +69,9 @@ if __name__ == "__main__":
     parser.add_argument(f"--{name}", type=kind, default=value)
   parser.add_argument("--gpus", action="store_true")
   parser.add_argument("command", nargs="+", metavar="-- COMMAND")
-  options, children, signals = parser.parse_args(), [], []
+  options, children, signals, status = parser.parse_args(), [], [], 0
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, _: (signals.append(number), [child.send_signal(number) for child in children]))
-  status = 0
   for restart in range(options.restarts + 1):
     status = run_once(options, children)
     if signals or not should_restart(status):

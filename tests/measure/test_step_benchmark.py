@@ -247,7 +247,7 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ((), "subcommand: got nothing, expected step or data"),
+    ((), "subcommand: got nothing, expected step or sweep or data"),
     (("stp", "--config=configs/digits.py"), "got stp, expected step"),
     (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
     (("step",), "--config is missing"),
