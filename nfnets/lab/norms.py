@@ -6,7 +6,6 @@ them with running statistics; here all of them use the statistics of the images 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,17 +37,6 @@ class Norm:
 
 
 # ---- what acts on activations, x: [batch, height, width, channels]
-class Plain(nnx.Module):
-  """A module of flax that needs no key."""
-
-  def __init__(self, norm: nnx.Module):
-    self.norm = norm
-
-  def __call__(self, x: Array, key: Array | None) -> Array:
-    norm: Any = self.norm
-    return norm(x)
-
-
 class OwnStatistics(nnx.Module):
   """A normalizer of nfnets.models.norms that uses the statistics of the images at hand."""
 
@@ -68,50 +56,31 @@ def _of_models(name: str) -> Callable[[int, str, Any], nnx.Module]:
 
 
 def _uncentred(features: int, number: str, keys: Any) -> nnx.Module:
-  return Plain(nnx.RMSNorm(features, epsilon=EPSILON, feature_axes=-1, reduction_axes=(0, 1, 2), rngs=keys))
+  return OwnStatistics(nnx.RMSNorm(features, epsilon=EPSILON, feature_axes=-1, reduction_axes=(0, 1, 2), rngs=keys))
 
 
 # ---- convolutions whose images are closed to a ring, so that every pixel has as many neighbours as theory says
-class Conv(layers.Conv):
-  """A convolution over images closed to a ring; the kernel ~ N(0, gain / fan_in), `gain` 2 before a ReLU (He et al. 2015)."""
-
-  def __init__(self, in_features: int, out_features: int, size: int, *, gain: float, use_bias: bool = False, keys: Any):
-    init = lambda key, shape: jax.random.normal(key, shape) * (gain / (size * size * in_features)) ** 0.5
-    super().__init__(in_features, out_features, size, use_bias=use_bias, kernel_init=init, rngs=keys)
+class Ring(layers.Conv):
+  """A convolution over images closed to a ring, with the kernel that the class beside it makes."""
 
   def __call__(self, x: Array) -> Array:
-    out = convolve_ring(x, self.weight())
-    return out if self.bias is None else out + self.bias[...]
+    return convolve_ring(x, self.weight())
 
 
-class WSConv(layers.WSConv):
-  """Scaled weight standardization over images closed to a ring; `scaled=False` is that of Qiao et al. 2019, of variance 1."""
-
-  def __init__(self, in_features: int, out_features: int, size: int, *, scaled: bool = True, keys: Any):
-    super().__init__(in_features, out_features, size, use_bias=False, rngs=keys)
-    self.factor = 1.0 if scaled else (size * size * in_features) ** 0.5
-
-  def default_init(self, fan_in: int) -> Callable[..., Array]:
-    return lambda key, shape: jax.random.normal(key, shape) * fan_in**-0.5
-
-  def __call__(self, x: Array) -> Array:
-    return convolve_ring(x, self.weight() * self.factor)
+class Conv(Ring):
+  """A kernel as it is, as `conv` draws it."""
 
 
-class WNConv(nnx.Module):
-  """Weight normalization (Salimans and Kingma 2016): each output channel's kernel is divided by its length, times a gain of ones.
+class WeightNormConv(Ring, models_norms.WeightNormConv):
+  """Weight normalization; flax 0.12's nnx.WeightNorm keeps the gain as an array that is no nnx.Param, and so never trains it."""
 
-  Flax 0.12's nnx.WeightNorm would keep the gain as an array that is no nnx.Param, and so never train it.
-  """
 
-  def __init__(self, conv: Conv):
-    self.conv = conv
-    self.gain = nnx.Param(layers.full(1)(None, conv.kernel.shape[-1:]))
+class WeightStdConv(Ring, models_norms.WeightStdConv):
+  """Weight standardization, variance 1."""
 
-  def __call__(self, x: Array) -> Array:
-    kernel = self.conv.kernel[...]
-    length = jnp.sqrt(jnp.sum(kernel**2, axis=(0, 1, 2)) + 1e-12)
-    return convolve_ring(x, kernel / length * self.gain[...])
+
+class WSConv(Ring, layers.WSConv):
+  """Scaled weight standardization, variance 1 / fan_in."""
 
 
 def convolve_ring(x: Array, kernel: Array) -> Array:
@@ -135,7 +104,7 @@ NORMS = {
   "noisy_batch": Norm(activations=_of_models("noisy_batch")),
   "ghost": Norm(activations=_of_models("ghost"), number="images"),
   "layer": Norm(activations=_of_models("layer")),  # over height, width and channels
-  "instance": Norm(activations=lambda features, _, keys: Plain(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
+  "instance": Norm(activations=lambda features, _, keys: OwnStatistics(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
   "group": Norm(activations=_of_models("group"), number="groups"),
   "lp": Norm(activations=_of_models("lp"), number="p"),
   "dyt": Norm(activations=_of_models("dyt")),
@@ -192,8 +161,14 @@ def conv(norm: str, in_features: int, out_features: int, size: int, *, act: str,
     keys: of the parameters.
   """
   row, _ = lookup(norm)
-  if row.weights in ("standardized", "scaled_standardized"):
-    return WSConv(in_features, out_features, size, scaled=row.weights == "scaled_standardized", keys=keys)
-  gain = 2.0 if act == "relu" and not row.gamma else 1.0
-  plain = functools.partial(Conv, in_features, out_features, size, gain=gain * factor**2, keys=keys)
-  return WNConv(plain()) if row.weights == "weight_norm" else plain()
+  gain = 2.0 if row.weights in ("plain", "weight_norm") and act == "relu" and not row.gamma else 1.0
+  init = lambda key, shape: jax.random.normal(key, shape) * (gain * factor**2 / (size * size * in_features)) ** 0.5
+  return CONVS[row.weights](in_features, out_features, size, use_bias=False, kernel_init=init, rngs=keys)
+
+
+CONVS: dict[str, Callable[..., nnx.Module]] = {
+  "plain": Conv,
+  "weight_norm": WeightNormConv,
+  "standardized": WeightStdConv,
+  "scaled_standardized": WSConv,
+}

@@ -16,6 +16,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.config import DataConfig
+from nfnets.data.errors import DataError, UnreadableImage
 from nfnets.data.images import decode
 from nfnets.data.sources.builtin import digits
 from nfnets.data.sources.open import open_source
@@ -81,26 +82,30 @@ def data(config: DataConfig | None, *, cut: bool = True) -> Data:
     DataError: as `open_source`, and for an image that cannot be decoded.
   """
   if config is None:
-    read, name, classes = images, "digits", 10
+    name, classes, train, test = "digits", 10, images(), images(split="test")
   else:
-    read, name = functools.partial(_read, config), config.name
-    classes = open_source(config, config.test_split).num_classes
-  parts = [read(split=split) for split in ("train", "test")]
-  train, test = ((patches(pixels), labels) for pixels, labels in parts) if cut else parts
-  return Data(name, classes, train, test)
+    name = config.name
+    train, classes = _read(config, config.train_split, MOST["train"])
+    test, _ = _read(config, config.test_split, MOST["test"])
+  cut_up = lambda labelled: (patches(labelled[0]), labelled[1]) if cut else labelled
+  return Data(name, classes, cut_up(train), cut_up(test))
 
 
-def _read(config: DataConfig, split: str) -> Labelled:
-  """The same images each time, normalised, float32 [n, 16, 16, 3], and labels."""
-  source = open_source(config, config.train_split if split == "train" else config.test_split)
-  chosen = np.random.default_rng(0).permutation(len(source))[: MOST[split]]
+def _read(config: DataConfig, split: str, most: int) -> tuple[Labelled, int]:
+  """At most that many images, the same ones each time, normalised, float32 [n, 16, 16, 3], with labels; and how many classes."""
+  source = open_source(config, split)
+  chosen = np.random.default_rng(0).permutation(len(source))[:most]
   pixels, labels = np.empty((len(chosen), SIDE, SIDE, 3), np.float32), np.empty(len(chosen), np.int32)
   for i, number in enumerate(chosen):
     record = source[int(number)]
-    image = record.image if isinstance(record.image, np.ndarray) else decode.pixels(record.image, source.rules)
+    try:
+      image = record.image if isinstance(record.image, np.ndarray) else decode.pixels(record.image, source.rules)
+    except UnreadableImage as error:
+      raise DataError(f"{config.name}, {split}, image number {number}: {error}") from error
     pixels[i], labels[i] = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA), record.label
   source.close()
-  return jnp.asarray((pixels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)), jnp.asarray(labels)
+  pixels = (pixels - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+  return (jnp.asarray(pixels), jnp.asarray(labels)), source.num_classes
 
 
 def patches(pixels: jax.Array) -> jax.Array:

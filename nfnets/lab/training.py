@@ -18,8 +18,8 @@ Array = jax.Array
 Params = Any  # a pytree of float32 arrays: nested dicts with the names of the network's attributes
 # (parameters before a step, after it, images, labels, key of the step's noise) → a pytree of arrays
 Watch = Callable[[Params, Params, Array, Array, Array], Any]
-# (recipe, schedule of the learning rate, strength, parameters) → optimizer
-Optimizer = Callable[["Recipe", optax.Schedule, Array, Params], optax.GradientTransformation]
+# (schedule of the learning rate, strength, parameters) → optimizer
+Optimizer = Callable[[optax.Schedule, Array, Params], optax.GradientTransformation]
 MOMENTUM = 0.9
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
@@ -32,15 +32,11 @@ class Recipe:
   Attributes:
     batch: images a step.
     steps: how many, the first `warmup` of them with a linearly rising learning rate; a cosine takes it to 0 at the end.
-    weight_decay: times the weights, is added to the gradient of kernels (after clipping); nothing else decays.
-    momentum: of Nesterov; 0: plain gradient descent.
   """
 
   batch: int
   steps: int
   warmup: int = 5
-  weight_decay: float = 0.0
-  momentum: float = MOMENTUM
 
 
 class Trainer:
@@ -121,7 +117,7 @@ class Trainer:
     (images, labels), recipe = self.data.train, self.recipe
     rising = lambda count: (count + 1) / recipe.warmup
     schedule = lambda count: rate * jnp.minimum(rising(count), 0.5 * (1 + jnp.cos(jnp.pi * count / recipe.steps)))
-    optimizer = self._optimizer(recipe, schedule, strength, params)
+    optimizer = self._optimizer(schedule, strength, params)
 
     def step(carry: tuple[Params, Any], place: tuple[Array, Array]) -> tuple[tuple[Params, Any], Any]:
       params, state = carry
@@ -149,12 +145,9 @@ def clip(strength: Array, params: Params) -> optax.GradientTransformation:
   return agc(lambda count: strength, exclude="^fc/kernel$", unit_axes=_UNITS if "blocks" in params else None)
 
 
-def sgd(recipe: Recipe, schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:
-  """AGC → weight decay of kernels → Nesterov's momentum → learning rate."""
-  kernels = lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
-  decay = optax.add_decayed_weights(recipe.weight_decay, mask=kernels) if recipe.weight_decay else optax.identity()
-  momentum = optax.trace(recipe.momentum, nesterov=True) if recipe.momentum else optax.identity()
-  return optax.chain(clip(strength, params), decay, momentum, optax.scale_by_learning_rate(schedule))
+def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:
+  """AGC → Nesterov's momentum → learning rate."""
+  return optax.chain(clip(strength, params), optax.sgd(schedule, momentum=MOMENTUM, nesterov=True))
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:

@@ -8,30 +8,27 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nfnets.agc import agc
 from nfnets.lab.task import Data
-from nfnets.lab.training import Recipe, batches, cross_entropy
+from nfnets.lab.training import MOMENTUM, Recipe, batches, cross_entropy
 
 Array = jax.Array
 
 
 class ZooTrainer:
-  """SGD with Nesterov's momentum, warm-up and cosine, and AGC where a strength is given; compiled once.
+  """SGD with Nesterov's momentum, warm-up and cosine, without clipping; compiled once.
 
   Args:
     make: turns a key into a network of float32 parameters, which needs no randomness when it trains.
     data: what it sees.
     recipe: how long.
     rate: the highest learning rate.
-    strength: λ of AGC; None: no clipping.
   """
 
-  def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float, strength: float | None = None):
+  def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float):
     self.data, self.recipe, self._make = data, recipe, make
     self._graph = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))[0]
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, recipe.warmup, recipe.steps)
-    clip = optax.identity() if strength is None else agc(strength)
-    self._optimizer = optax.chain(clip, optax.sgd(schedule, momentum=recipe.momentum, nesterov=True))
+    self._optimizer = optax.sgd(schedule, momentum=MOMENTUM, nesterov=True)
     self._run = jax.jit(self._descend)
     self.logits = jax.jit(self._logits, static_argnums=2)  # (state, images, train) → float32 [batch, classes]
 

@@ -7,6 +7,7 @@ Statistics are float32, whatever the dtype. Running statistics move by a tenth a
 batch's.
 """
 
+import abc
 import math
 from typing import Any
 
@@ -91,9 +92,9 @@ class RunningNorm(Affine):
     super().__init__(features, dtype)
     self.mean, self.size = nnx.BatchStat(layers.full(0)(None, (features,))), nnx.BatchStat(layers.full(1)(None, (features,)))
 
+  @abc.abstractmethod
   def normalized(self, x: Array) -> tuple[Array, Array, Array]:
     """(x normalized by its own statistics, mean [channels], size [channels]) of x, float32 [batch, height, width, channels]."""
-    raise NotImplementedError
 
   def __call__(self, x: Array, *, use_running_average: bool) -> Array:
     x = x.astype(jnp.float32)

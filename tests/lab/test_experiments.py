@@ -165,7 +165,7 @@ def test_batch_sharpness_far_from_the_edge_does_not_hold():
 def test_a_training_learns_and_is_watched():
   data = task.data(None)
   config = DeepConfig(depth=1, width=8, norm="nf", in_features=data.channels)
-  recipe = Recipe(batch=64, steps=60, weight_decay=1e-4)
+  recipe = Recipe(batch=64, steps=60)
   watch = lambda before, after, images, labels, key: jnp.sum((after["fc"]["kernel"] - before["fc"]["kernel"]) ** 2)
   trainer = Trainer(lambda key: Deep(config, key), data, recipe, watch=watch, every=20)
   order = batches(len(data.train[1]), recipe, 0)
@@ -175,7 +175,7 @@ def test_a_training_learns_and_is_watched():
   assert seen.shape == (3,) and (seen > 0).all()
   frozen, *_ = trainer.train(trainer.init(0), order, 0.2, 1e-9)  # AGC that lets almost nothing through, but for the classifier
   first = trainer.init(0)
-  np.testing.assert_allclose(frozen["stem"]["kernel"], first["stem"]["kernel"], rtol=0.01)  # which decays
+  np.testing.assert_allclose(frozen["stem"]["kernel"], first["stem"]["kernel"], atol=1e-4)
   assert np.abs(frozen["fc"]["kernel"] - first["fc"]["kernel"]).max() > 1e-2
 
 

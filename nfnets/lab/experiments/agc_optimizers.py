@@ -5,14 +5,13 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
-from nfnets.lab.training import Params, Recipe, Trainer, batches, clip, sgd
+from nfnets.lab.training import MOMENTUM, Params, Recipe, Trainer, batches, clip
 
 BATCH, LAMBDA = 256, 0.04
 # learning rates of each, the last one large
@@ -49,17 +48,14 @@ CRITERIA = (
 def optimizer(name: str, where: str) -> Any:
   """Makes the optimizer of that name with AGC "before" or "behind" it."""
   make = {
+    "SGD": lambda schedule: optax.sgd(schedule, momentum=MOMENTUM, nesterov=True),
     "AdamW": lambda schedule: optax.adamw(schedule, weight_decay=1e-4),
     "Lion": lambda schedule: optax.lion(schedule, weight_decay=1e-4),
-    "LARS": lambda schedule: optax.lars(schedule, momentum=0.9, nesterov=True),
+    "LARS": lambda schedule: optax.lars(schedule, momentum=MOMENTUM, nesterov=True),
   }
 
-  def build(recipe: Recipe, schedule: optax.Schedule, strength: jax.Array, params: Params) -> optax.GradientTransformation:
-    if name == "SGD":
-      inner = sgd(recipe, schedule, jnp.array(math.inf), params)
-    else:
-      inner = make[name](schedule)
-    agc = clip(strength, params)
+  def build(schedule: optax.Schedule, strength: jax.Array, params: Params) -> optax.GradientTransformation:
+    inner, agc = make[name](schedule), clip(strength, params)
     return optax.chain(inner, agc) if where == "behind" else optax.chain(agc, inner)
 
   return build
