@@ -32,8 +32,6 @@ class Norm:
   branch: Literal["plain", "skip_init", "fixup", "alpha_beta"] = "plain"
   # whether the nonlinearity has its gamma, which keeps a variance of 1
   gamma: bool = False
-  # what the number behind a colon is; "" if there is none
-  number: str = ""
 
 
 # ---- what acts on activations, x: [batch, height, width, channels]
@@ -102,11 +100,11 @@ NORMS = {
   "batch": Norm(activations=_of_models("batch")),
   "batch_uncentred": Norm(activations=_uncentred),  # divides by the root mean square alone (Daneshmand et al. 2020, 2021)
   "noisy_batch": Norm(activations=_of_models("noisy_batch")),
-  "ghost": Norm(activations=_of_models("ghost"), number="images"),
+  "ghost": Norm(activations=_of_models("ghost")),
   "layer": Norm(activations=_of_models("layer")),  # over height, width and channels
   "instance": Norm(activations=lambda features, _, keys: OwnStatistics(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
-  "group": Norm(activations=_of_models("group"), number="groups"),
-  "lp": Norm(activations=_of_models("lp"), number="p"),
+  "group": Norm(activations=_of_models("group")),
+  "lp": Norm(activations=_of_models("lp")),
   "dyt": Norm(activations=_of_models("dyt")),
   "derf": Norm(activations=_of_models("derf")),
   "weight_norm": Norm(weights="weight_norm"),
@@ -121,14 +119,11 @@ NORMS = {
 
 def lookup(norm: str) -> tuple[Norm, str]:
   """The row that a name stands for, and the number behind its colon; raises UnknownNormError."""
-  name, colon, number = norm.partition(":")
+  name, colon, _ = norm.partition(":")
   row = NORMS.get(name)
-  allowed = {"p": ("1", "2", "inf")}.get(row.number if row else "", None)
-  fits = not colon if row and not row.number else (number in allowed if allowed else number.isdigit() and int(number) > 0)
-  if row is None or not fits:
-    known = ", ".join(f"{name}:{row.number.upper()}" if row.number else name for name, row in NORMS.items())
-    raise UnknownNormError(f"norm={norm!r}: expected one of {known}")
-  return row, number
+  if row is None or (colon and name not in models_norms.NUMBERS):
+    raise UnknownNormError(f"norm={norm!r}: expected one of {', '.join(NORMS)}, some with a number as in nfnets.models.norms")
+  return row, models_norms.parse(norm)[1] if name in models_norms.NUMBERS else ""
 
 
 def make(norm: str, features: int, keys: Any) -> nnx.Module | None:

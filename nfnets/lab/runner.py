@@ -9,7 +9,8 @@ from typing import Any
 
 from nfnets.files import write_file
 from nfnets.lab import drawing, records, report
-from nfnets.lab.experiment import Experiment, Progress, Settings, conclude
+from nfnets.lab.experiment import Experiment, Settings, conclude
+from nfnets.lab.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 from nfnets.config import DataConfig
 from nfnets.lab import experiments, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Measured, Progress, Settings, conclude
+from nfnets.lab.experiment import Measured, Settings, conclude
 from nfnets.lab.experiments import (
   agc_optimizers,
   batch_size,
@@ -22,6 +22,7 @@ from nfnets.lab.experiments import (
   train_test,
   without_norm,
 )
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches
 
 SEEDS = 3

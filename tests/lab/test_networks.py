@@ -104,9 +104,9 @@ def test_ring_convolution_equals_a_padded_one():
   np.testing.assert_allclose(norms.convolve_ring(IMAGES, kernel), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ("bach", "group", "group:0", "group:x", "batch:3", "lp:3", ""))
+@pytest.mark.parametrize("name", ("bach", "group:0", "group:x", "batch:3", "nf:2", "lp:3", "lp", "ghost", ""))
 def test_unknown_normalizers_are_answered_with_all(name):
-  with pytest.raises(norms.UnknownNormError, match="expected one of none, batch"):
+  with pytest.raises(norms.UnknownNormError, match="expected one of (none, batch|batch, noisy_batch)"):
     norms.lookup(name)
 
 

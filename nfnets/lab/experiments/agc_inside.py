@@ -15,7 +15,8 @@ from flax import nnx
 from nfnets import models
 from nfnets.agc import agc, agc_metrics, explain_entries, named_leaves, unit_norm
 from nfnets.lab import drawing, task
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
+from nfnets.lab.progress import Progress
 
 BATCH, WARMUP = 256, 10
 SMALL, LARGE = 0.1, 1.6  # learning rates; the large one is that of the paper's ablation

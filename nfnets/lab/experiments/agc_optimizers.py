@@ -10,7 +10,8 @@ import optax
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import MOMENTUM, Params, Recipe, Trainer, batches, clip
 
 BATCH, LAMBDA = 256, 0.04

@@ -10,8 +10,9 @@ from flax import nnx
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.signals import gradient_norms
+from nfnets.lab.progress import Progress
 
 DEPTHS = (12, 24, 48)
 WIDTH = 32

@@ -8,7 +8,8 @@ import numpy as np
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches
 
 LAMBDAS = (0.01, 0.02, 0.04, 0.08, 0.16)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets.lab import drawing, task
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.linear import LinearNetwork
 from nfnets.lab.measures.shift import covariate_shift, layer_numbers
+from nfnets.lab.progress import Progress
 from nfnets.lab.task import Data
 from nfnets.lab.training import Recipe, Trainer, batches
 from nfnets.lab.vgg import VGG, VGGConfig

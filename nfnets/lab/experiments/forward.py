@@ -9,8 +9,9 @@ from flax import nnx
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.signals import moments, signal
+from nfnets.lab.progress import Progress
 
 DEPTHS = (16, 100, 1000)
 ALPHA = 0.2

@@ -9,8 +9,9 @@ from flax import nnx
 
 from nfnets.lab import drawing, linear, norms, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.measures.geometry import similarity
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches
 
 SAMPLES = 4  # of the orthogonality gap, as in Daneshmand et al. 2021

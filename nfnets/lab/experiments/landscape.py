@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets.lab import drawing, norms, task
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.landscape import along_gradient, batch_norm_bound, plane
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches, cross_entropy
 from nfnets.lab.vgg import VGG, VGGConfig
 

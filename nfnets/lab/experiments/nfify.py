@@ -11,9 +11,10 @@ from flax import nnx
 from nfnets import models
 from nfnets.errors import UserError
 from nfnets.lab import drawing, task, twin
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.geometry import similarity
 from nfnets.lab.measures.signals import gradient_norms, signal
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
 from nfnets.lab.zoo import ZooTrainer
 

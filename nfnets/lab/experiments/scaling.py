@@ -7,7 +7,8 @@ import numpy as np
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches
 
 BATCH, LAMBDA = 64, 0.16

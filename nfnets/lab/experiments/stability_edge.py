@@ -9,8 +9,9 @@ from flax import nnx
 
 from nfnets.lab import drawing, task
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.measures.curvature import batch_sharpness, sharpness_of
+from nfnets.lab.progress import Progress
 
 RATE = 0.3
 EVERY = 25  # steps between two measurements of the sharpness

@@ -10,7 +10,8 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.lab import drawing, task
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Progress, Row, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
 from nfnets.lab.zoo import ZooTrainer
 
