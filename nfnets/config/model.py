@@ -18,7 +18,7 @@ class ModelConfig:
   drop_rate: float | None = None
   # Probability to drop the last block's residual branch, in [0, 1).
   stochastic_depth: float | None = None
-  # Activation, one of nfnets.models.layers.ACTIVATIONS.
+  # Activation, one of nfnets.models.activations.ACTIVATIONS.
   activation: str | None = None
   # Recompute each block's activations in the backward pass: less memory, about a third more time.
   remat: bool = False

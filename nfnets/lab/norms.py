@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nfnets.models import layers, norms as models_norms
+from nfnets.models import activations, layers, norms as models_norms
 
 Array = jax.Array
 EPSILON = models_norms.EPSILON
@@ -138,9 +138,9 @@ def normalize(module: nnx.Module | None, x: Array, key: Array | None) -> Array:
   return x if apply is None else apply(x, key)
 
 
-def activation(norm: str, name: str) -> layers.Activation:
+def activation(norm: str, name: str) -> activations.Activation:
   """The nonlinearity, with its gamma where `norm` relies on it."""
-  function = layers.ACTIVATIONS[name]
+  function = activations.ACTIVATIONS[name]
   return function if lookup(norm)[0].gamma else function.without_gamma()
 
 

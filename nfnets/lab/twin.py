@@ -23,7 +23,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.errors import UserError
-from nfnets.models import layers
+from nfnets.models import activations, layers
 from nfnets.models.nf_resnet import NFResNetConfig
 from nfnets.models.norms import make_norm, normalize
 from nfnets.models.resnet import FixupConfig, ResNetConfig
@@ -73,8 +73,8 @@ class BatchNormKit:
     return Norm(make_norm("batch", features, dtype=jnp.float32, rngs=self.keys))
 
   def activation(self, x: Array, name: str = "relu") -> Array:
-    """The nonlinearity, one of nfnets.models.layers.ACTIVATIONS."""
-    return layers.ACTIVATIONS[name].without_gamma()(x)
+    """The nonlinearity, one of nfnets.models.activations.ACTIVATIONS."""
+    return activations.ACTIVATIONS[name].without_gamma()(x)
 
   def block(self, *, transition: bool = False) -> Junction:
     """The junction of the next block, in the order of the network; `transition` says that its shortcut is a convolution."""
@@ -99,7 +99,7 @@ class NormFreeKit(BatchNormKit):
     return Norm(None)
 
   def activation(self, x: Array, name: str = "relu") -> Array:
-    return layers.ACTIVATIONS[name](x)
+    return activations.ACTIVATIONS[name](x)
 
   def block(self, *, transition: bool = False) -> Junction:
     beta = 1 / self._expected_std

@@ -10,6 +10,7 @@ at the end of each block only, as training runs; and there is a report only if b
 parameters, and both ran on the same kind of device.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -74,6 +75,8 @@ def compare(
   official: str | None = None,
   torch_compile: bool = False,
   torch_contiguous: bool = False,
+  together: bool = False,
+  kept: str | None = None,
   say: Callable[[str], None] = lambda line: None,
 ) -> PeerReport:
   """Times our step and a peer's in turn.
@@ -87,6 +90,8 @@ def compare(
     official: for "haiku", the directory that holds the release's nfnets/.
     torch_compile: for "timm", lets torch.compile compile the network.
     torch_contiguous: for "timm" on a GPU, leaves channels first in memory, instead of last.
+    together: starts both sides at the same time, which is sooner done but spoils the times of building and compiling.
+    kept: a directory for our compiled programs; a second comparison of the same step reads it.
     say: gets a line as each phase begins.
 
   Raises:
@@ -113,7 +118,7 @@ def compare(
     "weights": "",
   }
   ours = {"config": to_json(config), "size": size, "classes": classes}
-  with started(peer, theirs, ours, say) as (our_side, their_side):
+  with started(peer, theirs, ours, say, together=together, kept=kept) as (our_side, their_side):
     check_match(our_side.facts, their_side.facts, peer)
     our_s, their_s = take_turns(our_side, their_side, rounds=rounds, steps=steps, warmup=warmup, say=say)
     sides = [
@@ -157,23 +162,63 @@ def take_turns(
 
 
 @contextlib.contextmanager
-def started(peer: str, theirs: dict[str, Any], ours: dict[str, Any], say: Callable[[str], None]) -> Iterator[tuple[Side, Side]]:
-  """Starts both sides, the peer first, because what is missing there is seen at once; UserError for what their processes say."""
+def started(
+  peer: str,
+  theirs: dict[str, Any],
+  ours: dict[str, Any],
+  say: Callable[[str], None],
+  *,
+  together: bool = False,
+  kept: str | None = None,
+) -> Iterator[tuple[Side, Side]]:
+  """Starts both sides, the peer first, because what is missing there is seen at once, or both at the same time.
+
+  Raises:
+    UserError: what their processes say.
+  """
   here = pathlib.Path(__file__).parent
-  # Two processes share one GPU: neither may take most of its memory before it needs it
-  environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
-  path = os.pathsep.join(filter(None, (str(here.parents[1]), os.environ.get("PYTHONPATH"))))
-  try:
-    say(f"{peer}: starting, building")
-    with Side(peer, str(here / f"peer_{peer}.py"), theirs, environment=environment) as their_side:
+  environment = shared_gpu()
+  starts = [
+    lambda: Side(peer, str(here / f"peer_{peer}.py"), theirs, environment=environment),
+    lambda: Side("nfnets", str(here / "peer_ours.py"), ours, environment={**environment, **our_environment(kept)}),
+  ]
+  with contextlib.ExitStack() as opened, explained():
+    if together:
+      say(f"{peer} and nfnets: starting, building, compiling")
+      with concurrent.futures.ThreadPoolExecutor(len(starts)) as pool:
+        sides = [pool.submit(start) for start in starts]
+      for side in sides:
+        if side.exception() is None:
+          opened.enter_context(side.result())
+      yield sides[1].result(), sides[0].result()
+    else:
+      say(f"{peer}: starting, building")
+      their_side = opened.enter_context(starts[0]())
       say("nfnets: starting, building, compiling")
-      with Side("nfnets", str(here / "peer_ours.py"), ours, environment={**environment, "PYTHONPATH": path}) as our_side:
-        yield our_side, their_side
+      yield opened.enter_context(starts[1]()), their_side
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+  """Turns what a side's process says into a UserError."""
+  try:
+    yield
   except MissingPackage as error:
     side, package = error.args
     raise UserError(f"{package} is not installed, which --peer={side} needs: {INSTALL.get(side, package)}") from error
   except SideError as error:
     raise UserError(str(error)) from error
+
+
+def shared_gpu() -> dict[str, str]:
+  """The environment of processes that share one GPU: none may take most of its memory before it needs it."""
+  return {"XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
+
+
+def our_environment(kept: str | None = None) -> dict[str, str]:
+  """The environment of a process that imports this package; compiled programs are kept in the directory `kept`."""
+  path = os.pathsep.join(filter(None, (str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+  return {"PYTHONPATH": path, **({"JAX_COMPILATION_CACHE_DIR": kept} if kept else {})}
 
 
 # ---- what is compared

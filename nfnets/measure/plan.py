@@ -29,7 +29,7 @@ from nfnets.measure import hlo, plan_report, program, traffic
 from nfnets.measure.chips import Chip, chip
 from nfnets.train import resolve
 from nfnets.train.step import sharding
-from nfnets.train.step.state import build_network, init_state, split_network
+from nfnets.train.step.state import build_network, split_network, state_shapes
 
 # The slices that can be rented. libtpu also accepts other slices of the same kinds, if they consist of whole hosts.
 _FLAT, _CUBES = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
@@ -185,8 +185,7 @@ def lower(config: Config, mesh: Mesh, size: int, classes: int) -> jax.stages.Low
   """Lowers the training loop's own step for the platform of `mesh`, from the shapes of the state and the batch alone."""
   graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, classes)))
   optimizer = program.make_optimizer(config, params)
-  abstract = jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
-  return program.lower(config, graph, abstract, mesh, size)
+  return program.lower(config, graph, state_shapes(params, stats, optimizer, config), mesh, size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from nfnets.measure import program
 from nfnets.measure.step_report import AgcOverhead, Spread
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import Batch, Metrics
-from nfnets.train.step.state import TrainState, build_network, init_state, split_network
+from nfnets.train.step.state import TrainState, build_network, first_state, split_network, state_shapes
 
 AGC_PAIRS = 10  # pairs of blocks of steps, one with and one without AGC; each pair gives one ratio
 
@@ -42,12 +42,17 @@ class Prepared:
   compile_s: float
 
 
-def prepare(config: Config, mesh: Mesh, size: int, classes: int) -> Prepared:
-  """Makes the state, compiles the step for images of `size` pixels a side, and puts a batch of noise on the devices."""
+def prepare(
+  config: Config, mesh: Mesh, size: int, classes: int, *, compiler_options: Mapping[str, Any] | None = None
+) -> Prepared:
+  """Makes the state, compiles the step for images of `size` pixels a side, and puts a batch of noise on the devices.
+
+  `compiler_options` are XLA's, by name.
+  """
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, mix="none"))
   (graph, state), init_s = _timed(initial_state, config, classes, mesh)
   lowered, lowering_s = _timed(program.lower, config, graph, state, mesh, size)
-  compiled, compile_s = _timed(lowered.compile)
+  compiled, compile_s = _timed(lambda: lowered.compile(dict(compiler_options or {})))
   run = Run(step=compiled, state=state, batch=noise_batch(config, mesh, size, classes))
   return Prepared(
     config=config,
@@ -142,8 +147,9 @@ def _compare(run: Run, plain: Run, *, warmup: int, steps: int) -> AgcOverhead:
 
 def _state(config: Config, params: nnx.State, stats: nnx.State, mesh: Mesh) -> TrainState:
   """Makes the state before the first step, and waits until it lies on the devices."""
-  state = init_state(params, stats, program.make_optimizer(config, params), config)
-  return jax.block_until_ready(sharding.put(state, sharding.place(mesh, state, shard=config.shard)))
+  optimizer = program.make_optimizer(config, params)
+  like = sharding.place(mesh, state_shapes(params, stats, optimizer, config), shard=config.shard)
+  return jax.block_until_ready(first_state(params, stats, optimizer, config, like))
 
 
 def noise_batch(config: Config, mesh: Mesh, size: int, classes: int) -> Batch:

@@ -1,31 +1,30 @@
 """Our step beside timm's on one device at several batch sizes, each side's best against the other's, within a given time.
 
 It is made for a GPU that is at hand for minutes: a check of the step in its dtype comes first, then batch sizes from small to
-large until memory ends, then timm's network compiled by torch.compile and in the other layout of memory, at its best batch. Each
+large until memory ends, then timm's network compiled by torch.compile and in the other layout of memory, at its best batch. Both
+sides start at the same time, and ours keeps its compiled programs for the stages that follow. Networks share the time evenly; a
 stage that would begin too late is left out, and said to be; what was measured lies in the file after each stage.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from nfnets import models
 from nfnets.config import Config
 from nfnets.errors import UserError
 from nfnets.files import write_file
-from nfnets.measure import peers, program, runs
-from nfnets.measure.peers_report import PeerReport
-from nfnets.train.step import sharding
+from nfnets.measure import check, peers, program
+from nfnets.measure.check import Check
+from nfnets.measure.turns import Side
+from nfnets.train.checkpoints.compatibility import to_json
 
-CHECK_BATCH = 8
 FIRST_GUESS_S = 90.0  # of a stage, before one has been timed
-LOSS_TOLERANCE, LEAST_COSINE = 0.02, 0.9  # of a step in bfloat16 against the same one in float32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,22 +46,6 @@ class Trial:
   words: str = ""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-  """One step in the configuration's dtype beside one in float32, from the same weights on the same noise."""
-
-  model: str
-  dtype: str
-  loss: float
-  loss_float32: float
-  cosine: float  # of the two updates of all parameters
-
-  @property
-  def right(self) -> bool:
-    close = abs(self.loss - self.loss_float32) <= LOSS_TOLERANCE * abs(self.loss_float32)
-    return close and self.cosine >= LEAST_COSINE
-
-
 def sweep(
   configs: Sequence[Config],
   *,
@@ -78,7 +61,7 @@ def sweep(
   Args:
     configs: a run for each network.
     batches: images a step, from small to large.
-    minutes: no stage begins that would end later, judged by the longest so far.
+    minutes: for all; no stage begins that would end later than its network's share, judged by the longest so far.
     steps, rounds: of each comparison, see `peers.compare`.
     file: gets the report after each stage; None: nowhere.
     say: gets a line as things happen.
@@ -91,26 +74,28 @@ def sweep(
     OSError: the file cannot be written.
   """
   peers.check_installed("timm")
-  stages = Stages(minutes, file, say)
   for config in configs:
     peers.timm_network(config)
-  for config in configs:
-    stages.check(config)
-    compare = lambda batch, way, config=config: stages.compare(dataclasses.replace(config, batch=batch), way, steps, rounds)
-    for batch in batches:
-      if compare(batch, "eager").words:
-        break
-    if best := stages.best(config.model.name):
-      compare(best["theirs"]["batch"], "compiled")
-      compare(best["theirs"]["batch"], "contiguous")
+  begin, stages = time.monotonic(), Stages(file, say)
+  with tempfile.TemporaryDirectory(prefix="nfnets-compiled-") as kept:
+    for number, config in enumerate(configs, 1):
+      stages.end = begin + 60 * minutes * number / len(configs)
+      stages.check(config)
+      compare = functools.partial(stages.compare, config, steps=steps, rounds=rounds, kept=kept)
+      for batch in batches:
+        if compare(batch=batch, way="eager").words:
+          break
+      if best := stages.best(config.model.name):
+        compare(batch=best["theirs"]["batch"], way="compiled")
+        compare(batch=best["theirs"]["batch"], way="contiguous")
   return stages.report()
 
 
 class Stages:
   """What was measured so far, and the time that is left."""
 
-  def __init__(self, minutes: float, file: pathlib.Path | None, say: Callable[[str], None]):
-    self._end, self._longest = time.monotonic() + 60 * minutes, 0.0
+  def __init__(self, file: pathlib.Path | None, say: Callable[[str], None]):
+    self.end, self._longest = math.inf, 0.0  # by time.monotonic(); seconds
     self._file, self._say = file, say
     self.checks: list[Check] = []
     self.trials: list[Trial] = []
@@ -118,24 +103,28 @@ class Stages:
 
   def check(self, config: Config) -> None:
     """Compares a step in the configuration's dtype with one in float32."""
-    begin = time.monotonic()
-    self.checks.append(check_step(config))
+    if time.monotonic() + (self._longest or FIRST_GUESS_S) > self.end:
+      self._say(f"{config.model.name}: the check of {config.model.dtype} is left out: no time was left")
+      return
+    environment = {**peers.shared_gpu(), **peers.our_environment()}
+    with peers.explained(), Side("check", check.__file__, {"config": to_json(config)}, environment=environment) as side:
+      self.checks.append(Check(**side.facts))
     last = self.checks[-1]
     verdict = "right" if last.right else "WRONG"
     losses = f"loss {last.loss:.4g}, in float32 {last.loss_float32:.4g}"
     self._say(f"{last.model}, {last.dtype}: {losses}; cosine of the updates {last.cosine:.4f}: {verdict}")
-    self._ended(begin)
+    self._write()
 
-  def compare(self, config: Config, way: str, steps: int, rounds: int) -> Trial:
-    """Compares with timm's network in one way, if there is time."""
-    begin, trial = time.monotonic(), Trial(model=config.model.name, batch=config.batch, way=way)
-    if begin + (self._longest or FIRST_GUESS_S) > self._end:
+  def compare(self, config: Config, *, batch: int, way: str, steps: int, rounds: int, kept: str) -> Trial:
+    """Compares with timm's network in one way, if there is time; `kept` is the directory of our compiled programs."""
+    begin, trial = time.monotonic(), Trial(model=config.model.name, batch=batch, way=way)
+    if begin + (self._longest or FIRST_GUESS_S) > self.end:
       trial = dataclasses.replace(trial, words="left out: no time was left")
     else:
+      sides = {"torch_compile": way == "compiled", "torch_contiguous": way == "contiguous"}
+      counts = {"steps": steps, "rounds": rounds}
       try:
-        found: PeerReport = peers.compare(
-          config, "timm", rounds=rounds, steps=steps, torch_compile=way == "compiled", torch_contiguous=way == "contiguous"
-        )
+        found = peers.compare(dataclasses.replace(config, batch=batch), "timm", **counts, **sides, together=True, kept=kept)
         trial = dataclasses.replace(trial, ours=found.ours.images_per_s, theirs=found.theirs.images_per_s)
         self.details.append({"way": way, **found.to_json()})
       except UserError as error:
@@ -143,7 +132,8 @@ class Stages:
     self.trials.append(trial)
     said = trial.words or f"ours {trial.ours:,.0f} images/s, timm {trial.theirs:,.0f}: × {trial.ours / trial.theirs:.2f}"
     self._say(f"{trial.model}, batch {trial.batch}, timm {way}: {said}")
-    self._ended(begin)
+    self._longest = max(self._longest, time.monotonic() - begin)
+    self._write()
     return trial
 
   def best(self, model: str) -> dict[str, Any] | None:
@@ -163,7 +153,7 @@ class Stages:
     names = list(dict.fromkeys(trial.model for trial in self.trials))
     return {
       "benchmark": "sweep",
-      "device": jax.devices()[0].device_kind,
+      "device": self.details[0]["ours"]["device"] if self.details else None,
       "versions": program.versions(),
       "checks": [{**dataclasses.asdict(check), "right": check.right} for check in self.checks],
       "trials": [{key: None if value != value else value for key, value in dataclasses.asdict(t).items()} for t in self.trials],
@@ -171,30 +161,6 @@ class Stages:
       "details": self.details,
     }
 
-  def _ended(self, begin: float) -> None:
-    self._longest = max(self._longest, time.monotonic() - begin)
+  def _write(self) -> None:
     if self._file is not None:
       write_file(self._file, json.dumps(self.report(), indent=1).encode())
-
-
-def check_step(config: Config) -> Check:
-  """Takes a step in the configuration's dtype and the same in float32, of CHECK_BATCH images, with what is random left out."""
-  size = config.data.image_size or models.variant(config.model.name).train_resolution
-  classes, _ = program.class_count(config)
-  mesh = sharding.make_mesh(jax.devices()[:1])
-  found = {}
-  for dtype in (config.model.dtype, "float32"):
-    model = dataclasses.replace(config.model, dtype=dtype, drop_rate=0.0, stochastic_depth=0.0)
-    # The first learning rate of a warm-up is 0, with which nothing would move.
-    optim = dataclasses.replace(config.optim, warmup_epochs=0, agc_track=False)
-    changed = dataclasses.replace(config, model=model, optim=optim, batch=CHECK_BATCH)
-    with runs.explained_out_of_memory(CHECK_BATCH, size, mesh.devices.flat[0].device_kind):
-      ready = runs.prepare(changed, mesh, size, classes)
-      before = jax.tree.map(np.asarray, ready.run.state.params)
-      ready.run.seconds_per_step(1)
-    moved = jax.tree.map(lambda after, start: np.asarray(after, np.float64) - start, ready.run.state.params, before)
-    found[dtype] = ready.run.check(), np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(moved)])
-  (loss, update), (loss_float32, update_float32) = found[config.model.dtype], found["float32"]
-  sizes = np.linalg.norm(update) * np.linalg.norm(update_float32)
-  cosine = float(update @ update_float32 / sizes) if sizes else float("nan")
-  return Check(model=config.model.name, dtype=config.model.dtype, loss=loss, loss_float32=loss_float32, cosine=cosine)

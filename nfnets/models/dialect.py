@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from nfnets.models import layers
+from nfnets.models import activations, layers
 
 Dialect = Literal["official", "timm", "timm_dm"]
 
@@ -42,9 +42,9 @@ class TimmWSConv(layers.WSConv):
     return (kernel - mean) * scale
 
 
-def parts(dialect: Dialect, activation: str) -> tuple[layers.Activation, Callable[..., layers.WSConv]]:
+def parts(dialect: Dialect, activation: str) -> tuple[activations.Activation, Callable[..., layers.WSConv]]:
   """Returns the activation and the class of convolutions."""
-  act = layers.ACTIVATIONS[activation]
+  act = activations.ACTIVATIONS[activation]
   if dialect == "timm":
     return act.without_gamma(), functools.partial(TimmWSConv, gamma=act.gamma)
   if dialect == "timm_dm":

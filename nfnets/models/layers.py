@@ -6,7 +6,6 @@ Parameters are float32. A layer computes in its input's dtype, but standardizes 
 are [batch, height, width, channels].
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -19,48 +18,6 @@ from flax import nnx
 
 Array = jax.Array
 Padding = Literal["SAME", "SYMMETRIC"]
-
-
-# ---- activations
-@dataclasses.dataclass(frozen=True, slots=True)
-class Activation:
-  """Computes gamma · fn(x), where gamma = 1/std(fn(z)) for z ~ N(0, 1) keeps the variance at 1 (P1, section 4.1)."""
-
-  name: str
-  fn: Callable[[Array], Array]
-  gamma: float
-
-  def __call__(self, x: Array) -> Array:
-    return self.fn(x) * self.gamma
-
-  def without_gamma(self) -> "Activation":
-    """The same activation with gamma = 1."""
-    return dataclasses.replace(self, gamma=1.0)
-
-
-# The constants are the release's own, which its authors sampled: to be equal to it we need their digits, and tests derive each of
-# them again. The release's glu and log_softmax are left out: they mix channels, which these blocks cannot use.
-ACTIVATIONS = {
-  activation.name: activation
-  for activation in (
-    Activation("identity", lambda x: x, 1.0),
-    Activation("celu", jax.nn.celu, 1.270926833152771),
-    Activation("elu", jax.nn.elu, 1.2716004848480225),
-    Activation("gelu", functools.partial(jax.nn.gelu, approximate=True), 1.7015043497085571),
-    Activation("gelu_erf", functools.partial(jax.nn.gelu, approximate=False), 1.7015043497085571),  # timm's dm_* models
-    Activation("leaky_relu", jax.nn.leaky_relu, 1.70590341091156),
-    Activation("log_sigmoid", jax.nn.log_sigmoid, 1.9193484783172607),
-    Activation("relu", jax.nn.relu, 1.7139588594436646),
-    Activation("relu6", jax.nn.relu6, 1.7131484746932983),
-    Activation("selu", jax.nn.selu, 1.0008515119552612),
-    Activation("sigmoid", jax.nn.sigmoid, 4.803835391998291),
-    Activation("silu", jax.nn.silu, 1.7881293296813965),
-    Activation("soft_sign", jax.nn.soft_sign, 2.338853120803833),
-    Activation("softplus", jax.nn.softplus, 1.9203323125839233),
-    Activation("tanh", jnp.tanh, 1.5939117670059204),
-  )
-}
-ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
 
 # ---- initial values
@@ -266,6 +223,9 @@ def standardize(network: nnx.Module) -> None:
 # ---- pooling and gates
 def average_pool(x: Array) -> Array:
   """Averages 2×2 pixels with stride 2, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, C]; at an odd edge only real pixels count."""
+  batch, height, width, features = x.shape
+  if height % 2 == width % 2 == 0:  # the gradient of a mean is a broadcast, which XLA fuses; that of a window is not
+    return jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, features), axis=(2, 4))
   mean = nnx.avg_pool(x, (2, 2), strides=(2, 2), padding="SAME", count_include_pad=False)
   return mean.astype(x.dtype)  # flax counts the pixels in float32, and so returns float32
 
@@ -329,8 +289,35 @@ def bernoulli(key: Array, p: float, shape: Sequence[int]) -> Array:
   return jax.random.bernoulli(key, p, tuple(shape))
 
 
-def stochastic_depth(x: Array, rate: float, key: Array | None) -> Array:
-  """Zeroes each sample's residual branch with probability `rate`; what stays is not rescaled (the release, unlike timm)."""
-  assert key is not None  # the network has raised an error without it
-  keep = bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1, 1))
-  return jnp.where(keep, x, jnp.zeros_like(x))
+def join(
+  shortcut: Array,
+  branch: Array,
+  *,
+  alpha: float = 1.0,
+  gain: nnx.Param | None = None,
+  gate: Array | None = None,
+  drop_rate: Any = None,
+  key: Array | None = None,
+) -> Array:
+  """Ends a residual block: shortcut + alpha · gain · gate · branch, [B, H, W, C].
+
+  The factors are multiplied with each other first, in float32: they are small, the branch is read once, and the gradient of all
+  of them is one sum over it.
+
+  Args:
+    shortcut, branch: [B, H, W, C].
+    alpha: a number.
+    gain: a scalar parameter.
+    gate: [B, 1, 1, C].
+    drop_rate: of stochastic depth, which zeroes a sample's branch with this probability; what stays is not rescaled (the release,
+      unlike timm). None: no sample's.
+    key: for `drop_rate`; one, or [B].
+  """
+  scale: Any = alpha
+  precise = jnp.promote_types(branch.dtype, jnp.float32)
+  for factor in (gain if gain is None else gain[...], gate):
+    scale = scale if factor is None else scale * factor.astype(precise)
+  if drop_rate is not None:
+    assert key is not None  # the network has raised an error without it
+    scale = jnp.where(bernoulli(key, 1.0 - drop_rate, (len(branch), 1, 1, 1)), scale, 0)
+  return branch * jnp.asarray(scale, branch.dtype) + shortcut

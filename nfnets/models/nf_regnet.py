@@ -82,11 +82,8 @@ class NFRegBlock(nnx.Module):
     out = self.conv2(self.activation(out))
     tap("conv2", out)
     tap("residual", out)
-    if train and self.drops:
-      out = layers.stochastic_depth(out, self.drop_rate, key)
-    if self.skip_gain is not None:
-      out = out * self.skip_gain[...].astype(out.dtype)
-    return out * self.alpha + shortcut
+    drop_rate = self.drop_rate if train and self.drops else None
+    return layers.join(shortcut, out, alpha=self.alpha, gain=self.skip_gain, drop_rate=drop_rate, key=key)
 
 
 class NFRegNet(Network):

@@ -85,14 +85,10 @@ class NFResBlock(nnx.Module):
     for name in ("conv0", "conv1", "conv2"):
       out = getattr(self, name)(out if name == "conv0" else self.activation(out))
       tap(name, out)
-    if self.gate is not None:
-      out = getattr(self, self.gate)(out) * 2 * out
-    tap("residual", out)
-    if train and self.drops:
-      out = layers.stochastic_depth(out, self.drop_rate, key)
-    if self.skip_gain is not None:
-      out = out * self.skip_gain[...].astype(out.dtype)
-    return out * self.alpha + shortcut
+    gate = None if self.gate is None else getattr(self, self.gate)(out) * 2
+    tap("residual", out if gate is None else out * gate)
+    drop_rate = self.drop_rate if train and self.drops else None
+    return layers.join(shortcut, out, alpha=self.alpha, gain=self.skip_gain, gate=gate, drop_rate=drop_rate, key=key)
 
 
 class NFResNet(Network):

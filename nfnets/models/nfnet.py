@@ -98,13 +98,10 @@ class NFBlock(nnx.Module):
     for name in ("conv0", "conv1", "conv1b", "conv2"):
       out = getattr(self, name)(out if name == "conv0" else self.activation(out))
       tap(name, out)
-    out = getattr(self, self.gate)(out) * 2 * out  # ×2: a sigmoid's mean is about 1/2 (P2, section 4)
-    tap("residual", out)
-    if train and self.drops:
-      out = layers.stochastic_depth(out, self.drop_rate, key)
-    if self.skip_gain is not None:
-      out = out * self.skip_gain[...].astype(out.dtype)
-    return out * self.alpha + shortcut
+    gate = getattr(self, self.gate)(out) * 2  # since a sigmoid's mean is about 1/2 (P2, section 4)
+    tap("residual", out * gate)
+    drop_rate = self.drop_rate if train and self.drops else None
+    return layers.join(shortcut, out, alpha=self.alpha, gain=self.skip_gain, gate=gate, drop_rate=drop_rate, key=key)
 
 
 class NFNet(Network):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nfnets.errors import UserError
-from nfnets.models import layers
+from nfnets.models import activations, layers
 
 Array = jax.Array
 EPSILON, MOMENTUM = 1e-5, 0.9
@@ -219,7 +219,7 @@ def conv_of(norm: str) -> Any:
   return {"weight_norm": WeightNormConv, "weight_std": WeightStdConv, "scaled_weight_std": layers.WSConv}.get(norm, layers.Conv)
 
 
-def activation_of(norm: str, activation: str) -> layers.Activation:
+def activation_of(norm: str, activation: str) -> activations.Activation:
   """The nonlinearity; with its gamma where weights are standardized so that it is relied on."""
-  found = layers.ACTIVATIONS[activation]
+  found = activations.ACTIVATIONS[activation]
   return found if norm == "scaled_weight_std" else found.without_gamma()

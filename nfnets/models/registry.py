@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nfnets.errors import UserError
-from nfnets.models import layers, nf_regnet, nf_resnet, nfnet, norms, resnet
+from nfnets.models import activations, layers, nf_regnet, nf_resnet, nfnet, norms, resnet
 from nfnets.models.network import Network
 
 Config = nfnet.NFNetConfig | nf_resnet.NFResNetConfig | nf_regnet.NFRegNetConfig | resnet.ResNetConfig
@@ -151,7 +151,7 @@ def _check(name: str, field: str, value, hint) -> None:
   element_types = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
   expected = None
   if field == "activation":
-    expected = None if value in layers.ACTIVATIONS else "one of " + ", ".join(layers.ACTIVATIONS)
+    expected = None if value in activations.ACTIVATIONS else "one of " + ", ".join(activations.ACTIVATIONS)
   elif field == "norm" and hint is str:
     norms.parse(value)
   elif choices:

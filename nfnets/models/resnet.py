@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 from flax import nnx
 
-from nfnets.models import layers
+from nfnets.models import activations, layers
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 from nfnets.models.nf_resnet import DEPTHS
 from nfnets.models.norms import OF_WEIGHTS, activation_of, conv_of, make_norm, normalize
@@ -97,11 +97,8 @@ class ResBlock(nnx.Module):
     out = self.conv2(self.activation(normalize(self.norm2, out, train, keys[2])))
     tap("conv2", out)
     tap("residual", out)
-    if train and self.drops:
-      out = layers.stochastic_depth(out, self.drop_rate, key)
-    if self.skip_gain is not None:
-      out = out * self.skip_gain[...].astype(out.dtype)
-    return out + shortcut
+    drop_rate = self.drop_rate if train and self.drops else None
+    return layers.join(shortcut, out, gain=self.skip_gain, drop_rate=drop_rate, key=key)
 
 
 class FixupBlock(nnx.Module):
@@ -117,7 +114,7 @@ class FixupBlock(nnx.Module):
     width = int(features * config.bottleneck)
     depth_scale = sum(config.depth) ** -0.25
     init = layers.normal
-    self.activation = layers.ACTIVATIONS[config.activation].without_gamma()
+    self.activation = activations.ACTIVATIONS[config.activation].without_gamma()
     self.conv0 = layers.Conv(in_features, width, 1, use_bias=False, kernel_init=init((2 / width) ** 0.5 * depth_scale), rngs=rngs)
     self.conv1 = layers.Conv(
       width, width, 3, strides=strides, use_bias=False, kernel_init=init((2 / (width * 9)) ** 0.5 * depth_scale), rngs=rngs
@@ -147,9 +144,8 @@ class FixupBlock(nnx.Module):
     tap("conv2", out)
     out = out * scalar(self.scale) + scalar(self.bias3b)
     tap("residual", out)
-    if train and self.drops:
-      out = layers.stochastic_depth(out, self.drop_rate, key)
-    return self.activation(out + shortcut)
+    drop_rate = self.drop_rate if train and self.drops else None
+    return self.activation(layers.join(shortcut, out, drop_rate=drop_rate, key=key))
 
 
 class ResNet(Network):

@@ -40,7 +40,7 @@ from nfnets.train.logs.logbook import Logbook
 from nfnets.train.logs.window import Metrics
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import rows_ascended, rows_normalized
-from nfnets.train.step.state import TrainState, build_network, init_state, split_network
+from nfnets.train.step.state import TrainState, build_network, first_state, split_network, state_shapes
 from nfnets.train.step.step import eval_step_over, train_step_over
 
 STEPS_UNDER_WAY = 3  # the devices keep two steps of work; more would only hold their batches
@@ -208,8 +208,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   lengths = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
   graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, data.num_classes)))
   optimizer = optim.make_optimizer(config.optim, params, **lengths)
-  abstract = jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
-  like = sharding.place(mesh, abstract, shard=config.shard)
+  like = sharding.place(mesh, state_shapes(params, stats, optimizer, config), shard=config.shard)
   facts = _facts(config, data, shuffle_block(data_config, data), stats, mesh)
 
   # ---- what lies in the workdir
@@ -232,7 +231,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   opened.callback(test_batches.close)
   if last is None:
     network = initial_network(config, data.num_classes, log.warn)
-    state = sharding.put(init_state(*split_network(network)[1:], optimizer, config), like)
+    state = first_state(*split_network(network)[1:], optimizer, config, like)
   else:
     state = reader.restore(last, like)
     writer.go_on_from(last)

@@ -75,7 +75,7 @@ def test_sides_take_turns_and_the_ratio_is_of_each_rounds_medians(pretender, mon
   lines = []
 
   @contextlib.contextmanager
-  def started(peer, their_job, our_job, say):
+  def started(peer, their_job, our_job, say, **how):
     assert their_job["batch"] == 4 and our_job["size"] == 32
     with (
       Side(peer, pretender, {"network": "theirs", "seconds": theirs}) as their_side,

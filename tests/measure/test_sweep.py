@@ -1,7 +1,9 @@
 """The sweep over batch sizes: its order, its time, what it keeps; comparisons are pretended, the check of the step is real."""
 
+import contextlib
 import dataclasses
 import json
+import pathlib
 import types
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from launch import bench as launch_bench, cli
 from nfnets.config import Config, DataConfig, ModelConfig
 from nfnets.errors import UserError
-from nfnets.measure import sweep
+from nfnets.measure import check, sweep
 
 CONFIG = Config(model=ModelConfig(name="test_nfnet", dtype="bfloat16"), data=DataConfig(num_classes=10, image_size=32), batch=4)
 
@@ -19,17 +21,20 @@ def pretended(monkeypatch):
   """Ours makes 10 images/s an image of the batch, timm 8, and 12 where it is compiled; 8 images do not fit."""
   asked = []
 
-  def compare(config, peer, *, rounds, steps, torch_compile, torch_contiguous):
+  def compare(config, peer, *, rounds, steps, torch_compile, torch_contiguous, together, kept):
+    assert together and pathlib.Path(kept).is_dir()
     asked.append((config.batch, torch_compile, torch_contiguous))
     if config.batch >= 8:
       raise UserError("timm: out of memory; lower --batch")
     side = lambda speed: types.SimpleNamespace(images_per_s=speed * config.batch)
-    return types.SimpleNamespace(ours=side(10.0), theirs=side(12.0 if torch_compile else 8.0), to_json=lambda: {"peer": peer})
+    details = {"peer": peer, "ours": {"device": "a chip"}}
+    return types.SimpleNamespace(ours=side(10.0), theirs=side(12.0 if torch_compile else 8.0), to_json=lambda: details)
 
   monkeypatch.setattr(sweep.peers, "compare", compare)
   monkeypatch.setattr(sweep.peers, "check_installed", lambda peer: None)
+  facts = {"model": "x", "dtype": "bfloat16", "loss": 1.0, "loss_float32": 1.0, "cosine": 1.0}
   monkeypatch.setattr(
-    sweep, "check_step", lambda config: sweep.Check(model="x", dtype="bfloat16", loss=1.0, loss_float32=1.0, cosine=1)
+    sweep, "Side", lambda name, file, job, environment: contextlib.nullcontext(types.SimpleNamespace(facts=facts))
   )
   return asked
 
@@ -63,7 +68,7 @@ def test_what_would_end_too_late_is_left_out(pretended, tmp_path):
 
 
 def test_a_step_in_bfloat16_is_checked_against_float32():
-  found = sweep.check_step(CONFIG)
+  found = check.check_step(CONFIG)
   assert found.right and found.loss != found.loss_float32 and 0.9 < found.cosine < 1
   assert not dataclasses.replace(found, cosine=0.5).right
   assert not dataclasses.replace(found, loss=2 * found.loss).right

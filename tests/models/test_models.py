@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from nfnets import models
-from nfnets.models import layers, resnet
+from nfnets.models import activations, layers, resnet
 
 # Parameters with 1000 classes: exact where the release's or timm's count is published, else in millions with two decimals.
 PARAMETERS = {
@@ -189,10 +189,10 @@ def test_signal_at_initialisation_follows_theory(name):
     assert np.mean(measured_growth) == pytest.approx(alpha**2, rel=0.2)
 
 
-@pytest.mark.parametrize("name", sorted(layers.ACTIVATIONS))
+@pytest.mark.parametrize("name", sorted(activations.ACTIVATIONS))
 def test_gamma_is_derived(name):
   """gamma is 1/std(f(z)) for z ~ N(0, 1), here integrated numerically in float64; the release's values are sampled."""
-  activation = layers.ACTIVATIONS[name]
+  activation = activations.ACTIVATIONS[name]
   z = np.linspace(-12, 12, 480_001)
   weight = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
   value = np.asarray(activation.fn(jnp.asarray(z, jnp.float32)), np.float64)
@@ -239,9 +239,46 @@ def test_split_groups_equal_grouped_convolution(groups, width, strides, padding)
   chex.assert_trees_all_close(split, whole, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name, ours, derived", [("gelu", "exponential", "tanh"), ("silu", "tanh", "exponential")])
+def test_slopes_of_activations_share_nothing_with_them_on_gpus_alone(name, ours, derived):
+  fn, slope = activations.ACTIVATIONS[name].fn, getattr(activations, f"_{name}_slope")
+  x = np.linspace(-12, 12, 2001)
+  with jax.enable_x64(True):
+    exact = jax.vmap(jax.grad(functools.partial(jax.nn.gelu, approximate=True) if name == "gelu" else jax.nn.silu))(x)
+    np.testing.assert_allclose(slope(x), exact, rtol=1e-12, atol=1e-12)
+  np.testing.assert_allclose(slope(np.float32(x)), exact, rtol=1e-5, atol=4e-6)
+  np.testing.assert_allclose(jax.vmap(jax.grad(fn))(np.float32(x)), exact, rtol=1e-5, atol=1e-5)
+  step = jax.jit(jax.grad(lambda x: jnp.sum(fn(x)))).trace(jnp.ones(4, jnp.bfloat16))
+  for platform in ("cpu", "cuda", "tpu"):
+    text = step.lower(lowering_platforms=(platform,)).as_text()
+    assert (f"stablehlo.{ours}" in text) == (platform == "cuda") and (f"stablehlo.{derived}" in text) == (platform != "cuda")
+
+
+@pytest.mark.parametrize("height, width", [(4, 6), (5, 6), (4, 3), (1, 1)])
+def test_average_pooling_counts_real_pixels_alone(height, width):
+  x = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+  expected = [[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in range(0, width, 2)] for i in range(0, height, 2)]
+  np.testing.assert_allclose(layers.average_pool(x), np.moveaxis(np.array(expected), 2, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_join_is_a_scaled_branch_beside_a_shortcut(gated):
+  draw = np.random.default_rng(0)
+  shortcut, branch = (draw.normal(size=(8, 3, 3, 4)) for _ in range(2))
+  gate = draw.uniform(size=(8, 1, 1, 4)) if gated else None
+  keep = jax.random.bernoulli(jax.random.key(3), 0.5, (8, 1, 1, 1))
+  gain = nnx.Param(jnp.float32(0.7))
+  given = [jnp.float32(x) if x is not None else None for x in (shortcut, branch, gate)]
+  got = layers.join(given[0], given[1], alpha=0.2, gain=gain, gate=given[2], drop_rate=0.5, key=jax.random.key(3))
+  expected = shortcut + np.where(keep, 0.2 * 0.7 * (1 if gate is None else gate) * branch, 0)
+  assert 0 < keep.sum() < 8
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  assert layers.join(*(x.astype(jnp.bfloat16) for x in given[:2]), gain=gain).dtype == jnp.bfloat16
+
+
 def test_stochastic_depth_drops_samples_and_does_not_rescale():
   x = jnp.ones((2000, 1, 1, 4))
-  kept = np.asarray(layers.stochastic_depth(x, 0.25, jax.random.key(0)))[:, 0, 0]
+  kept = np.asarray(layers.join(jnp.zeros_like(x), x, drop_rate=0.25, key=jax.random.key(0)))[:, 0, 0]
   assert set(np.unique(kept)) == {0.0, 1.0} and (kept == kept[:, :1]).all()
   assert kept[:, 0].mean() == pytest.approx(0.75, abs=0.04)
 

@@ -15,6 +15,7 @@ import jax
 SKIPPED = 10  # steps before the trace: the first compile and fill caches
 TRACED = 10  # steps in the trace
 SHOWN = 10  # operations in the table
+WIDTH = 60  # characters of an operation's name there
 NOT_OPERATIONS = ("Steps", "XLA Modules", "XLA TraceMe", "Async XLA Ops")  # lines of a device that span its operations
 
 
@@ -118,11 +119,12 @@ def table(file: pathlib.Path, steps: int) -> str:
   lines = [f"trace of {steps} step{'s' * (steps != 1)}: {file}"]
   if not found:
     return f"{lines[0]}\nit has no operation of a compiled program that could be read"
-  width = max(len(operation.name) for operation in found[:SHOWN])
+  names = [name if len(name) <= WIDTH else f"{name[: WIDTH - 1]}…" for name in (operation.name for operation in found[:SHOWN])]
+  width = max(map(len, names))
   lines.append(f"{'operation'.ljust(width)}  ms a step  share")
-  for operation in found[:SHOWN]:
+  for name, operation in zip(names, found, strict=False):
     share = f"{100 * operation.milliseconds / whole:.1f} %"
-    lines.append(f"{operation.name.ljust(width)}  {operation.milliseconds / max(1, steps):9.3f}  {share:>6}")
+    lines.append(f"{name.ljust(width)}  {operation.milliseconds / max(1, steps):9.3f}  {share:>6}")
   lines.append(f"of {len(found)} operations, {whole / max(1, steps):.3f} ms a step, summed over devices and threads")
   return "\n".join(lines)
 
@@ -132,4 +134,6 @@ def _spans(events: Iterable[Any]) -> Iterator[tuple[tuple[str, str], float, floa
   for event in events:
     stats = dict(event.stats)
     if "hlo_op" in stats:
-      yield (str(stats.get("hlo_module", "")), str(stats["hlo_op"])), event.start_ns, event.start_ns + event.duration_ns
+      name = str(stats["hlo_op"])
+      name = event.name if name.startswith("command_buffer") else name  # of a GPU: what the graph of kernels runs
+      yield (str(stats.get("hlo_module", "")), name), event.start_ns, event.start_ns + event.duration_ns

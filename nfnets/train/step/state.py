@@ -10,6 +10,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.config import Config, ModelConfig
+from nfnets.train.step import sharding
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +53,7 @@ def split_network(network: models.Network) -> tuple[nnx.GraphDef, nnx.State, nnx
 
 
 def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
-  """Makes the state before the first step, also of jax.eval_shape's values. The EMA starts as a copy of the parameters."""
+  """Makes the state before the first step. The EMA starts as a copy of the parameters."""
   average = None if config.optim.ema_decay is None else jax.tree.map(jnp.copy, (params, stats))
   zero = jnp.zeros((), jnp.int32)
   return TrainState(
@@ -66,3 +67,20 @@ def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTra
     bad_steps=zero,
     passed_over=zero,
   )
+
+
+def state_shapes(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config) -> TrainState:
+  """Returns the shapes and dtypes of the state, from those of the parameters and statistics."""
+  return jax.eval_shape(lambda params, stats: init_state(params, stats, optimizer, config), params, stats)
+
+
+def first_state(
+  params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config, like: TrainState
+) -> TrainState:
+  """Makes the state before the first step on the devices, placed as `like` says (`sharding.place`), from arrays on the host.
+
+  One program makes all of it; operation by operation, every new shape would need a program of its own.
+  """
+  placed = sharding.put((params, stats), (like.params, like.stats))
+  places = jax.tree.map(lambda x: x.sharding, like)
+  return jax.jit(lambda params, stats: init_state(params, stats, optimizer, config), out_shardings=places)(*placed)

@@ -1,5 +1,7 @@
 """A trace of real steps is read back: which operations took how long; and when a training loop's tracer begins and ends."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,6 +40,14 @@ def test_operations_of_a_trace_are_those_of_the_program(tmp_path, step):
   assert float(milliseconds) == pytest.approx(times[0] / 3, abs=1e-3)
   assert float(share) == pytest.approx(100 * times[0] / sum(times), abs=0.06)
   assert len(lines) == 3 + min(len(found), profile.SHOWN) and lines[-1].startswith(f"of {len(found)} operations, ")
+
+
+def test_what_a_gpu_runs_in_a_graph_is_named_by_kernel():
+  def event(name, op):
+    return types.SimpleNamespace(name=name, stats={"hlo_module": "step", "hlo_op": op}.items(), start_ns=0, duration_ns=5)
+
+  spans = profile._spans([event("fusion_3", "command_buffer_7"), event("sm90_gemm", "dot.1"), types.SimpleNamespace(stats=())])
+  assert [key for key, _, _ in spans] == [("step", "fusion_3"), ("step", "dot.1")]
 
 
 @pytest.mark.parametrize("steps, traced", [(12, 2), (20, 10), (25, 10)])

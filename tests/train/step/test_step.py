@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -95,9 +96,10 @@ def test_all_finite_sees_every_number_that_is_not_and_no_other():
 
 def test_a_step_is_bad_where_the_loss_or_any_number_is_not_finite():
   fine, broken = {"a": jnp.ones(3)}, {"a": jnp.ones(3).at[1].set(jnp.nan)}
-  check = jax.jit(is_bad)
-  assert not check(jnp.float32(1), fine, fine)
-  assert check(jnp.float32(jnp.inf), fine, fine)
+  huge = {"a": jnp.full(3, 1e30)}  # the sum of their squares is infinite
+  check = jax.jit(lambda loss, grads, params: is_bad(loss, grads, optax.tree.norm(grads), params))
+  assert not check(jnp.float32(1), fine, fine) and not check(jnp.float32(1), huge, fine)
+  assert check(jnp.float32(jnp.inf), fine, fine) and check(jnp.float32(jnp.nan), fine, fine)
   assert check(jnp.float32(1), broken, fine) and check(jnp.float32(1), fine, broken)
 
 
