@@ -12,6 +12,7 @@ from nfnets.lab import experiments, task
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Measured, Settings, conclude
 from nfnets.lab.experiments import (
+  agc_inside,
   agc_optimizers,
   batch_size,
   covariate_shift,
@@ -46,6 +47,15 @@ def shift_runs(size, cosine, accuracy, unrest):
     run |= {"mean": mean.tolist(), "std": np.ones((5, 4)).tolist()}
     runs[kind, norm] = [{**run, "accuracy": accuracy(norm) + spread} for spread in SPREAD]
   return runs
+
+
+def test_agc_inside_counts_the_units_of_each_layer():
+  """Two layers of 1 and 3 units, two steps, one seed: each row sums to the share of the layer's units that the bins hold."""
+  logged = np.array([[[-3.1, 0.1, 0.1, -30.0], [-3.1, 0.1, -30.0, -30.0]]])
+  shares = agc_inside.by_layer(logged, [1, 3])
+  place = lambda value: np.searchsorted(agc_inside.BINS, value) - 1
+  assert shares.shape == (2, len(agc_inside.BINS) - 1) and shares[0, place(-3.1)] == 1 and shares[0].sum() == 1
+  assert shares[1, place(0.1)] == shares[1].sum() == 0.5
 
 
 def test_covariate_shift():

@@ -110,10 +110,10 @@ def run(settings: Settings, progress: Progress) -> Measured:
   return Measured(
     samples=figures(accuracy),
     rows=rows + _user(settings),
-    draw=lambda figure: draw(figure, accuracy, logs["AGC"], trainer.kernels),
+    draw=lambda figure: draw(figure, accuracy, logs["AGC"], trainer.units),
     caption=f"NF-ResNet with four stages on digits, batch {BATCH}, {steps} steps. Left: test accuracy by what is clipped, "
-    "squares without AGC, lines from the lowest to the highest seed. Middle: share of units clipped by layer and step, mean "
-    "over seeds. Right: ‖G‖ / ‖W‖ of the units whose gradient is not 0.",
+    "squares without AGC, lines from the lowest to the highest seed. Then the share of units clipped by layer and step, mean "
+    "over seeds. Below: ‖G‖ / ‖W‖ of the units whose gradient is not 0, of all layers and by layer over all steps.",
     notes=(
       f"AGC has λ = {LAMBDA}, global clipping the threshold {THRESHOLD}. Differences are taken between trainings with the same "
       "weights at the start and the same batches.",
@@ -132,6 +132,7 @@ class Trainer:
     self.entries = explain_entries(nnx.to_pure_dict(params))
     self.names = [entry.path for entry in self.entries if entry.clipping is not None]
     self.kernels = {entry.path: entry.unit_axes for entry in self.entries if len(entry.shape or ()) > 1}
+    self.units = {entry.path: entry.units for entry in self.entries if entry.path in self.kernels}
     self._train_images = task.images(side=side)
     self._run = jax.jit(self._descend)
     tested, labels = task.images(split="test", side=side)
@@ -240,9 +241,21 @@ def _user(settings: Settings) -> list[dict[str, Any]]:
   return rows
 
 
-def draw(figure: Any, accuracy: dict[str, np.ndarray], logs: list[dict[str, np.ndarray]], kernels: dict[str, Any]) -> None:
-  """Draws three panels."""
-  arms, clipped, ratios = figure.subplots(1, 3, width_ratios=(1.1, 1.2, 1))
+def by_layer(logged: np.ndarray, units: list[int]) -> np.ndarray:
+  """Histograms of log10 ‖G‖ / ‖W‖ over BINS, [layers, bins], of all seeds and steps; each sums to the share within the bins.
+
+  Args:
+    logged: [seeds, steps, units], the units of one layer after those of another.
+    units: how many each layer has.
+  """
+  parts = np.split(logged, np.cumsum(units)[:-1], axis=-1)
+  return np.stack([np.histogram(part, BINS)[0] / part.size for part in parts])
+
+
+def draw(figure: Any, accuracy: dict[str, np.ndarray], logs: list[dict[str, np.ndarray]], units: dict[str, int]) -> None:
+  """Draws four panels."""
+  figure.set_size_inches(9.0, 6.8)
+  arms, clipped, ratios, layers = figure.subplots(2, 2).flat
   names = list(accuracy)[::-1]
   for i, name in enumerate(names):
     values = accuracy[name]
@@ -253,12 +266,21 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], logs: list[dict[str, np.n
   drawing.name_axes(arms, "test accuracy", "", "")
   shares = np.mean([log["clipped"] for log in logs], axis=0).T  # [kernels, steps]
   image = clipped.imshow(shares, aspect="auto", interpolation="nearest", cmap="gray_r", vmin=0, vmax=1)
-  labels = [name.removesuffix("/kernel").replace("blocks/", "") for name in kernels]
+  labels = [name.removesuffix("/kernel").replace("blocks/", "") for name in units]
   clipped.set_yticks(range(len(labels)), labels, fontsize=7)
   clipped.set_xlabel("step")
   figure.colorbar(image, ax=clipped, label="share of units clipped by AGC")
   centres = (BINS[1:] + BINS[:-1]) / 2
   logged = np.log10(np.maximum(np.stack([log["ratios"] for log in logs]), 1e-30))  # [seeds, steps, units]
+  shares = by_layer(logged, list(units.values()))
+  image = layers.imshow(
+    shares, aspect="auto", interpolation="nearest", cmap="gray_r", vmin=0, extent=(BINS[0], BINS[-1], len(units) - 0.5, -0.5)
+  )
+  layers.set_yticks(range(len(labels)), labels, fontsize=7)
+  layers.axvline(np.log10(LAMBDA), color="0.4", ls=":", lw=1.5)
+  drawing.name_axes(layers, "log10 ‖G‖ / ‖W‖", "", "")
+  layers.grid(False)
+  figure.colorbar(image, ax=layers, label="share of the layer's units")
   third = logged.shape[1] // 3
   for style, (part, label) in enumerate(((slice(0, third), "first third"), (slice(-third, None), "last third"))):
     values = [np.histogram(seed[part], BINS)[0] for seed in logged]
