@@ -54,7 +54,13 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_boolean("peer_compile", False, "step, --peer=timm: let torch.compile compile the network.", flag_values=values)
   flags.DEFINE_list("models", None, "sweep: names of networks, instead of the configuration's.", flag_values=values)
   flags.DEFINE_list("batches", ["256", "512"], "sweep: images a step, from small to large.", flag_values=values)
-  flags.DEFINE_float("minutes", 10.0, "sweep: no stage begins that would end later.", lower_bound=0.0, flag_values=values)
+  flags.DEFINE_float(
+    "minutes",
+    10.0,
+    "sweep: for all networks, which share it; no stage begins that would end later.",
+    lower_bound=0.0,
+    flag_values=values,
+  )
   flags.DEFINE_string("profile", None, "step: a directory for a profiler's trace of ten steps.", flag_values=values)
   flags.DEFINE_string("json", None, "A file to write the JSON to as well.", flag_values=values)
 

@@ -177,10 +177,9 @@ def started(
     UserError: what their processes say.
   """
   here = pathlib.Path(__file__).parent
-  environment = shared_gpu()
   starts = [
-    lambda: Side(peer, str(here / f"peer_{peer}.py"), theirs, environment=environment),
-    lambda: Side("nfnets", str(here / "peer_ours.py"), ours, environment={**environment, **our_environment(kept)}),
+    lambda: Side(peer, str(here / f"peer_{peer}.py"), theirs, environment=shared_gpu()),
+    lambda: Side("nfnets", str(here / "peer_ours.py"), ours, environment=our_environment(kept)),
   ]
   with contextlib.ExitStack() as opened, explained():
     if together:
@@ -216,9 +215,9 @@ def shared_gpu() -> dict[str, str]:
 
 
 def our_environment(kept: str | None = None) -> dict[str, str]:
-  """The environment of a process that imports this package; compiled programs are kept in the directory `kept`."""
+  """The same of a process that imports this package; compiled programs are kept in the directory `kept`."""
   path = os.pathsep.join(filter(None, (str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-  return {"PYTHONPATH": path, **({"JAX_COMPILATION_CACHE_DIR": kept} if kept else {})}
+  return {**shared_gpu(), "PYTHONPATH": path, **({"JAX_COMPILATION_CACHE_DIR": kept} if kept else {})}
 
 
 # ---- what is compared

@@ -106,8 +106,8 @@ class Stages:
     if time.monotonic() + (self._longest or FIRST_GUESS_S) > self.end:
       self._say(f"{config.model.name}: the check of {config.model.dtype} is left out: no time was left")
       return
-    environment = {**peers.shared_gpu(), **peers.our_environment()}
-    with peers.explained(), Side("check", check.__file__, {"config": to_json(config)}, environment=environment) as side:
+    job = {"config": to_json(config)}
+    with peers.explained(), Side("check", check.__file__, job, environment=peers.our_environment()) as side:
       self.checks.append(Check(**side.facts))
     last = self.checks[-1]
     verdict = "right" if last.right else "WRONG"

@@ -18,15 +18,7 @@ DEPTHS = (16, 100, 1000)
 ALPHA = 0.2
 STAGES = 4
 # name in the table: (norm, stages, width at the small scale, whether the signal is rescaled because it would leave float32)
-NETWORKS = {
-  "batch": ("batch", 1, 64, False),
-  "layer": ("layer", 1, 32, False),
-  "instance": ("instance", 1, 32, False),
-  "none": ("none", 1, 32, True),
-  "weight norm": ("weight_norm", 1, 32, True),
-  "alpha/beta, scaled WS": ("nf", STAGES, 64, False),
-  "alpha/beta, no WS": ("nf_without_ws", STAGES, 64, False),
-  # of which the claim says nothing
+OTHERS = {  # of which the claim says nothing
   "group": ("group:8", 1, 32, False),
   "L1": ("lp:1", 1, 32, False),
   "ghost": ("ghost:8", 1, 32, False),
@@ -35,7 +27,16 @@ NETWORKS = {
   "Derf": ("derf", 1, 32, False),
   "WS": ("weight_std", 1, 32, True),
 }
-OTHERS = ("group", "L1", "ghost", "noisy batch", "Dynamic Tanh", "Derf", "WS")
+NETWORKS = {
+  "batch": ("batch", 1, 64, False),
+  "layer": ("layer", 1, 32, False),
+  "instance": ("instance", 1, 32, False),
+  "none": ("none", 1, 32, True),
+  "weight norm": ("weight_norm", 1, 32, True),
+  "alpha/beta, scaled WS": ("nf", STAGES, 64, False),
+  "alpha/beta, no WS": ("nf_without_ws", STAGES, 64, False),
+  **OTHERS,
+}
 
 CRITERIA = (
   Criterion(
