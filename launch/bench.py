@@ -3,6 +3,7 @@
   python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --peer=timm [--peer_compile] [--rounds=3]
   python -m launch.bench step --config=configs/synthetic.py:nfnet_f0 --peer=haiku --official=DIR
   python -m launch.bench sweep --config=configs/synthetic.py --models=nfnet_f0,nfnet_f1 [--batches=128,256] [--minutes=10]
+  python -m launch.bench agc --config=configs/synthetic.py:nfnet_f0 [--rounds=3] [--steps=50]
   python -m launch.bench data --config=configs/nfnet.py:F0 [--against=tf.data] [--images=4000] [--rounds=3]
 
 step: times the compiled training step, on synthetic images that already lie on the devices. It prints the times of
@@ -13,6 +14,7 @@ directory DIR holds its nfnets/), each side in a process of its own. It prints b
 sweep: for a GPU that is at hand for ten minutes: checks a step in bfloat16 against float32, then times ours and timm's at each
 batch size, and timm's compiled and in its other layout of memory; prints a table of each side's best. --minutes bounds it, --json
 holds what was measured so far.
+agc: times the clipping of a network's gradients by nfnets.agc, by optax.adaptive_grad_clip, and SGD with either and with none.
 data: times how training images are made ready on the host, each pipeline in a process of its own, in turn. It prints images/s,
 images per CPU-second, the time to the first batch, memory, and what the time is spent on; the last line is JSON.
 --against=tf.data measures two tf.data pipelines too, one tuned for decoding alone and one with the structure of the official
@@ -36,12 +38,12 @@ def define(values: flags.FlagValues) -> None:
   whole("batch", None, "Images a step, over all devices, instead of config.batch (step); images a batch instead of 64 (data).")
   whole("image_size", None, "step: pixels a side, instead of config.data.image_size and of the model's training resolution.")
   whole("classes", None, "step: classes of the network, instead of config.data.num_classes and of what the dataset has.")
-  whole("steps", 50, "step: timed steps, first one by one and then as many in a row.")
-  whole("warmup", 5, "step: steps before these that are not timed.")
+  whole("steps", 50, "step, agc: timed steps, first one by one (step) and then as many in a row.")
+  whole("warmup", 5, "step, agc: steps before these that are not timed.")
   flags.DEFINE_boolean("without_agc", False, "step: also time the step without AGC, alternating with it.", flag_values=values)
   flags.DEFINE_alias("without-agc", "without_agc", flag_values=values)
   whole("images", 4000, "data: images that each pipeline makes in a round, rounded up to whole batches.")
-  whole("rounds", 3, "data, step --peer: times that each side is measured, in turn; the medians are shown.")
+  whole("rounds", 3, "data, agc, step --peer: times that each side is measured, in turn; the medians are shown.")
   whole("threads", None, "data: threads that decode, instead of config.data.threads or, unset, one for each core.")
   flags.DEFINE_enum("against", None, ["tf.data"], "data: what to measure beside nfnets' own pipeline.", flag_values=values)
   flags.DEFINE_enum("peer", None, ["timm", "haiku"], "step: whose step to time beside ours, on one device.", flag_values=values)
@@ -153,6 +155,20 @@ def print_sweep(report: dict) -> None:
   rich.console.Console().print(table)
 
 
+def agc(values: flags.FlagValues) -> int:
+  config = _config(values)
+  file = cli.writable("json", values.json)
+  from nfnets.measure.clipping import compare_clipping
+
+  say = lambda line: print(line, flush=True)
+  report = compare_clipping(config, rounds=values.rounds, steps=values.steps, warmup=values.warmup, say=say)
+  console = plain_console()
+  rich.console.Console(highlight=False, width=None if console.is_terminal else 130).print(report.table())
+  print(report)
+  cli.hand_out(report.to_json(), file)
+  return 0
+
+
 def data(values: flags.FlagValues) -> int:
   for flag in ("peer", "official", "peer_compile", "profile"):
     if values[flag].value:
@@ -204,7 +220,7 @@ def data(values: flags.FlagValues) -> int:
   return 0
 
 
-SUBCOMMANDS = {"step": step, "sweep": sweep, "data": data}
+SUBCOMMANDS = {"step": step, "sweep": sweep, "agc": agc, "data": data}
 
 
 if __name__ == "__main__":

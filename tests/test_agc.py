@@ -137,9 +137,15 @@ def test_float16_norms_do_not_overflow():
   np.testing.assert_allclose(out, np.full((64, 1), 0.5), rtol=1e-3)
 
 
-def test_finite_gradients_whose_squares_overflow_are_clipped():
-  grad = jnp.full((4, 1), 1e30)
-  np.testing.assert_allclose(clip({"kernel": grad}, {"kernel": jnp.ones((4, 1))}, 0.25)["kernel"], 0.25, rtol=1e-6)
+def test_units_whose_squares_overflow_become_zero_and_all_others_are_clipped():
+  grad = jnp.ones((4, 3)) * jnp.array([1.0, 1e18, 1e30])
+  out = clip({"kernel": grad}, {"kernel": jnp.ones((4, 3))}, 0.25)["kernel"]
+  np.testing.assert_allclose(out, np.broadcast_to([0.25, 0.25, 0.0], (4, 3)), rtol=1e-6)
+
+
+def test_weights_whose_squares_overflow_still_bound_their_gradients():
+  out = clip({"kernel": jnp.full((1, 1), 1e19)}, {"kernel": jnp.full((1, 1), 1e30)}, 0.25)["kernel"]
+  np.testing.assert_allclose(out, 0.25 * math.sqrt(np.finfo(np.float32).max), rtol=1e-6)
 
 
 def test_float64_stays_float64():
@@ -151,12 +157,13 @@ def test_float64_stays_float64():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nonfinite_units_pass_and_are_counted(bad):
+def test_nonfinite_units_stay_visible_and_are_counted(bad):
   params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
   grads = {"kernel": jnp.ones((3, 4)).at[1, 2].set(bad), "bias": jnp.full(4, 1e-9)}
   tx = agc(0.01, track=True)
   out, state = jax.jit(tx.update)(grads, tx.init(params), params)
-  np.testing.assert_array_equal(out["kernel"][:, 2], grads["kernel"][:, 2])
+  unit = [1.0, np.nan, 1.0] if np.isnan(bad) else [0.0, np.nan, 0.0]
+  np.testing.assert_array_equal(out["kernel"][:, 2], unit)
   np.testing.assert_allclose(np.delete(out["kernel"], 2, axis=1), 0.01, rtol=1e-6)
   metrics = agc_metrics(state)
   assert int(metrics["kernel"]["nonfinite_units"]) == 1
@@ -205,7 +212,7 @@ def test_without_tracking_nothing_but_norms_is_reduced():
   params = {"kernel": jnp.ones((2, 3))}
   tx = agc()
   jaxpr = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
-  assert jaxpr.count("reduce_sum") == 4  # two sums (see agc.unit_norm) of g and two of w
+  assert jaxpr.count("reduce_sum") == 2  # the squares of g and of w
   assert "reduce_max" not in jaxpr
 
 

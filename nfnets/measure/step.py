@@ -172,6 +172,7 @@ def _report(setup: _Setup, built: Prepared, measured: _Measured) -> StepReport:
     processes=jax.process_count(),
     versions={**program.versions(), "backend": " ".join(mesh.devices.flat[0].client.platform_version.split())},
     xla_flags=os.environ.get("XLA_FLAGS", ""),
+    glibc_tunables=os.environ.get("GLIBC_TUNABLES", ""),
     compilation_cache=program.compilation_cache(),
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     init_s=built.init_s,

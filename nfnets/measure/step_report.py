@@ -91,6 +91,7 @@ class StepReport:
   processes: int
   versions: dict[str, str]
   xla_flags: str  # the environment's XLA_FLAGS
+  glibc_tunables: str  # the environment's GLIBC_TUNABLES, which launch sets so that memory comes in huge pages
   compilation_cache: str | None  # JAX's directory of compiled programs; with one, compile_s may be its reading
   date: str  # UTC, ISO 8601
   # ---- before the first step, seconds
@@ -216,7 +217,10 @@ class StepReport:
     return [
       *lines,
       ("checked", f"loss {self.final_loss:.4g} after {self.updates} updates, not halted"),
-      ("with", f"{versions_text(self.versions)}; XLA_FLAGS {self.xla_flags!r}; {self.date}"),
+      (
+        "with",
+        f"{versions_text(self.versions)}; XLA_FLAGS {self.xla_flags!r}; GLIBC_TUNABLES {self.glibc_tunables!r}; {self.date}",
+      ),
     ]
 
 

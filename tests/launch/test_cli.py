@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launch import cli
+from launch import cli, with_huge_pages
 from nfnets import distributed
 from nfnets.data.errors import DataError
 from nfnets.distributed.errors import LostPeer, ProcessError
@@ -20,6 +20,25 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def run_main(monkeypatch, program, *arguments: str, define=lambda values: None) -> None:
   monkeypatch.setattr(sys, "argv", ["program", *arguments])
   cli.main(program, define, "usage")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is that of glibc")
+@pytest.mark.parametrize(
+  "command, environment, again",
+  [
+    ("python -m launch.train --config=c", {}, True),
+    ("python -u -X dev -m launch.train", {}, False),  # "dev" may be a script: nothing is started again where that is not clear
+    ("python -u -m launch.train", {}, True),
+    ("python -m launch.train", {"GLIBC_TUNABLES": "glibc.malloc.check=1"}, False),
+    ("python -m pytest -m launch.train", {}, False),
+    ("python script.py -m launch.train", {}, False),
+    ("python -c pass", {}, False),
+    ("python", {}, False),
+  ],
+)
+def test_programs_alone_start_again_with_huge_pages(command, environment, again):
+  changed = {"HOME": "/", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if again else None
+  assert with_huge_pages(command.split(), {"HOME": "/", **environment}) == changed
 
 
 def not_a_number(values):

@@ -27,7 +27,7 @@ def call(monkeypatch, capsys, program: str, *arguments: str) -> tuple[int, str, 
   monkeypatch.chdir(ROOT)
   monkeypatch.setattr(sys, "argv", [f"launch/{program}.py", *arguments])
   with pytest.raises(SystemExit) as exit_:
-    cli.main(module.run, module.define, module.__doc__, **({"arguments": True} if program == "describe" else {}))
+    cli.main(module.run, module.define, module.__doc__, **({"arguments": True} if program in ("bench", "describe") else {}))
   out, err = capsys.readouterr()
   return exit_.value.code, out, err
 

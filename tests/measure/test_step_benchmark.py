@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -234,20 +235,24 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
     f"  config.model.overrides = {ONE_BLOCK}\n  return config\n"
   )
   command = ["step", f"--config={recipe}", "--steps=2", "--warmup=1", "--batch=8", "--image_size=16", f"--json={file}"]
-  done = subprocess.run([sys.executable, "-m", "launch.bench", *command], cwd=ROOT, capture_output=True, text=True)
+  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  done = subprocess.run(
+    [sys.executable, "-m", "launch.bench", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   last = done.stdout.splitlines()[-1]
   assert json.loads(last) == json.loads(file.read_text())
   read = json.loads(last)
   assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 10, 2)
   assert "10 classes, as the dataset digits has" in done.stdout
+  assert read["glibc_tunables"] == ("glibc.malloc.hugetlb=1" if sys.platform == "linux" else "")
   assert read["clipping"] == digits.get_config().optim.clipping and read["agc_track"] is True and read["agc"] is None
 
 
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    ((), "subcommand: got nothing, expected step or sweep or data"),
+    ((), "subcommand: got nothing, expected step or sweep or agc or data"),
     (("stp", "--config=configs/digits.py"), "got stp, expected step"),
     (("step", "more", "--config=configs/digits.py"), "unexpected argument 'more'"),
     (("step",), "--config is missing"),
