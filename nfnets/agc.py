@@ -89,11 +89,10 @@ def agc(
   Shapes cannot settle everything: (L, L, O) beside (L, O) is read as a stack unless named query, key or value, and a kernel with
   I = O as (I, O) even where it is transposed. Read the table of `explain`, and give `unit_axes` where it is wrong.
 
-  Norms and products are float32 (float64 for float64), the result has the gradient's dtype. The training loop can see what is
-  not finite: a unit with NaN passes unchanged, and one of infinite norm is multiplied by zero, which makes NaN of an Inf. So a
-  unit whose squares overflow, from a norm of 1.8e19 on in float32, is zero for a step. None, `optax.MaskedNode`, integer and
-  float0 leaves pass. Under `shard_map`, hand over whole parameters; to `optax.inject_hyperparams`, name a callable `exclude` as
-  static.
+  Norms and products are float32 (float64 for float64), the result has the gradient's dtype. What is not finite stays visible: a
+  unit with NaN passes unchanged, one of infinite norm is multiplied by zero, which makes NaN of Inf. So a unit whose squares
+  overflow, from a norm of 1.8e19 on in float32, is zero for a step. None, `optax.MaskedNode`, integer and float0 leaves pass.
+  Under `shard_map`, hand over whole parameters; to `optax.inject_hyperparams`, name a callable `exclude` as static.
 
   Args:
     clipping: λ > 0; a schedule (int32 step, from 0 → λ); or {regex: λ or schedule}, of which the first found in a path decides.
@@ -223,10 +222,7 @@ def named_leaves(tree: Any, *, params_alone: bool = False) -> list[Named]:
 
 
 def unit_norm(x: jax.Array, unit_axes: Sequence[int]) -> jax.Array:
-  """The L2 norm over all axes but `unit_axes` (each >= 0), in float32 (float64 for float64); the axes summed over get size 1.
-
-  It is infinite from 1.8e19 on (1.3e154 in float64), where the squares' sum exceeds the dtype.
-  """
+  """The L2 norm over all axes but `unit_axes` (each >= 0), in float32 (float64 for float64); the axes summed over get size 1."""
   x = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   others = tuple(axis for axis in range(x.ndim) if axis not in unit_axes)
   return jnp.sqrt(jnp.sum(x * x, axis=others, keepdims=True))
@@ -258,14 +254,13 @@ def _clip(grad: Any, weight: Any, clipping: Any, eps: Any, *, unit_axes: Shape, 
   grad_norm, weight_norm = unit_norm(grad, unit_axes), unit_norm(weight, unit_axes)
   # Where its square overflows, the weights' norm is at least the square root of the largest number.
   weight_norm = jnp.clip(weight_norm, eps, math.sqrt(jnp.finfo(weight_norm.dtype).max))
-  max_norm = clipping * weight_norm
+  finite, max_norm = jnp.isfinite(grad_norm), clipping * weight_norm
   trigger = grad_norm > max_norm
   # The floor 1e-6 is the published code's; it matters only where λ·eps is smaller.
   scaled = grad.astype(grad_norm.dtype) * (max_norm / jnp.maximum(grad_norm, 1e-6))
   clipped = jnp.where(trigger, scaled.astype(grad.dtype), grad)
   if not track:
     return (clipped,)
-  finite = jnp.isfinite(grad_norm)
   ratio = jnp.max(grad_norm / weight_norm, initial=0.0, where=finite)
   return clipped, (trigger & finite).sum() / max(trigger.size, 1), ratio, (~finite).sum()
 

@@ -156,7 +156,7 @@ def compare_clipping(
 
 
 class _Program:
-  """One compiled transformation with its buffers; with `apply` its updates change the parameters, else they are gradients again."""
+  """One compiled transformation and its buffers. With `apply` its updates change the parameters, else they are gradients."""
 
   def __init__(self, transform: optax.GradientTransformation, params: Any, *, apply: bool = False):
     def call(grads: Any, params: Any, state: Any) -> Any:
