@@ -17,7 +17,7 @@ digits: $(VENV)/installed
 
 # Two processes of one thread each: much of the time is XLA compiling, on one thread.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_multi_thread_eigen=false" $(RUN) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_multi_thread_eigen=false" $(RUN) -m pytest -n 2 --dist worksteal --durations=10
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
