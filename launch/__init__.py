@@ -28,4 +28,4 @@ def with_huge_pages(command: Sequence[str], environment: Mapping[str, str]) -> d
 
 
 if (_environment := with_huge_pages(sys.orig_argv, os.environ)) is not None:
-  os.execve(sys.executable, sys.orig_argv, _environment)
+  os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], _environment)
