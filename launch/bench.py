@@ -23,12 +23,11 @@ recipe.
 
 import dataclasses
 
-import rich.console
 import rich.table
 from absl import flags
 
 from launch import cli, recipe
-from launch.progress import meter, plain_console
+from launch.progress import meter, plain_console, table_console
 from nfnets.config import Config
 
 
@@ -152,27 +151,32 @@ def print_sweep(report: dict) -> None:
     ours, theirs = best["ours"], best["theirs"]
     sides = [f"{ours['images_per_s']:,.1f}", str(ours["batch"]), f"{theirs['images_per_s']:,.1f}", str(theirs["batch"])]
     table.add_row(name, *sides, theirs["way"], f"× {best['ratio']:.2f}")
-  rich.console.Console().print(table)
+  table_console().print(table)
 
 
 def agc(values: flags.FlagValues) -> int:
+  _refuse_steps_flags(values, "agc")
   config = _config(values)
   file = cli.writable("json", values.json)
   from nfnets.measure.clipping import compare_clipping
 
   say = lambda line: print(line, flush=True)
   report = compare_clipping(config, rounds=values.rounds, steps=values.steps, warmup=values.warmup, say=say)
-  console = plain_console()
-  rich.console.Console(highlight=False, width=None if console.is_terminal else 130).print(report.table())
+  table_console().print(report.table())
   print(report)
   cli.hand_out(report.to_json(), file)
   return 0
 
 
-def data(values: flags.FlagValues) -> int:
-  for flag in ("peer", "official", "peer_compile", "profile"):
+def _refuse_steps_flags(values: flags.FlagValues, name: str) -> None:
+  """Raises UsageError for flags of the subcommand step that `name` would pass over."""
+  for flag in ("peer", "official", "peer_compile", "profile", "without_agc"):
     if values[flag].value:
-      raise cli.UsageError(f"--{flag} belongs to the subcommand step, not to data")
+      raise cli.UsageError(f"--{flag} belongs to the subcommand step, not to {name}")
+
+
+def data(values: flags.FlagValues) -> int:
+  _refuse_steps_flags(values, "data")
   config = recipe.parse(values)
   file = cli.writable("json", values.json)
   from nfnets.data.batches.prefetch import cores
@@ -208,7 +212,7 @@ def data(values: flags.FlagValues) -> int:
         )
 
     report = data_benchmark.compare(jobs, rounds=values.rounds, progress=show)
-  rich.console.Console(highlight=False, width=None if console.is_terminal else 130).print(report.table())
+  table_console().print(report.table())
   for ratio in report.ratios:
     console.print(str(ratio))
   if values.against and len(report.ratios) == 1:

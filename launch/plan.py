@@ -13,10 +13,10 @@ import contextlib
 import dataclasses
 
 import jax
-import rich.console
 from absl import flags
 
 from launch import cli, recipe
+from launch.progress import table_console
 
 
 def define(values: flags.FlagValues) -> None:
@@ -54,8 +54,7 @@ def run(values: flags.FlagValues) -> int:
   plan = make_plan(
     config, topology=values.topology, advise=values.advise, top=values.top, say=lambda line: print(line, flush=True)
   )
-  console = rich.console.Console(highlight=False)
-  console = console if console.is_terminal else rich.console.Console(highlight=False, width=130)
+  console = table_console()
   print()
   console.print(plan.table())
   if len(plan.steps) > 1:

@@ -17,6 +17,12 @@ def plain_console() -> rich.console.Console:
   return rich.console.Console(highlight=False, soft_wrap=True, markup=False)
 
 
+def table_console() -> rich.console.Console:
+  """Makes a console for tables: as wide as the terminal, and 130 columns where there is none."""
+  console = rich.console.Console(highlight=False)
+  return console if console.is_terminal else rich.console.Console(highlight=False, width=130)
+
+
 @dataclasses.dataclass(slots=True)
 class Meter:
   """Keeps and shows how much of something is done.

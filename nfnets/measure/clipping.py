@@ -1,7 +1,7 @@
 """Times `nfnets.agc` beside `optax.adaptive_grad_clip` and beside no clipping, on a network's parameters.
 
-    from nfnets.measure import clipping
-    print(clipping.compare_clipping(config, rounds=3, steps=50))
+    report = clipping.compare_clipping(config, rounds=3, steps=50)
+    rich.print(report.table(), report)
 
 Every row is one compiled program that takes its buffers over, as a training step does: the clipping by itself, and the clipping
 before SGD with Nesterov momentum, which is what it adds to a step. All programs take turns in one process, and each call starts
@@ -11,6 +11,7 @@ from what the call before it returned. All clip every parameter, the classifier'
 import dataclasses
 import datetime
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from nfnets import agc
 from nfnets.config import Config
 from nfnets.errors import UserError
 from nfnets.measure import program
+from nfnets.measure.runs import Run
 from nfnets.measure.step_report import Spread
 from nfnets.train.step.state import build_network
 
@@ -33,10 +35,15 @@ NONE, OPTAX, OURS, TRACKED = "no clipping", "optax.adaptive_grad_clip", "nfnets.
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-  """What one program took: seconds of tracing and compiling, and milliseconds a call, by the median of each round."""
+  """What one program took: seconds of tracing and compiling, and the mean milliseconds of a call in each round."""
 
   compile_s: float
-  ms: Spread
+  rounds_ms: tuple[float, ...]
+
+  @property
+  def ms(self) -> float:
+    """The median of the rounds."""
+    return statistics.median(self.rounds_ms)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +53,6 @@ class ClippingReport:
   Attributes:
     alone: {row: what the clipping by itself took}.
     with_sgd: {row: what the clipping, SGD and the new parameters took}.
-    round_ratios: our milliseconds / optax's, both alone, one for each round.
     difference: the largest difference between our clipped gradients and optax's, over the largest of optax's.
   """
 
@@ -60,14 +66,18 @@ class ClippingReport:
   steps: int
   alone: dict[str, Timed]
   with_sgd: dict[str, Timed]
-  round_ratios: tuple[float, ...]
   difference: float
   versions: dict[str, str]
   date: str
 
+  @property
+  def round_ratios(self) -> tuple[float, ...]:
+    """Our milliseconds / optax's, both alone, one for each round."""
+    return tuple(ours / theirs for ours, theirs in zip(self.alone[OURS].rounds_ms, self.alone[OPTAX].rounds_ms, strict=True))
+
   def to_json(self) -> dict[str, Any]:
     """Returns all figures by name."""
-    return {"benchmark": "agc", **dataclasses.asdict(self)}
+    return {"benchmark": "agc", **dataclasses.asdict(self), "round_ratios": self.round_ratios}
 
   def table(self) -> Table:
     """A row for each way of clipping."""
@@ -78,12 +88,12 @@ class ClippingReport:
     table = Table("", title=title, title_justify="left")
     for column in ("alone, ms", "compile, s", "with SGD, ms", "compile, s", "over no clipping, ms"):
       table.add_column(column, justify="right")
-    plain = self.with_sgd[NONE].ms.median
+    plain = self.with_sgd[NONE].ms
     for row, timed in self.with_sgd.items():
       alone = self.alone.get(row)
-      cells = ("", "") if alone is None else (f"{alone.ms.median:.4g}", f"{alone.compile_s:.2f}")
-      more = "" if row == NONE else f"{timed.ms.median - plain:+.3g}"
-      table.add_row(row, *cells, f"{timed.ms.median:.4g}", f"{timed.compile_s:.2f}", more)
+      cells = ("", "") if alone is None else (f"{alone.ms:.4g}", f"{alone.compile_s:.2f}")
+      more = "" if row == NONE else f"{timed.ms - plain:+.3g}"
+      table.add_row(row, *cells, f"{timed.ms:.4g}", f"{timed.compile_s:.2f}", more)
     return table
 
   def __str__(self) -> str:
@@ -108,7 +118,7 @@ def compare_clipping(
     say: gets a line as each phase begins.
 
   Raises:
-    UserError: the config has no AGC, or optax's clipping cannot take its parameters.
+    UserError: the config has no AGC, or the number of its classes is not known.
   """
   config.validate()
   strength, eps = config.optim.clipping, config.optim.agc_eps
@@ -129,14 +139,15 @@ def compare_clipping(
   sgd = optax.sgd(0.1, momentum=0.9, nesterov=True)
   chains = {name: sgd if way is None else optax.chain(way, sgd) for name, way in ways.items()}
   with_sgd = {name: _Program(chain, params, apply=True) for name, chain in chains.items()}
-  difference = _difference(*(alone[name].buffers[0] for name in (OURS, OPTAX)))  # after one call of each
+  states: list[Any] = [alone[name].run.state for name in (OURS, OPTAX)]  # after one call of each
+  difference = _difference(*(grads for grads, _, _ in states))
   programs = [*alone.values(), *with_sgd.values()]
   for each in programs:
-    each.seconds(warmup)
+    each.run.seconds_per_step(warmup)
   for number in range(rounds):
     say(f"round {number + 1} of {rounds}: {steps} calls of each, in turn")
     for each in programs if number % 2 == 0 else reversed(programs):
-      each.rounds.append(1e3 * each.seconds(steps))
+      each.rounds_ms.append(1e3 * each.run.seconds_per_step(steps))
   return ClippingReport(
     model=config.model.name,
     parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -148,7 +159,6 @@ def compare_clipping(
     steps=steps,
     alone={name: each.timed() for name, each in alone.items()},
     with_sgd={name: each.timed() for name, each in with_sgd.items()},
-    round_ratios=tuple(a / b for a, b in zip(alone[OURS].rounds, alone[OPTAX].rounds, strict=True)),
     difference=difference,
     versions=program.versions(),
     date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -156,32 +166,25 @@ def compare_clipping(
 
 
 class _Program:
-  """One compiled transformation and its buffers. With `apply` its updates change the parameters, else they are gradients."""
+  """One compiled transformation. With `apply` its updates change the parameters, else they are the next call's gradients."""
 
   def __init__(self, transform: optax.GradientTransformation, params: Any, *, apply: bool = False):
-    def call(grads: Any, params: Any, state: Any) -> Any:
-      updates, state = transform.update(grads, state, params)
-      return (grads, optax.apply_updates(params, updates), state) if apply else (updates, params, state)
+    def call(state: Any, batch: Any) -> tuple[Any, dict]:
+      grads, params, inner = state
+      updates, inner = transform.update(grads, inner, params)
+      return (grads, optax.apply_updates(params, updates), inner) if apply else (updates, params, inner), batch
 
     grads = jax.tree.map(lambda leaf: 0.1 * leaf + 1e-3, params)
-    self.buffers = (grads, jax.tree.map(jnp.copy, params), transform.init(params))
+    state: Any = (grads, jax.tree.map(jnp.copy, params), transform.init(params))
     begin = time.perf_counter()
-    self.compiled = jax.jit(call, donate_argnums=(0, 1, 2)).lower(*self.buffers).compile()
-    self.compile_s = time.perf_counter() - begin
-    self.rounds: list[float] = []
-    self.buffers = jax.block_until_ready(self.compiled(*self.buffers))
-
-  def seconds(self, steps: int) -> float:
-    """Calls it `steps` times in a row, waits for the last, and returns the mean seconds of a call."""
-    begin = time.perf_counter()
-    for _ in range(steps):
-      self.buffers = self.compiled(*self.buffers)
-    jax.block_until_ready(self.buffers)
-    return (time.perf_counter() - begin) / steps
+    compiled = jax.jit(call, donate_argnums=0).lower(state, {}).compile()
+    self.compile_s, self.rounds_ms = time.perf_counter() - begin, []
+    self.run = Run(step=compiled, state=state, batch={})
+    self.run.seconds_per_step(1)
 
   def timed(self) -> Timed:
     """What was measured."""
-    return Timed(compile_s=self.compile_s, ms=Spread.of(self.rounds))
+    return Timed(compile_s=self.compile_s, rounds_ms=tuple(self.rounds_ms))
 
 
 def _difference(ours: Any, theirs: Any) -> float:

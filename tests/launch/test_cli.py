@@ -1,13 +1,15 @@
 """`launch.cli.main` answers a person's mistake with one line and status 2, and keeps the traceback of a bug."""
 
+import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from launch import cli, with_huge_pages
+from launch import cli
 from nfnets import distributed
 from nfnets.data.errors import DataError
 from nfnets.distributed.errors import LostPeer, ProcessError
@@ -22,23 +24,27 @@ def run_main(monkeypatch, program, *arguments: str, define=lambda values: None) 
   cli.main(program, define, "usage")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the setting is that of glibc")
 @pytest.mark.parametrize(
-  "command, environment, again",
+  "command, own, expected",
   [
-    ("python -m launch.train --config=c", {}, True),
-    ("python -u -X dev -m launch.train", {}, False),  # "dev" may be a script: nothing is started again where that is not clear
-    ("python -u -m launch.train", {}, True),
-    ("python -m launch.train", {"GLIBC_TUNABLES": "glibc.malloc.check=1"}, False),
-    ("python -m pytest -m launch.train", {}, False),
-    ("python script.py -m launch.train", {}, False),
-    ("python -c pass", {}, False),
-    ("python", {}, False),
+    (["-m", "launch.show"], None, "glibc.malloc.hugetlb=1"),
+    (["-u", "-X", "dev", "-m", "launch.show"], None, "glibc.malloc.hugetlb=1"),
+    (["-m", "launch.show"], "glibc.malloc.check=1", "glibc.malloc.check=1"),
+    (["-c", "import launch.show"], None, None),
+    (["launch/show.py"], None, None),
   ],
+  ids=str,
 )
-def test_programs_alone_start_again_with_huge_pages(command, environment, again):
-  changed = {"HOME": "/", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if again else None
-  assert with_huge_pages(command.split(), {"HOME": "/", **environment}) == changed
+def test_programs_alone_start_again_with_huge_pages(command, own, expected, tmp_path):
+  (tmp_path / "launch").mkdir()
+  shutil.copy(ROOT / "launch" / "__init__.py", tmp_path / "launch")
+  show = "import json, os, sys\n\nimport launch\n\nprint(json.dumps([os.environ.get('GLIBC_TUNABLES'), sys.argv[1:]]))\n"
+  (tmp_path / "launch" / "show.py").write_text(show)
+  environment = {"PYTHONPATH": str(tmp_path), **({} if own is None else {"GLIBC_TUNABLES": own})}
+  done = subprocess.run(
+    [sys.executable, *command, "--a=b c"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+  )
+  assert json.loads(done.stdout) == [expected if sys.platform == "linux" else own, ["--a=b c"]]
 
 
 def not_a_number(values):
