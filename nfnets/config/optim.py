@@ -106,16 +106,17 @@ class OptimConfig:
       raise UserError("OptimConfig.nesterov = True needs momentum > 0, got momentum 0. Raise it or unset nesterov.")
 
 
+# That no update overflows (`is_bad` in nfnets/train/step/step.py) rests on the upper ends of rates and decay.
 _RULES: dict[str, checks.Rule] = {
   "name": checks.choice(*OPTIMIZERS),
-  "base_lr": checks.positive(),
+  "base_lr": checks.number("a number in (0, 1e4]", lambda value: 0 < value <= 1e4),
   "scale_lr": checks.flag,
-  "end_lr": checks.not_negative(),
+  "end_lr": checks.number("a number in [0, 1e4]", lambda value: 0 <= value <= 1e4),
   "schedule": checks.choice(*SCHEDULES),
   "warmup_epochs": checks.not_negative(),
   "momentum": checks.share(),
   "nesterov": checks.optional(checks.flag, "True, False or None"),
-  "weight_decay": checks.not_negative(),
+  "weight_decay": checks.number("a number in [0, 1000]", lambda value: 0 <= value <= 1000),
   "b1": checks.share(),
   "b2": checks.share(),
   "eps": checks.positive(),

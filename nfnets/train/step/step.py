@@ -38,16 +38,20 @@ def all_finite(tree: Any) -> jax.Array:
   return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), jnp.array(True))
 
 
-def is_bad(loss: jax.Array, grads: Any, grad_norm: jax.Array, *trees: Any) -> jax.Array:
-  """Whether the loss, float32 [], or any number of the gradients or of the other trees is NaN or infinite: bool [].
+def is_bad(loss: jax.Array, grads: Any, params: Any, stats: Any) -> tuple[jax.Array, jax.Array]:
+  """Whether a step must change nothing, and the gradients' norm: bool [] and float32 [].
 
-  Gradients whose norm `grad_norm`, float32 [], is finite are so too; only where it is not are they looked at one by one, since
-  squares may overflow. The trees are looked at in a branch of their own, only where the loss is finite. That is more than saved
-  work: XLA fuses what computes an array into each reduction that reads it, on CPUs several times over, and it does not do so
-  across a branch, so that the step compiles in a quarter of the time (docs/speed.md).
+  It must where the loss, the norm of the gradients, that of the parameters before the step, or a new running statistic is NaN or
+  infinite; a norm is so from 1.8e19 on, since squares overflow. The parameters after the step need no look: from finite norms, no
+  learning rate, momentum or decay that OptimConfig allows makes an update that overflows. To look at them nonetheless would make
+  every update twice: what is kept depends on all of them, so that they would be written down, or computed again (docs/speed.md).
+
+  The statistics are looked at in a branch, only where the loss is finite, since XLA fuses what computes an array into the
+  reduction that reads it, on CPUs several times over, but not across a branch.
   """
-  fine = jax.lax.cond(jnp.isfinite(loss), all_finite, lambda trees: jnp.array(False), trees)
-  return ~(fine & jax.lax.cond(jnp.isfinite(grad_norm), lambda grads: jnp.array(True), all_finite, grads))
+  grad_norm = optax.tree.norm(grads)
+  fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
+  return ~(fine & jax.lax.cond(jnp.isfinite(loss), all_finite, lambda stats: jnp.array(False), stats)), grad_norm
 
 
 def make_train_step(
@@ -95,8 +99,7 @@ def make_train_step(
     average, decay = state.ema, config.optim.ema_decay
     if average is not None and decay is not None:
       average = ema_update(average, (params, stats), state.step, decay)
-    grad_norm = optax.tree.norm(grads)
-    bad = is_bad(loss, grads, grad_norm, params, stats)
+    bad, grad_norm = is_bad(loss, grads, state.params, stats)
     if config.spike:
       bad |= (state.loss_mean > 0) & (loss > config.spike * state.loss_mean)
     halted = state.halted if config.on_bad_step == "skip" else state.halted | bad

@@ -94,13 +94,43 @@ def test_all_finite_sees_every_number_that_is_not_and_no_other():
   assert all_finite({})
 
 
-def test_a_step_is_bad_where_the_loss_or_any_number_is_not_finite():
-  fine, broken = {"a": jnp.ones(3)}, {"a": jnp.ones(3).at[1].set(jnp.nan)}
-  huge = {"a": jnp.full(3, 1e30)}  # the sum of their squares is infinite
-  check = jax.jit(lambda loss, grads, params: is_bad(loss, grads, optax.tree.norm(grads), params))
-  assert not check(jnp.float32(1), fine, fine) and not check(jnp.float32(1), huge, fine)
-  assert check(jnp.float32(jnp.inf), fine, fine) and check(jnp.float32(jnp.nan), fine, fine)
-  assert check(jnp.float32(1), broken, fine) and check(jnp.float32(1), fine, broken)
+def test_a_step_is_bad_where_loss_gradients_parameters_or_statistics_are_not_finite_or_too_large_to_square():
+  fine, broken, huge = {"a": jnp.ones(3)}, {"a": jnp.ones(3).at[1].set(jnp.nan)}, {"a": jnp.full(3, 1e30)}
+  check = jax.jit(lambda *arguments: is_bad(*arguments)[0])
+  assert not check(jnp.float32(1), fine, fine, fine) and not check(jnp.float32(1), fine, fine, huge)
+  for loss in (jnp.inf, jnp.nan):
+    assert check(jnp.float32(loss), fine, fine, fine)
+  for bad in (broken, huge):
+    assert check(jnp.float32(1), bad, fine, fine) and check(jnp.float32(1), fine, bad, fine)
+  assert check(jnp.float32(1), fine, fine, broken)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("clipping", [None, 1e3])
+def test_no_update_that_the_step_takes_overflows(name, clipping):
+  """The largest parameters and gradients whose norms are finite, and the largest rate, decay and momenta that are allowed."""
+  config = OptimConfig(name=name, base_lr=1e4, end_lr=1e4, weight_decay=1e3, clipping=clipping, warmup_epochs=0)
+  beside = {"adamw": {"b1": 0.999999, "b2": 0.999999, "eps": 1e-30}}.get(name, {"momentum": 0.999999})
+  config = dataclasses.replace(config, **beside)
+  largest = np.float32(1.8e19 / np.sqrt(12 + 3))
+  params = {"conv": {"kernel": jnp.full((4, 3), largest), "bias": jnp.full(3, -largest)}}
+  signs = {"conv": {"kernel": jnp.where(jnp.arange(12).reshape(4, 3) % 2, 1.0, -1.0), "bias": jnp.ones(3)}}
+  optimizer = optim.make_optimizer(config, params, batch=1 << 20, steps_per_epoch=1, total_steps=10_000)
+
+  @jax.jit
+  def overflows(params, signs):
+    def step(carry, number):  # the parameters are put back each time, so that the momenta grow as far as they can
+      state, seen = carry
+      size = jnp.where(number % 3 == 2, 1e-22, largest)  # tiny ones in between, whose squares underflow
+      updates, state = optimizer.update(jax.tree.map(lambda sign: sign * size, signs), state, params)
+      after = optax.apply_updates(params, updates)
+      return (state, seen | ~all_finite((after, state))), optax.tree.norm(after)
+
+    return jax.lax.scan(step, (optimizer.init(params), jnp.array(False)), jnp.arange(3000))
+
+  (_, seen), norms = overflows(params, signs)
+  assert not seen
+  assert np.isinf(norms).any() or name != "sgd"  # the norm of what comes out may overflow: then the next step is bad
 
 
 def test_the_state_is_donated():
