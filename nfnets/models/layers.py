@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 Array = jax.Array
 Padding = Literal["SAME", "SYMMETRIC"]
@@ -89,7 +90,9 @@ def linear(in_features: int, out_features: int, *, stddev: float | None = None, 
 
 
 # ---- convolutions
-def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME") -> Array:
+def convolve(
+  x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME", trained: bool = False
+) -> Array:
   """Computes a 2-D convolution.
 
   Programs for CPUs get a grouped convolution as several plain ones, since XLA's CPU backend has no fast form of groups (18 times
@@ -101,6 +104,8 @@ def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padd
     strides: of height and width.
     groups: into how many groups the channels are divided.
     padding: "SAME" is XLA's (and TensorFlow's), "SYMMETRIC" is PyTorch's, (k-1)/2 on every side.
+    trained: programs for TPUs keep a grouped kernel and its gradient in the layout of the parameter. Else XLA lays out as the
+      convolution likes it whatever is computed with the gradient, and copies parameter, momentum and average there and back.
 
   Returns:
     [B, H', W', O], in x's dtype.
@@ -108,7 +113,8 @@ def convolve(x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padd
   options = {"strides": strides, "groups": groups, "padding": padding}
   whole = functools.partial(_convolve_at_once, **options)
   if groups > 1:
-    return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(_convolve_split, **options), default=whole)
+    split, on_tpu = functools.partial(_convolve_split, **options), functools.partial(whole, pinned=trained)
+    return jax.lax.platform_dependent(x, kernel, cpu=split, tpu=on_tpu, default=whole)
   if kernel.shape[:2] == (1, 1) and strides == 1:
     return jax.lax.platform_dependent(x, kernel, cpu=_multiply, default=whole)
   return whole(x, kernel)
@@ -119,12 +125,15 @@ def _multiply(x: Array, kernel: Array) -> Array:
   return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0].astype(x.dtype))
 
 
-def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
-  """One convolution with all groups."""
+def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding, pinned: bool = False) -> Array:
+  """One convolution with all groups; `pinned` leaves XLA no choice of the layout of kernel and gradient."""
   kh, kw = kernel.shape[:2]
+  kernel = kernel.astype(x.dtype)
+  if pinned:
+    kernel = with_layout_constraint(kernel, Layout(major_to_minor=(0, 1, 2, 3)))
   pad = "SAME" if padding == "SAME" else [((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2]
   return jax.lax.conv_general_dilated(
-    x, kernel.astype(x.dtype), (strides, strides), pad, feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    x, kernel, (strides, strides), pad, feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
 
 
@@ -148,6 +157,8 @@ def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, paddi
 
 class Conv(nnx.Module):
   """A plain convolution: kernel [k, k, in/groups, out], by default truncated normal with deviation 1/sqrt(fan_in); bias [out]."""
+
+  standardized = False
 
   def __init__(
     self,
@@ -179,7 +190,8 @@ class Conv(nnx.Module):
     return self.kernel[...]
 
   def __call__(self, x: Array) -> Array:
-    out = convolve(x, self.weight(), strides=self.strides, groups=self.groups, padding=self.padding)
+    options = {"strides": self.strides, "groups": self.groups, "padding": self.padding}
+    out = convolve(x, self.weight(), trained=self.standardized, **options)
     return out if self.bias is None else out + self.bias[...].astype(out.dtype)
 
 
@@ -189,7 +201,7 @@ class WSConv(Conv):
       W' = gain · (W - mean(W)) / sqrt(max(var(W) · fan_in, 1e-4)),  fan_in = k · k · in/groups, biased variance.
 
   Parameters: kernel [k, k, in/groups, out] ~ N(0, 1/fan_in), gain [out] ones, bias [out] zeros. `standardized` says that the
-  kernel is W' already (see `standardize`); NNX keeps this mark in the graph definition.
+  kernel is W' already (see `standardize`), as in training; NNX keeps this mark in the graph definition.
   """
 
   def __init__(self, in_features: int, out_features: int, kernel_size: int, *, gain_init: float = 1.0, rngs: ParamKeys, **conv):

@@ -142,7 +142,9 @@ def _describe(names: list[str], loss: float, outputs: list[bool], grads: nnx.Sta
       return f"first layer whose activations are not finite: {name}"
   if paths := sorted(not_finite(grads), key=lambda path: _place_in_forward_pass(path, names), reverse=True):
     return f"all activations are finite (loss {loss:g}); first layer whose gradient is not: {paths[0]}, of {len(paths)}"
-  return f"loss {loss:g}, activations and gradients are finite; gradients or parameters are too large: the learning rate is too high"
+  return (
+    f"loss {loss:g}, activations and gradients are finite; gradients or parameters are too large: the learning rate is too high"
+  )
 
 
 def _place_in_forward_pass(path: str, names: list[str]) -> int:
