@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,7 @@ def train_step_over(
     in_shardings=(places, sharding.batch_sharding(mesh)),
     out_shardings=(places, sharding.replicated(mesh)),
     donate_argnums=0,
+    compiler_options=_compiler_options(mesh),
   )
 
 
@@ -177,7 +179,18 @@ def eval_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef) -> Callable[
   """The evaluation step compiled over the mesh: weights whole on each device, the batch split over the devices."""
   whole = sharding.replicated(mesh)
   step = make_eval_step(config, graph)
-  return jax.jit(_traced_once(step), in_shardings=(whole, whole, sharding.batch_sharding(mesh)), out_shardings=whole)
+  places = (whole, whole, sharding.batch_sharding(mesh))
+  return jax.jit(_traced_once(step), in_shardings=places, out_shardings=whole, compiler_options=_compiler_options(mesh))
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, int]:
+  """What XLA is told about a program: for CPUs LLVM's lowest level of optimization, unless XLA_FLAGS names one.
+
+  Small networks compile a tenth sooner with it and take up to 15 % less time a step, large ones the same (docs/speed.md).
+  """
+  level = "xla_backend_optimization_level"
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return {level: 1} if on_cpu and level not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def _traced_once(step: Callable) -> Callable:
