@@ -4,10 +4,11 @@
   python -m launch.lab list
 
 DIR gets NAME.png, NAME.json and report.html, one file that opens from disk. An experiment that DIR holds already, with the same
-settings, is not computed again, so that a run that was stopped goes on. --model measures a network of yours beside the
-purpose-made ones: a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed) returns an nnx.Module that turns images
-[batch, height, width, 3] into logits. --config takes the images that a recipe of launch.train names, instead of digits, for
-covariate_shift, landscape, batch_size, train_test, agc_optimizers, without_norm and scaling.
+settings, is not computed again, so that a run that was stopped goes on. --model measures or trains a network of yours
+beside the purpose-made ones, in every experiment; no verdict counts it. It is a name of nfnets.models, or FILE.py:FUNCTION, where
+FUNCTION(seed) returns an nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images that a recipe
+of launch.train names, instead of digits, for covariate_shift, landscape, batch_size, train_test, agc_optimizers, without_norm and
+scaling.
 """
 
 import difflib
@@ -44,13 +45,13 @@ def run(values: flags.FlagValues, *names: str) -> int:
   cli.check_directory("out", values.out, "a directory for the report")
   out = pathlib.Path(values.out)
   compiled.keep(values)
-  from nfnets.lab import runner, task
+  from nfnets.lab import runner, users
   from nfnets.lab.experiment import Settings
 
   data = recipe.parse(values).data if values.config is not None else None
   settings = Settings(scale=values.scale, seeds=values.seeds, model=values.model, data=data)
   if settings.model is not None:
-    task.user_model(settings.model, seed=0)  # a mistake in its name ends the program before minutes are spent
+    users.user_model(settings.model, seed=0)  # a mistake in its name ends the program before minutes are spent
   chosen = [experiments.get(name) for name in (experiments.names() if names == ("all",) else names)]
   try:
     out.mkdir(parents=True, exist_ok=True)

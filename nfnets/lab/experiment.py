@@ -21,10 +21,15 @@ class Settings:
   scale: Scale = "small"
   # how often everything is repeated, each time with other weights
   seeds: int = 3
-  # a network of the user's own that is measured beside the purpose-made ones, see task.user_model; None: only those
+  # a network of the user's own that is measured beside the purpose-made ones, see users.user_model; None: only those
   model: str | None = None
   # the images that networks are trained on; None: scikit-learn's digits
   data: DataConfig | None = None
+
+  @property
+  def models(self) -> tuple[str, ...]:
+    """The network of the user's own, or nothing."""
+    return () if self.model is None else (self.model,)
 
   def of_scale(self, small: Any, full: Any) -> Any:
     """One of two values, by the scale."""

@@ -14,12 +14,21 @@ Array = jax.Array
 
 
 class LinearNetwork(nnx.Module):
-  """A deep linear network that can be trained: pixels → width → … → width → classes, each layer but the last normalized."""
+  """A deep linear network that can be trained: pixels → width → … → width → classes, each layer but the last normalized.
+
+  `norm` acts on activations or on weights; what acts on residual branches finds none here.
+  """
 
   def __init__(self, inputs: int, width: int, depth: int, norm: str, key: Array, *, num_classes: int = 10):
     keys = layers.ParamKeys(key)
     sizes = [inputs] + [width] * depth
-    make = lambda before, after: layers.linear(before, after, stddev=before**-0.5, rngs=keys)
+    plain = norms.lookup(norm)[0].weights == "plain"
+
+    def make(before: int, after: int) -> nnx.Module:
+      if plain:
+        return layers.linear(before, after, stddev=before**-0.5, rngs=keys)
+      return norms.conv(norm, before, after, 1, act="identity", keys=keys)  # a matrix product at each place
+
     self.layers = nnx.List([make(before, after) for before, after in zip(sizes, sizes[1:], strict=False)])
     self.norms = nnx.List([norms.make(norm, width, keys) for _ in range(depth)])
     self.fc = layers.linear(width, num_classes, stddev=width**-0.5, rngs=keys)
@@ -29,7 +38,7 @@ class LinearNetwork(nnx.Module):
     x = images.reshape(len(images), -1)
     for i, layer in enumerate(self.layers):
       place = None if key is None else jax.random.fold_in(key, i)
-      x = norms.normalize(self.norms[i], layer(x)[:, None, None, :], place)[:, 0, 0, :]
+      x = norms.normalize(self.norms[i], layer(x[:, None, None, :]), place)[:, 0, 0, :]
     return self.fc(x)
 
 
@@ -37,8 +46,8 @@ def layer_similarities(norm: str, inputs: Array, depth: int, key: Array) -> dict
   """Measures how alike the samples are after each layer H ← N(H W) of a random linear network (Daneshmand et al. 2021, eq. 1).
 
   Args:
-    norm: N, a name of norms.NORMS that acts on activations ("batch_uncentred" is theirs), or "none"; on samples without space
-      "instance" would leave nothing.
+    norm: N, a name of norms.NORMS that acts on activations ("batch_uncentred" is theirs) or on weights, or "none"; on samples
+      without space "instance" would leave nothing.
     inputs: H, float32 [samples, width].
     depth: layers.
     key: of the weights W [width, width] ~ N(0, 1 / width), drawn anew for each layer.
@@ -49,10 +58,15 @@ def layer_similarities(norm: str, inputs: Array, depth: int, key: Array) -> dict
   width = inputs.shape[1]
   module = norms.make(norm, width, layers.ParamKeys(jax.random.key(0)))
   graph, state = (None, None) if module is None else nnx.split(module)
+  plain = norms.lookup(norm)[0].weights == "plain"
 
   def layer(hidden: Array, key: Array) -> tuple[Array, dict[str, Array]]:
     weight_key, noise_key = jax.random.split(key)
-    hidden = jnp.matmul(hidden, jax.random.normal(weight_key, (width, width)) / width**0.5, precision="highest")
+    if plain:
+      hidden = jnp.matmul(hidden, jax.random.normal(weight_key, (width, width)) / width**0.5, precision="highest")
+    else:
+      product: Any = norms.conv(norm, width, width, 1, act="identity", keys=layers.ParamKeys(weight_key))
+      hidden = product(hidden[:, None, None, :])[:, 0, 0, :]
     if graph is not None:
       normalizer: Any = nnx.merge(graph, state)
       hidden = normalizer(hidden[:, None, None, :], noise_key)[:, 0, 0, :]

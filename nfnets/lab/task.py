@@ -1,27 +1,19 @@
-"""What experiments look at: real images, scikit-learn's digits or those of a config file, and the network that a user names."""
+"""What experiments look at: real images, scikit-learn's digits or those of a config file."""
 
 import dataclasses
 import functools
-import importlib.util
-import inspect
-import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from nfnets import models
 from nfnets.config import DataConfig
 from nfnets.data.errors import DataError, UnreadableImage
 from nfnets.data.images import decode
 from nfnets.data.sources.builtin import digits
 from nfnets.data.sources.open import open_source
-from nfnets.errors import UserError
-from nfnets.lab.twin import BatchNormKit
 
 Labelled = tuple[jax.Array, jax.Array]  # images float32 [n, side, side, channels], labels int32 [n]
 PATCH = 2  # pixels a side of the patches that become one place each with all their numbers, which makes training fast
@@ -54,9 +46,13 @@ def images(count: int | None = None, *, split: str = "train", seed: int = 0, sid
   if count is not None:
     chosen = np.random.default_rng(seed).permutation(len(labels))[:count]
     pixels, labels = pixels[chosen], labels[chosen]
+  return jnp.asarray((resized(pixels, side).astype(np.float32) - MEAN) / STD), jnp.asarray(labels)
+
+
+def resized(pixels: Any, side: int) -> Any:
+  """[n, S, S, C] → [n, side, side, C]: the nearest pixel."""
   nearest = np.arange(side) * pixels.shape[1] // side
-  pixels = pixels[:, nearest][:, :, nearest]
-  return jnp.asarray((pixels.astype(np.float32) - MEAN) / STD), jnp.asarray(labels)
+  return pixels[:, nearest][:, :, nearest]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,64 +109,3 @@ def patches(pixels: jax.Array) -> jax.Array:
   n, height, width, channels = pixels.shape
   parts = pixels.reshape(n, height // PATCH, PATCH, width // PATCH, PATCH, channels).transpose(0, 1, 3, 2, 4, 5)
   return parts.reshape(n, height // PATCH, width // PATCH, -1)
-
-
-def user_model(name: str, *, seed: int) -> tuple[nnx.Module, int, dict[str, Any]]:
-  """Makes the network that a user names, with new weights.
-
-  Args:
-    name: a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed), or FUNCTION(kit) with a parameter of that name (see
-      lab.twin), returns an nnx.Module; its attribute `image_size`, if it has one, says how many pixels a side it takes.
-    seed: of its weights.
-
-  Returns:
-    The network; the side of its images, pixels; and the arguments that say that it trains.
-
-  Raises:
-    UserError: there is no such model, file or function, or it makes something else.
-  """
-  file, colon, function = name.rpartition(":")
-  if not colon:
-    network = models.create(name, 10, rngs=seed, drop_rate=0.0, stochastic_depth=0.0)
-    open_branches(network, seed)
-    return network, min(32, models.variant(name).train_resolution), {"train": True}
-  make = user_function(name)
-  network = make(kit=BatchNormKit(seed)) if takes_kit(make) else make(seed)
-  if not isinstance(network, nnx.Module):
-    raise UserError(f"--model={name}: expected an nnx.Module from that function, got {type(network).__name__}")
-  network.train()
-  return network, getattr(network, "image_size", 32), {}
-
-
-def open_branches(network: models.Network, seed: int) -> None:
-  """Sets what a network of the zoo initialises to 0 to values with which something can be seen, in place."""
-  for _, module in nnx.iter_modules(network):
-    if getattr(module, "skip_gain", None) is not None:
-      module.skip_gain[...] = jnp.ones(())  # at 0 blocks would add nothing
-  kernel = network.fc.kernel
-  if not np.any(kernel[...]):  # no gradient would pass a classifier of zeros
-    kernel[...] = jax.random.normal(jax.random.key(seed), kernel.shape) * kernel.shape[0] ** -0.5
-
-
-def takes_kit(function: Callable[..., Any]) -> bool:
-  """Whether a user's function has a parameter that is called kit."""
-  return "kit" in inspect.signature(function).parameters
-
-
-def user_function(name: str) -> Callable[..., Any]:
-  """The function that FILE.py:FUNCTION names; raises UserError."""
-  file, _, function = name.rpartition(":")
-  if not pathlib.Path(file).is_file():
-    raise UserError(f"--model={name}: no file {file}; expected a name of nfnets.models or FILE.py:FUNCTION")
-  spec = importlib.util.spec_from_file_location("nfnets_lab_user_model", file)
-  if spec is None or spec.loader is None:
-    raise UserError(f"--model={name}: {file} is no Python file")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except Exception as error:  # whatever a person's file raises is theirs to mend
-    raise UserError(f"--model={name}: {file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-  make = getattr(module, function, None)
-  if not callable(make):
-    raise UserError(f"--model={name}: no function {function} in {file}")
-  return make

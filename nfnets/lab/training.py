@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nfnets.agc import agc
+from nfnets.agc import agc, named_leaves
 from nfnets.lab.task import Data
 
 Array = jax.Array
@@ -21,6 +22,7 @@ Watch = Callable[[Params, Params, Array, Array, Array], Any]
 # (schedule of the learning rate, strength, parameters) → optimizer
 Optimizer = Callable[[optax.Schedule, Array, Params], optax.GradientTransformation]
 MOMENTUM = 0.9
+CLASSIFIER = r"(^|/)(fc|head|classifier)/kernel$"  # its weight, in a person's network by these names
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
 
@@ -141,8 +143,10 @@ class Trainer:
 
 
 def clip(strength: Array, params: Params) -> optax.GradientTransformation:
-  """AGC for the networks of this room, without the classifier's weight; an infinite strength λ, float32 [], clips nothing."""
-  return agc(lambda count: strength, exclude="^fc/kernel$", unit_axes=_UNITS if "blocks" in params else None)
+  """AGC without the classifier's weight; an infinite strength λ, float32 [], clips nothing."""
+  classifier = [path for path, _, _ in named_leaves(params) if re.search(CLASSIFIER, path)]
+  exclude = CLASSIFIER if classifier else None
+  return agc(lambda count: strength, exclude=exclude, unit_axes=_UNITS if "blocks" in params else None)
 
 
 def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:

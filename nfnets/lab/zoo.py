@@ -25,24 +25,28 @@ class ZooTrainer:
   """
 
   def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float):
-    self.data, self.recipe, self._make = data, recipe, make
+    self.data, self.recipe = data, recipe
     self._graph = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))[0]
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, recipe.warmup, recipe.steps)
     self._optimizer = optax.sgd(schedule, momentum=MOMENTUM, nesterov=True)
-    self._run = jax.jit(self._descend)
+    self._init, self._run = jax.jit(lambda key: nnx.state(make(key))), jax.jit(self._descend)
     self.logits = jax.jit(self._logits, static_argnums=2)  # (state, images, train) → float32 [batch, classes]
+
+  def init(self, seed: int) -> nnx.State:
+    """New weights and statistics."""
+    return self._init(jax.random.key(seed))
 
   def fit(self, seed: int) -> nnx.State:
     """Trains from new weights: parameters and running statistics."""
-    return self._run(jax.random.key(seed), batches(len(self.data.train[1]), self.recipe, seed))
+    return self._run(self.init(seed), batches(len(self.data.train[1]), self.recipe, seed))
 
   def accuracy(self, state: nnx.State) -> float:
     """The share of test images that is recognised, in evaluation."""
     images, labels = self.data.test
     return float(jnp.mean(jnp.argmax(self.logits(state, images, False), axis=-1) == labels))
 
-  def _descend(self, key: Array, order: Array) -> nnx.State:
-    _, params, stats = nnx.split(self._make(key), nnx.Param, ...)
+  def _descend(self, state: nnx.State, order: Array) -> nnx.State:
+    params, stats = nnx.split_state(state, nnx.Param, ...)
     images, labels = self.data.train
 
     def loss(params: nnx.State, stats: nnx.State, chosen: Array) -> tuple[Array, nnx.State]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from nfnets.lab import norms
 from nfnets.lab.deep import Deep, DeepConfig
-from nfnets.lab.linear import layer_similarities
+from nfnets.lab.linear import LinearNetwork, layer_similarities
 from nfnets.lab.vgg import VGG, VGGConfig
 
 IMAGES = jax.random.normal(jax.random.key(7), (8, 4, 4, 3))
@@ -116,3 +116,22 @@ def test_linear_networks_collapse_without_normalization_and_not_with_it():
   run = jax.jit(layer_similarities, static_argnums=(0, 2))
   assert float(run("none", inputs, 150, key)["effective_rank"][-1]) < 1.3
   assert float(run("batch_uncentred", inputs, 150, key)["effective_rank"][50:].mean()) > 2
+
+
+@pytest.mark.parametrize("name", ("weight_norm", "weight_std", "scaled_weight_std"))
+def test_linear_networks_take_normalizers_of_weights(name):
+  """They make the layers' matrices, whose columns are standardized by hand here, and do not stop the collapse of the features."""
+  network = LinearNetwork(12, 8, 2, name, jax.random.key(0))
+  standardize = lambda w: (w - w.mean(axis=0)) / w.std(axis=0)
+  factors = {
+    "weight_norm": lambda w: w / jnp.linalg.norm(w, axis=0),
+    "weight_std": standardize,
+    "scaled_weight_std": lambda w: standardize(w) * len(w) ** -0.5,
+  }
+  hidden = inputs = jax.random.normal(jax.random.key(1), (5, 12))
+  for layer in network.layers:
+    hidden = hidden @ factors[name](layer.kernel[0, 0])
+  np.testing.assert_allclose(network(inputs), network.fc(hidden), rtol=1e-4, atol=1e-4)
+  run = jax.jit(layer_similarities, static_argnums=(0, 2))
+  ranks = run(name, inputs, 150, jax.random.key(2))["effective_rank"]
+  assert ranks[0] > 2 and ranks[-1] < 1.3

@@ -14,7 +14,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.agc import agc, agc_metrics, explain_entries, named_leaves, unit_norm
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.progress import Progress
 
@@ -225,7 +225,7 @@ def _user(settings: Settings) -> list[dict[str, Any]]:
   """
   if settings.model is None:
     return []
-  network, side, arguments = task.user_model(settings.model, seed=0)
+  network, side, arguments = users.user_model(settings.model, seed=0)
   trainer = Trainer(network, arguments, side)
   accuracy, log = trainer.train(trainer.split(network), ARMS["AGC"], _batches(settings.of_scale(20, 1000), 0))
   rows = [{"training": f"{settings.model}, AGC", "test accuracy, or share": accuracy, "lowest": "", "highest": ""}]

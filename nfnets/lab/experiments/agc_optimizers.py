@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
@@ -18,6 +18,7 @@ BATCH, LAMBDA = 256, 0.04
 # learning rates of each, the last one large
 RATES = {"SGD": (0.1, 0.4, 1.6), "AdamW": (0.01, 0.05, 0.25), "Lion": (0.002, 0.012, 0.06), "LARS": (4.0, 16.0, 64.0)}
 WAYS = ("none", "before", "behind")  # where AGC stands
+OURS = "normalizer-free ResNet"
 
 CRITERIA = (
   Criterion(
@@ -67,30 +68,40 @@ def run(settings: Settings, progress: Progress) -> Measured:
   data, steps = task.data(settings.data), settings.of_scale(80, 2000)
   depth, width = settings.of_scale((4, 16), (12, 32))
   config = DeepConfig(depth=depth, width=width, norm="nf", num_classes=data.classes, in_features=data.channels)
+  recipe, networks = Recipe(batch=BATCH, steps=steps, warmup=max(5, steps // 20)), (OURS, *settings.models)
 
   @functools.cache
-  def trainer(name: str, where: str) -> Trainer:
-    recipe = Recipe(batch=BATCH, steps=steps, warmup=max(5, steps // 20))
+  def trainer(network: str, name: str, where: str) -> Trainer:
+    if network != OURS:
+      return users.UserTrainer(network, task.data(settings.data, cut=False), recipe, optimizer=optimizer(name, where))
     return Trainer(lambda key: Deep(config, key), data, recipe, optimizer=optimizer(name, where))
 
-  def job(name: str, where: str, rate: float, seed: int) -> float:
-    made = trainer(name, "before" if where == "none" else where)
+  def job(network: str, name: str, where: str, rate: float, seed: int) -> float:
+    made = trainer(network, name, "before" if where == "none" else where)
     order = batches(len(data.train[1]), made.recipe, seed)
     params, *_ = made.train(made.init(seed), order, rate, math.inf if where == "none" else LAMBDA)
     return made.test(params)[0]
 
   jobs = {
-    f"{name}, AGC {where}, rate {rate:g}, seed {seed}": functools.partial(job, name, where, rate, seed)
+    f"{network}, {name}, AGC {where}, rate {rate:g}, seed {seed}": functools.partial(job, network, name, where, rate, seed)
+    for network in networks
     for name, rates in RATES.items()
     for where in WAYS
     for rate in rates
     for seed in range(settings.seeds)
   }
-  found = np.array(list(progress.parts(jobs).values()), np.float64).reshape(len(RATES), len(WAYS), -1, settings.seeds)
-  accuracy = {(name, where): found[i, j] for i, name in enumerate(RATES) for j, where in enumerate(WAYS)}  # [rates, seeds]
+  values = np.array(list(progress.parts(jobs).values()), np.float64)
+  found = values.reshape(len(networks), len(RATES), len(WAYS), -1, settings.seeds)
+  by_way = lambda found: {(name, where): found[i, j] for i, name in enumerate(RATES) for j, where in enumerate(WAYS)}
+  accuracy = by_way(found[0])  # [rates, seeds] each
   return Measured(
     samples=figures(accuracy),
-    rows=[_row(name, where, rate, accuracy[name, where][i]) for name, where in accuracy for i, rate in enumerate(RATES[name])],
+    rows=[
+      _row(network, name, where, rate, values[i])
+      for network, of_network in zip(networks, found, strict=True)
+      for (name, where), values in by_way(of_network).items()
+      for i, rate in enumerate(RATES[name])
+    ],
     draw=lambda figure: draw(figure, accuracy),
     caption=f"Normalizer-free residual networks of {depth} blocks on {data.name}, batch {BATCH}, {steps} steps: test accuracy by "
     f"learning rate without AGC, with AGC (λ = {LAMBDA}) of the gradient, and of the optimizer's update. Shades: all seeds.",
@@ -116,8 +127,9 @@ def figures(accuracy: dict[tuple[str, str], np.ndarray]) -> dict[str, list[float
   }
 
 
-def _row(name: str, where: str, rate: float, accuracy: np.ndarray) -> Row:
+def _row(network: str, name: str, where: str, rate: float, accuracy: np.ndarray) -> Row:
   return {
+    "network": network,
     "optimizer": name,
     "AGC": where,
     "learning rate": rate,

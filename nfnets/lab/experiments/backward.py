@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.signals import gradient_norms
@@ -71,7 +71,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   deepest = {name: measured[name, DEPTHS[-1]] for name in NETWORKS}
   theirs = {}
   if settings.model is not None:
-    model, side, arguments = task.user_model(settings.model, seed=0)
+    model, side, arguments = users.user_model(settings.model, seed=0)
     theirs = gradient_norms(model, *task.images(len(images), side=side), **arguments)
   return Measured(
     samples=figures(deepest),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
@@ -34,9 +34,9 @@ CRITERIA = (
 )
 
 
-def arms(lambdas: tuple[float, ...]) -> dict[str, tuple[str, float]]:
-  """{name: (normalizer, AGC's λ)}."""
-  plain = {name: (norm, math.inf) for name, norm in NETWORKS.items()}
+def arms(lambdas: tuple[float, ...], models: tuple[str, ...] = ()) -> dict[str, tuple[str, float]]:
+  """{name: (normalizer, or one of a person's `models`; AGC's λ)}."""
+  plain = {name: (norm, math.inf) for name, norm in (NETWORKS | {model: model for model in models}).items()}
   return {**plain, **{f"NF + AGC {strength:g}": ("nf", strength) for strength in lambdas}}
 
 
@@ -50,13 +50,16 @@ def run(settings: Settings, progress: Progress) -> Measured:
   sizes = settings.of_scale((4, 32, 256, 1024), (4, 16, 64, 256, 1024))
   width, depth, epochs = settings.of_scale((16, 2, 16), (16, 2, 3))
   lambdas = settings.of_scale((0.01, 0.04, 0.16), LAMBDAS)
-  data, ways = task.data(settings.data), arms(lambdas)
+  data, ways = task.data(settings.data), arms(lambdas, settings.models)
 
   @functools.cache
   def trainer(norm: str, batch: int) -> Trainer:
-    config = DeepConfig(depth=depth, width=width, norm=norm, num_classes=data.classes, in_features=data.channels)
     steps = max(1, epochs * len(data.train[1]) // batch)
-    return Trainer(lambda key: Deep(config, key), data, Recipe(batch=batch, steps=steps, warmup=max(1, steps // 18)))
+    recipe = Recipe(batch=batch, steps=steps, warmup=max(1, steps // 18))
+    if norm in settings.models:
+      return users.UserTrainer(norm, task.data(settings.data, cut=False), recipe)
+    config = DeepConfig(depth=depth, width=width, norm=norm, num_classes=data.classes, in_features=data.channels)
+    return Trainer(lambda key: Deep(config, key), data, recipe)
 
   def job(name: str, batch: int, rate: float, seed: int) -> float:
     norm, strength = ways[name]
@@ -141,7 +144,8 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], l
   by_size, by_lambda = figure.subplots(1, 2)
   clipped = np.stack([accuracy[f"NF + AGC {strength:g}"] for strength in lambdas])  # [λ, sizes, seeds]
   best = clipped[np.argmax(clipped.mean(axis=-1), axis=0), np.arange(len(sizes))]
-  for style, (name, values) in enumerate({**{name: accuracy[name] for name in NETWORKS}, "NF + AGC": best}.items()):
+  others = {name: values for name, values in accuracy.items() if "AGC" not in name}
+  for style, (name, values) in enumerate({**others, "NF + AGC": best}.items()):
     drawing.line(by_size, sizes, values.T, name, style, markers=True)
   by_size.set_xscale("log", base=2)
   by_size.set_xticks(sizes, [str(size) for size in sizes])

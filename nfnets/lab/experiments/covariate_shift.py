@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.linear import LinearNetwork
 from nfnets.lab.measures.shift import covariate_shift, layer_numbers
@@ -17,7 +17,8 @@ from nfnets.lab.training import Recipe, Trainer, batches
 from nfnets.lab.vgg import VGG, VGGConfig
 
 BATCH, EVERY = 128, 10
-RATES = {"VGG": 0.02, "linear": 0.005}
+YOURS = "--model"  # the kind of a person's own network
+RATES = {"VGG": 0.02, "linear": 0.005, YOURS: 0.02}
 NETWORKS = (("VGG", "none"), ("VGG", "batch"), ("VGG", "noisy_batch"), ("linear", "none"), ("linear", "batch"))
 LAYER = 2  # of the VGG, whose distribution is followed
 SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -70,13 +71,14 @@ def run(settings: Settings, progress: Progress) -> Measured:
     params, losses, seen = made.train(made.init(seed), order, RATES[kind], seed=seed)
     return {"accuracy": made.test(params)[0], "loss": losses.tolist(), **{name: value.tolist() for name, value in seen.items()}}
 
+  networks = [*NETWORKS, *((YOURS, name) for name in settings.models)]
   jobs = {
     f"{kind}, {norm}, seed {seed}": functools.partial(job, kind, norm, seed)
-    for kind, norm in NETWORKS
+    for kind, norm in networks
     for seed in range(settings.seeds)
   }
   found = progress.parts(jobs)
-  runs = {(kind, norm): [found[f"{kind}, {norm}, seed {seed}"] for seed in range(settings.seeds)] for kind, norm in NETWORKS}
+  runs = {(kind, norm): [found[f"{kind}, {norm}, seed {seed}"] for seed in range(settings.seeds)] for kind, norm in networks}
   return Measured(
     samples=figures(runs),
     rows=[_row(kind, norm, values) for (kind, norm), values in runs.items()],
@@ -99,6 +101,10 @@ def _depth(settings: Settings) -> int:
 
 
 def _trainer(kind: str, norm: str, data: Data, steps: int, settings: Settings) -> Trainer:
+  recipe = Recipe(batch=BATCH, steps=steps)
+  if kind == YOURS:
+    made = users.UserTrainer(norm, task.data(settings.data, cut=False), recipe, every=EVERY)
+    return _watched(made, made.layer_numbers(), None)
   shape = data.train[0].shape[1:]
   config = VGGConfig(width=settings.of_scale((16, 32), (32, 64)), norm=norm, num_classes=data.classes, in_features=data.channels)
   inputs, width = int(np.prod(shape)), settings.of_scale(32, 128)
@@ -107,13 +113,17 @@ def _trainer(kind: str, norm: str, data: Data, steps: int, settings: Settings) -
     if kind == "VGG"
     else (lambda key: LinearNetwork(inputs, width, _depth(settings), norm, key, num_classes=data.classes))
   )
-  made = Trainer(make, data, Recipe(batch=BATCH, steps=steps), every=EVERY)
-  numbers = layer_numbers(made.init(0))
+  made = Trainer(make, data, recipe, every=EVERY)
+  return _watched(made, layer_numbers(made.init(0)), config.width[LAYER // config.convs] if kind == "VGG" else None)
+
+
+def _watched(made: Trainer, numbers: Any, width: int | None) -> Trainer:
+  """Lets a trainer watch the shift of layers with these numbers, and in a VGG a layer's inputs, which have `width` channels."""
 
   def watch(before: Any, after: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
     seen = covariate_shift(lambda params: made.loss(params, images, labels, key), before, after, numbers)
-    if kind == "VGG":
-      inner = made.model(before).run(images, key=key)[1][LAYER].reshape(-1, config.width[LAYER // config.convs])
+    if width is not None:
+      inner = made.model(before).run(images, key=key)[1][LAYER].reshape(-1, width)
       seen |= {"mean": jnp.mean(inner, axis=0), "std": jnp.std(inner, axis=0)}
       seen["quantiles"] = jnp.quantile(inner[:, 0], jnp.array(SHARES))
     return seen
@@ -151,7 +161,7 @@ def figures(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list
 
 def _row(kind: str, norm: str, values: list[dict[str, Any]]) -> Row:
   return {
-    "network": f"{kind}, {norm}",
+    "network": norm if kind == YOURS else f"{kind}, {norm}",
     "test accuracy": float(np.mean([run["accuracy"] for run in values])),
     "relative shift": float(np.mean([relative_shift(run).mean() for run in values])),
     "shift ‖G - G'‖": float(np.mean([np.array(run["shift"])[:, 1:].mean() for run in values])),
@@ -166,7 +176,7 @@ def draw(figure: Any, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None
   shift, cosine = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
   for style, ((kind, norm), values) in enumerate(runs.items()):
     steps = np.arange(len(values[0]["shift"])) * EVERY
-    label = f"{kind}, {norm.replace('_', ' ')}"
+    label = norm if kind == YOURS else f"{kind}, {norm.replace('_', ' ')}"
     drawing.line(shift, steps, [relative_shift(run) for run in values], label, style)
     drawing.line(cosine, steps, [np.array(run["cosine"])[:, 1:].mean(axis=1) for run in values], label, style)
   shift.set_yscale("log")

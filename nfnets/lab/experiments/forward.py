@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.signals import moments, signal
@@ -192,7 +192,7 @@ def _user(settings: Settings, batch: int) -> dict[str, dict[str, float]]:
   """The signal in the user's own network, with the first seed."""
   if settings.model is None:
     return {}
-  model, side, arguments = task.user_model(settings.model, seed=0)
+  model, side, arguments = users.user_model(settings.model, seed=0)
   return signal(model, task.images(batch, side=side)[0], **arguments)
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nfnets.lab import drawing, linear, norms, task
+from nfnets.lab import drawing, linear, norms, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.measures.geometry import similarity
@@ -188,7 +188,7 @@ def _user(settings: Settings) -> list[dict[str, Any]]:
   """How alike the user's own network makes digits: its logits, and the pooled features of a network of nfnets.models."""
   if settings.model is None:
     return []
-  network, side, arguments = task.user_model(settings.model, seed=0)
+  network, side, arguments = users.user_model(settings.model, seed=0)
   images, _ = task.images(GROUP_SAMPLES, side=side)
   outputs = getattr(network, "outputs", None)
   model: Any = nnx.clone(network)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets.lab import drawing, norms, task
+from nfnets.lab import drawing, norms, task, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.landscape import along_gradient, batch_norm_bound, plane
 from nfnets.lab.progress import Progress
@@ -60,14 +60,17 @@ CRITERIA = (
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every seed, looks along the gradient at each tenth step and around the end."""
   steps = settings.of_scale(200, 3000)
-  data = task.data(settings.data)
+  data, recipe, names = task.data(settings.data), Recipe(batch=BATCH, steps=steps), [*NETWORKS, *settings.models]
 
   @functools.cache
   def trainer(name: str) -> Trainer:
-    config = VGGConfig(
-      width=settings.of_scale((16, 32), (32, 64)), norm=NETWORKS[name], num_classes=data.classes, in_features=data.channels
-    )
-    made = Trainer(lambda key: VGG(config, key), data, Recipe(batch=BATCH, steps=steps), every=EVERY)
+    if name not in NETWORKS:
+      made = users.UserTrainer(name, task.data(settings.data, cut=False), recipe, every=EVERY)
+    else:
+      config = VGGConfig(
+        width=settings.of_scale((16, 32), (32, 64)), norm=NETWORKS[name], num_classes=data.classes, in_features=data.channels
+      )
+      made = Trainer(lambda key: VGG(config, key), data, recipe, every=EVERY)
     made.watch = lambda before, after, images, labels, key: along_gradient(
       lambda params: made.loss(params, images, labels, key), before, RATE * jnp.array(STEPS)
     )
@@ -86,9 +89,9 @@ def run(settings: Settings, progress: Progress) -> Measured:
       values["plane"] = np.asarray(look(params)).tolist()
     return values
 
-  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in NETWORKS for seed in range(settings.seeds)}
+  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in names for seed in range(settings.seeds)}
   found = progress.parts(jobs)
-  runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in NETWORKS}
+  runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in names}
   return Measured(
     samples=figures(runs),
     rows=[_row(name, values) for name, values in runs.items()],

@@ -10,7 +10,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.errors import UserError
-from nfnets.lab import drawing, task, twin
+from nfnets.lab import drawing, task, twin, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.geometry import similarity
 from nfnets.lab.measures.signals import gradient_norms, signal
@@ -99,7 +99,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
 def pair(settings: Settings) -> tuple[str, int, Callable[[str, jax.Array, bool], nnx.Module]]:
   """What is compared: the network's name, pixels a side, and (kind "batch" or "NF", key, whether branches are open) → network."""
   chosen = settings.model or DEFAULT
-  if ":" in chosen and task.takes_kit(function := task.user_function(chosen)):
+  if ":" in chosen and users.takes_kit(function := users.user_function(chosen)):
 
     def build(kind: str, key: jax.Array, opened: bool) -> nnx.Module:
       return function(kit=twin.BatchNormKit(key) if kind == "batch" else twin.NormFreeKit(key, gain=1.0 if opened else 0.0))
@@ -112,7 +112,7 @@ def pair(settings: Settings) -> tuple[str, int, Callable[[str, jax.Array, bool],
     create = models.create if kind == "batch" else twin.nf_twin
     network = create(name, 10, rngs=key, drop_rate=0.0, stochastic_depth=0.0, **shape)
     if opened:
-      task.open_branches(network, 0)
+      users.open_branches(network, 0)
     return network
 
   return name, 8 if name == DEFAULT else min(32, models.variant(name).train_resolution), make

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.progress import Progress
@@ -13,6 +13,7 @@ from nfnets.lab.training import Recipe, Trainer, batches
 
 BATCH, LAMBDA = 64, 0.16
 RATES = (0.05, 0.2)
+Shape = tuple[int, int]  # width, number of blocks
 
 CRITERIA = (
   Criterion(
@@ -35,48 +36,51 @@ CRITERIA = (
 
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network for every budget with every learning rate and seed."""
-  shapes = settings.of_scale(((4, 1), (8, 2), (16, 3), (24, 4)), ((8, 2), (16, 4), (32, 6), (64, 8), (128, 12)))  # width, depth
+  shapes = settings.of_scale(((4, 1), (8, 2), (16, 3), (24, 4)), ((8, 2), (16, 4), (32, 6), (64, 8), (128, 12)))
   epochs = settings.of_scale((1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
   data = task.data(settings.data)
   count, places = len(data.train[1]), int(np.prod(data.train[0].shape[1:3]))
 
   @functools.cache
-  def trainer(width: int, depth: int, budget: int) -> Trainer:
-    config = DeepConfig(depth=depth, width=width, norm="nf", num_classes=data.classes, in_features=data.channels)
+  def trainer(shape: Shape | str, budget: int) -> Trainer:
     steps = budget * count // BATCH
-    return Trainer(lambda key: Deep(config, key), data, Recipe(batch=BATCH, steps=steps, warmup=max(2, steps // 20)))
+    recipe = Recipe(batch=BATCH, steps=steps, warmup=max(2, steps // 20))
+    if isinstance(shape, str):
+      return users.UserTrainer(shape, task.data(settings.data, cut=False), recipe)
+    config = DeepConfig(depth=shape[1], width=shape[0], norm="nf", num_classes=data.classes, in_features=data.channels)
+    return Trainer(lambda key: Deep(config, key), data, recipe)
 
-  def job(width: int, depth: int, budget: int, rate: float, seed: int) -> float:
-    made = trainer(width, depth, budget)
+  def job(shape: Shape | str, budget: int, rate: float, seed: int) -> float:
+    made = trainer(shape, budget)
     params, *_ = made.train(made.init(seed), batches(count, made.recipe, seed), rate, LAMBDA)
     return made.test(params)[1]
 
-  keys = [(*shape, budget) for shape in shapes for budget in epochs]
+  keys = [(shape, budget) for shape in (*shapes, *settings.models) for budget in epochs]
   jobs = {
-    f"width {width}, depth {depth}, epochs {budget}, rate {rate:g}, seed {seed}": functools.partial(
-      job, width, depth, budget, rate, seed
-    )
-    for width, depth, budget in keys
+    f"{_name(shape)}, epochs {budget}, rate {rate:g}, seed {seed}": functools.partial(job, shape, budget, rate, seed)
+    for shape, budget in keys
     for rate in RATES
     for seed in range(settings.seeds)
   }
   found = np.array(list(progress.parts(jobs).values())).reshape(len(keys), len(RATES), settings.seeds)
   losses = found[np.arange(len(keys)), np.argmin(np.nan_to_num(found.mean(axis=-1), nan=np.inf), axis=-1)].T  # [seeds, networks]
-  compute = np.array([operations(width, depth, data.channels, places) * budget * count for width, depth, budget in keys])
-  widths = np.array([width for width, _, _ in keys])
+  an_image = {shape: operations(*shape, data.channels, places) for shape in shapes}
+  an_image |= {name: users.operations(name, data.classes) for name in settings.models}
+  compute = np.array([an_image[shape] * budget * count for shape, budget in keys])
+  widths = np.array([shape[0] for shape in shapes for _ in epochs])
+  family = slice(len(widths))  # without the person's own network
   return Measured(
-    samples=figures(compute, losses, widths),
+    samples=figures(compute[family], losses[:, family], widths),
     rows=[
       {
-        "width": width,
-        "blocks": depth,
+        "network": _name(shape),
         "epochs": budget,
         "operations": float(operations_),
         "held-out loss": float(column.mean()),
         "lowest": float(column.min()),
         "highest": float(column.max()),
       }
-      for (width, depth, budget), operations_, column in zip(keys, compute, losses.T, strict=True)
+      for (shape, budget), operations_, column in zip(keys, compute, losses.T, strict=True)
     ],
     draw=lambda figure: draw(figure, compute, losses, keys),
     caption=f"Held-out loss on {data.name} of normalizer-free networks of several widths and depths, each trained for several "
@@ -88,6 +92,10 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "are another matter, and say how the method behaves, not which exponent large data has.",
     ),
   )
+
+
+def _name(shape: Shape | str) -> str:
+  return shape if isinstance(shape, str) else f"width {shape[0]}, {shape[1]} blocks"
 
 
 def operations(width: int, depth: int, channels: int, places: int) -> int:
@@ -126,13 +134,14 @@ def figures(compute: np.ndarray, losses: np.ndarray, widths: np.ndarray) -> dict
   return found
 
 
-def draw(figure: Any, compute: np.ndarray, losses: np.ndarray, keys: list[tuple[int, int, int]]) -> None:
+def draw(figure: Any, compute: np.ndarray, losses: np.ndarray, keys: list[tuple[Any, int]]) -> None:
   """Draws loss against compute, a line a network."""
   axis = figure.subplots()
-  for style, shape in enumerate(dict.fromkeys(key[:2] for key in keys)):
-    at = [i for i, key in enumerate(keys) if key[:2] == shape]
-    drawing.line(axis, compute[at], losses[:, at], f"width {shape[0]}, {shape[1]} blocks", style, markers=True)
-  mean = losses.mean(axis=0)
+  for style, shape in enumerate(dict.fromkeys(shape for shape, _ in keys)):
+    at = [i for i, key in enumerate(keys) if key[0] == shape]
+    drawing.line(axis, compute[at], losses[:, at], _name(shape), style, markers=True)
+  family = [i for i, (shape, _) in enumerate(keys) if not isinstance(shape, str)]
+  compute, mean = compute[family], losses[:, family].mean(axis=0)
   lowest = frontier(compute, mean)
   slope, intercept, _ = fit(compute[lowest], mean[lowest])
   ends = np.array([compute.min(), compute.max()])

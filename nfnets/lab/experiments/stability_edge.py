@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.measures.curvature import batch_sharpness, sharpness_of
@@ -58,8 +58,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
   sides, arguments = dict.fromkeys(makers, 8), dict.fromkeys(makers, {})
   if settings.model is not None:
     name = settings.model
-    makers["your model"] = lambda seed: task.user_model(name, seed=seed)[0]
-    _, sides["your model"], arguments["your model"] = task.user_model(name, seed=0)
+    makers["your model"] = lambda seed: users.user_model(name, seed=seed)[0]
+    _, sides["your model"], arguments["your model"] = users.user_model(name, seed=0)
   curves, done = {}, 0
   for name, make in makers.items():
     images, labels = task.images(count, side=sides[name])

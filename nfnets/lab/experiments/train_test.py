@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from nfnets import models
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
@@ -57,18 +57,22 @@ def run(settings: Settings, progress: Progress) -> Measured:
 
   shape = settings.of_scale({"depth": (1, 1, 1), "width": (32, 64, 64)}, {"depth": (2, 2, 2), "width": (64, 128, 128)})
 
+  recipe, names = Recipe(batch=BATCH, steps=steps, warmup=steps // 10), [*NETWORKS, *settings.models]
+
   @functools.cache
   def trainer(name: str) -> ZooTrainer:
+    if name not in NETWORKS:
+      return users.UserZooTrainer(name, data, recipe, RATE)
     make = lambda key: models.create(NETWORKS[name], data.classes, rngs=key, **shape)
-    return ZooTrainer(make, data, Recipe(batch=BATCH, steps=steps, warmup=steps // 10), RATE)
+    return ZooTrainer(make, data, recipe, RATE)
 
   def job(name: str, seed: int) -> dict[str, float]:
     made = trainer(name)
     return Ways(made).evaluate(made.fit(seed))
 
-  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in NETWORKS for seed in range(settings.seeds)}
+  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in names for seed in range(settings.seeds)}
   found = progress.parts(jobs)
-  runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in NETWORKS}
+  runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in names}
   return Measured(
     samples=figures(runs),
     rows=[_row(name, values) for name, values in runs.items()],
@@ -142,13 +146,14 @@ def draw(figure: Any, runs: dict[str, list[dict[str, float]]]) -> None:
   axis = figure.subplots()
   for i, (name, values) in enumerate(runs.items()):
     found = np.array([[run[way] for way in WAYS] for run in values])
-    mean, places = found.mean(axis=0), np.arange(len(WAYS)) + 0.4 * (i - 0.5)
-    axis.bar(places, mean, 0.36, color=("0.25", "0.75")[i], edgecolor="k", label=name)
+    width = 0.8 / len(runs)
+    mean, places = found.mean(axis=0), np.arange(len(WAYS)) + width * (i - (len(runs) - 1) / 2)
+    axis.bar(places, mean, 0.9 * width, color=("0.25", "0.75", "white")[i], edgecolor="k", label=name)
     axis.errorbar(places, mean, [mean - found.min(axis=0), found.max(axis=0) - mean], fmt="none", color="#d55e00", capsize=3)
   axis.set_xticks(range(len(WAYS)), [way.replace(", ", ",\n") for way in WAYS])
   axis.set_ylim(0, 1.15)
   drawing.name_axes(axis, "whose statistics", "test accuracy")
-  drawing.legend(axis, loc="upper right", ncols=2)
+  drawing.legend(axis, loc="upper right", ncols=len(runs))
 
 
 EXPERIMENT = Experiment(

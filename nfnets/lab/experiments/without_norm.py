@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nfnets.lab import drawing, task
+from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
@@ -43,31 +43,35 @@ def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every learning rate and seed."""
   data, steps = task.data(settings.data), settings.of_scale(250, 5000)
   depth, width = settings.of_scale((6, 16), (16, 32))
+  networks = NETWORKS | {name: (name, math.inf) for name in settings.models}
+  recipe = Recipe(batch=BATCH, steps=steps, warmup=max(5, steps // 20))
 
   @functools.cache
   def trainer(norm: str) -> Trainer:
+    if norm in settings.models:
+      return users.UserTrainer(norm, task.data(settings.data, cut=False), recipe)
     config = DeepConfig(depth=depth, width=width, norm=norm, convs=2, num_classes=data.classes, in_features=data.channels)
-    return Trainer(lambda key: Deep(config, key), data, Recipe(batch=BATCH, steps=steps, warmup=max(5, steps // 20)))
+    return Trainer(lambda key: Deep(config, key), data, recipe)
 
   def job(name: str, rate: float, seed: int) -> list[float]:
-    norm, strength = NETWORKS[name]
+    norm, strength = networks[name]
     made = trainer(norm)
     params, losses, _ = made.train(made.init(seed), batches(len(data.train[1]), made.recipe, seed), rate, strength)
     return [made.test(params)[0], *losses.tolist()]
 
   jobs = {
     f"{name}, rate {rate:g}, seed {seed}": functools.partial(job, name, rate, seed)
-    for name in NETWORKS
+    for name in networks
     for rate in RATES
     for seed in range(settings.seeds)
   }
-  found = np.array(list(progress.parts(jobs).values())).reshape(len(NETWORKS), len(RATES), settings.seeds, -1)
-  accuracy = dict(zip(NETWORKS, found[..., 0], strict=True))  # [rates, seeds]
-  losses = dict(zip(NETWORKS, found[..., 1:], strict=True))  # [rates, seeds, steps]
+  found = np.array(list(progress.parts(jobs).values())).reshape(len(networks), len(RATES), settings.seeds, -1)
+  accuracy = dict(zip(networks, found[..., 0], strict=True))  # [rates, seeds]
+  losses = dict(zip(networks, found[..., 1:], strict=True))  # [rates, seeds, steps]
   best = {name: best_rate(values) for name, values in accuracy.items()}
   return Measured(
     samples=figures({name: values[best[name]] for name, values in accuracy.items()}),
-    rows=[_row(name, rate, accuracy[name][i], i == best[name]) for name in NETWORKS for i, rate in enumerate(RATES)],
+    rows=[_row(name, rate, accuracy[name][i], i == best[name]) for name in networks for i, rate in enumerate(RATES)],
     draw=lambda figure: draw(figure, accuracy, {name: values[best[name]] for name, values in losses.items()}),
     caption=f"Residual networks of {depth} blocks with two convolutions of {width} channels on {data.name}, batch {BATCH}, "
     f"{steps} steps. Left: test accuracy by learning rate. Right: training loss at each one's best rate, mean of ten steps. "

@@ -1,0 +1,96 @@
+"""The network that a person names: how it is called, which of its layers come first, and how it is trained."""
+
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nfnets.errors import UserError
+from nfnets.lab import task, training, users
+from nfnets.lab.training import Recipe
+
+NETWORK = """
+  from flax import nnx
+
+  class Net(nnx.Module):
+    image_size = 16
+
+    def __init__(self, seed):
+      rngs = nnx.Rngs(seed)
+      self.zeroth = nnx.Linear(64, 8, rngs=rngs)
+      self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(3)])
+      self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+      self.head = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, images):
+      assert images.shape[1:] == (16, 16, 3)
+      x = self.zeroth(images[:, ::2, ::2, 0].reshape(-1, 64))
+      for block in self.blocks:
+        x = nnx.relu(block(x))
+      return self.head(self.norm(x))
+
+  def make(seed):
+    return Net(seed)
+"""
+
+
+@pytest.fixture
+def network(tmp_path):
+  """Writes a person's file, for a number of classes, and returns what --model says."""
+
+  def write(classes: int = 10) -> str:
+    (tmp_path / "mine.py").write_text(textwrap.dedent(NETWORK).replace("CLASSES", str(classes)))
+    return f"{tmp_path / 'mine.py'}:make"
+
+  return write
+
+
+def test_it_gets_images_of_its_size_and_normalizes_as_it_is_told(network):
+  images = task.images(12)[0]
+  for name in (network(), "resnet_tiny"):
+    trains, evaluates = (users.UserNetwork(name, 0, 10)(images, train=train) for train in (True, False))
+    assert trains.shape == evaluates.shape == (12, 10)
+    assert not np.allclose(trains, evaluates, atol=1e-3)  # statistics of these images, and running ones
+  assert users.UserNetwork("nf_resnet_tiny", 0, 7)(images, key=jax.random.key(0)).shape == (12, 7)
+
+
+def test_layers_are_numbered_in_the_order_in_which_images_pass_them(network):
+  data, recipe = task.data(None, cut=False), Recipe(batch=8, steps=2)
+  numbers = users.UserTrainer(network(), data, recipe).layer_numbers()["network"]
+  first = lambda tree: set(jax.tree.leaves(tree))
+  order = [numbers["zeroth"], *(numbers["blocks"][i] for i in range(3)), numbers["norm"], numbers["head"]]
+  assert [first(part) for part in order] == [{i} for i in range(6)]
+  numbers = users.UserTrainer("nfnet_digits", data, recipe).layer_numbers()["network"]
+  order = [numbers["stem"], *(numbers["blocks"][i] for i in range(4)), numbers["final_conv"], numbers["fc"]]
+  assert [first(part) for part in order] == [{i} for i in range(7)]
+
+
+def test_it_learns_with_clipping_that_leaves_its_classifier_alone(network):
+  data = task.data(None, cut=False)
+  trainer = users.UserTrainer(network(), data, Recipe(batch=64, steps=60))
+  start = trainer.init(3)
+  after, losses, _ = trainer.train(start, training.batches(len(data.train[1]), trainer.recipe, 0), 0.5)
+  assert losses[-5:].mean() < losses[:5].mean() - 0.5
+  grads = jax.tree.map(jnp.ones_like, start)
+  clipped, _ = (clip := training.clip(jnp.float32(1e-6), start)).update(grads, clip.init(start), start)
+  assert jnp.all(clipped["network"]["head"]["kernel"] == 1) and jnp.all(clipped["network"]["zeroth"]["kernel"] < 1e-3)
+
+
+def test_with_running_statistics_it_learns_too(network):
+  trainer = users.UserZooTrainer(network(), task.data(None, cut=False), Recipe(batch=64, steps=60), 0.5)
+  before, after = trainer.init(0), trainer.fit(0)
+  mean = lambda state: np.asarray(state["network"]["norm"]["mean"][...])
+  assert np.abs(mean(after) - mean(before)).max() > 0.01
+  assert trainer.accuracy(after) > 0.5
+
+
+def test_too_few_classes_are_told(network):
+  with pytest.raises(UserError, match="at least 10 classes, as digits has; got 4"):
+    users.UserTrainer(network(4), task.data(None, cut=False), Recipe(batch=8, steps=2))
+
+
+def test_its_operations_are_three_times_those_of_its_products(network):
+  products = 2 * (64 * 8 + 3 * 8 * 8 + 8 * 10)
+  assert 3 * products < users.operations(network(), 10) < 3 * 1.2 * products  # the rest: biases, ReLU, normalization
