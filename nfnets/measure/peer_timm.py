@@ -17,7 +17,8 @@ def start(job: dict[str, Any]) -> "TimmStep":
   """Builds the network, the optimizer and the batch.
 
   Args:
-    job: "network" is timm's name of it, "overrides" arguments of timm.create_model, "weights" a file of its state_dict in
+    job: "network" is timm's name of it, "overrides" arguments of timm.create_model, "built" the settings of a network that timm
+      does not name (`_built`), "weights" a file of its state_dict in
       safetensors' format or ""; the rest is what `peers.work` says.
   """
   return TimmStep(job)
@@ -38,7 +39,8 @@ class TimmStep:
     _set_up(torch, job)
     # Channels last is how cuDNN's tensor cores mostly want it
     self.layout = torch.channels_last if self.cuda and not job["contiguous"] else torch.contiguous_format
-    network = timm.create_model(job["network"], num_classes=job["classes"], **job["overrides"])
+    options = {"num_classes": job["classes"], **job["overrides"]}
+    network = _built(job["built"], **options) if "built" in job else timm.create_model(job["network"], **options)
     if job["weights"]:
       from safetensors.torch import load_file  # pyrefly: ignore
 
@@ -118,6 +120,16 @@ def _set_up(torch: Any, job: dict[str, Any]) -> None:
   torch.manual_seed(job["seed"])
   torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
   torch.set_float32_matmul_precision("high")
+
+
+def _built(settings: dict[str, Any], **options: Any) -> Any:
+  """Builds a network of timm's blocks; the pool of its stem, which sets the strides of the stages too, does nothing."""
+  import torch  # pyrefly: ignore
+  from timm.models.nfnet import NfCfg, NormFreeNet  # pyrefly: ignore
+
+  network = NormFreeNet(NfCfg(**settings), **options)
+  network.stem.pool = torch.nn.Identity()
+  return network
 
 
 def _batch(job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

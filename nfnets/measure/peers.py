@@ -31,6 +31,7 @@ from nfnets.measure.chips import cpu_name
 from nfnets.measure.peers_report import PeerReport, SideReport
 from nfnets.measure.turns import MissingPackage, Side, SideError
 from nfnets.models import registry
+from nfnets.models.nf_resnet import NFResNetConfig
 from nfnets.train.checkpoints.compatibility import to_json
 from nfnets.weights import haiku, timm, writer
 
@@ -300,9 +301,20 @@ def timm_network(config: Config) -> Match:
       words = "as the recipe says" if same else f"in timm's dialect {row_words(known.overrides)}"
       job = {"network": theirs, "overrides": {"drop_rate": row.drop_rate, "drop_path_rate": row.stochastic_depth}}
       return Match(overrides=known.overrides, words=f"{words}, which is timm's {theirs}", job=job)
+  if isinstance(row, NFResNetConfig) and not named and (row.stem_kernel, row.stem_pool, row.gate) == (3, False, None):
+    return _built_of_timms_blocks(row)
   changed = f" with {row_words(overrides)}" if named else ""
   have = ", ".join(dict.fromkeys(known.name for known in timm.ARCHITECTURES.values()))
   raise UserError(f"timm has no equal of {name}{changed}; it has {have}")
+
+
+def _built_of_timms_blocks(row: NFResNetConfig) -> Match:
+  """An NF-ResNet for small images, which timm has not: of its blocks, with its stem of 3×3, whose pool is taken away."""
+  blocks = {"depths": row.depth, "channels": row.width, "alpha": row.alpha, "bottle_ratio": row.bottleneck}
+  settings = {**blocks, "stem_type": "3x3_pool", "stem_chs": row.width[0] // 4, "act_layer": row.activation}
+  rates = {"drop_rate": row.drop_rate, "drop_path_rate": row.stochastic_depth}
+  job = {"network": "NormFreeNet", "built": settings, "overrides": rates}
+  return Match(overrides={"dialect": "timm"}, words="in timm's dialect, built of timm's blocks", job=job)
 
 
 def haiku_network(config: Config, official: str | None) -> Match:

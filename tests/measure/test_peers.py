@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from launch import bench as launch_bench, cli
+from nfnets import models
 from nfnets.agc import named_leaves
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
 from nfnets.errors import UserError
@@ -147,12 +148,15 @@ def test_networks_that_timm_has_are_found_in_its_dialect():
   assert peers.timm_network(tiny(model=timms)).job["network"] == "nfnet_f0"
   assert peers.timm_network(tiny(model=ModelConfig(name="nf_resnet50"))).job["network"] == "nf_resnet50"
   assert peers.timm_network(tiny()).words == "as the recipe says, which is timm's test_nfnet"
+  small = peers.timm_network(tiny(model=ModelConfig(name="nf_resnet_tiny")))
+  assert small.job["built"]["depths"] == (2, 2, 2) and small.words == "in timm's dialect, built of timm's blocks"
 
 
 @pytest.mark.parametrize(
   "model, message",
   [
-    ({"name": "nf_resnet_tiny"}, "timm has no equal of nf_resnet_tiny; it has nfnet_f0, .*nf_resnet50"),
+    ({"name": "nfnet_tiny"}, "timm has no equal of nfnet_tiny; it has nfnet_f0, .*nf_resnet50"),
+    ({"name": "nf_resnet_tiny", "overrides": {"gate": "se"}}, "timm has no equal of nf_resnet_tiny"),
     ({"name": "nfnet_f0", "overrides": {"depth": (1, 1, 1, 1)}}, r"no equal of nfnet_f0 with depth=\(1, 1, 1, 1\)"),
     ({"name": "nf_resnet50", "activation": "silu"}, "no equal of nf_resnet50 with activation='silu'"),
   ],
@@ -296,15 +300,16 @@ def filled_run(config: Config) -> tuple[runs.Run, dict[str, np.ndarray]]:
   run.state = dataclasses.replace(
     run.state, params=put(place(run.state.params), run.state.params), ema=put(average, run.state.ema)
   )
-  return run, timms_names(run.state.params)
+  return run, timms_names(config, run.state.params)
 
 
-def timms_names(params) -> dict[str, np.ndarray]:
+def timms_names(config: Config, params) -> dict[str, np.ndarray]:
   arrays = {path: np.array(leaf) for path, leaf, _ in named_leaves(params)}  # copies: the state is donated
-  return timm_names.to_theirs(arrays, (1, 1, 1, 1), gate_inside=False)
+  return timm_names.to_theirs(arrays, models.variant(config.model.name).depth, gate_inside=False)
 
 
-def test_one_step_of_timms_peer_is_one_step_of_ours(tmp_path):
+@pytest.mark.parametrize("name, clipping", [("test_nfnet", 0.03), ("nf_resnet_tiny", 0.3)])
+def test_one_step_of_timms_peer_is_one_step_of_ours(tmp_path, name, clipping):
   """The same weights and images: equal losses, parameters and averages after the step, AGC having clipped."""
   pytest.importorskip("torch")
   pytest.importorskip("timm")
@@ -313,8 +318,8 @@ def test_one_step_of_timms_peer_is_one_step_of_ours(tmp_path):
   from nfnets.measure import peer_timm
 
   config = tiny(
-    model=ModelConfig(name="test_nfnet", drop_rate=0.0, stochastic_depth=0.0),
-    optim=OptimConfig(base_lr=1.0, scale_lr=False, warmup_epochs=0, schedule="constant", weight_decay=1e-2, clipping=0.03),
+    model=ModelConfig(name=name, drop_rate=0.0, stochastic_depth=0.0, overrides={"dialect": "timm"}),
+    optim=OptimConfig(base_lr=1.0, scale_lr=False, warmup_epochs=0, schedule="constant", weight_decay=1e-2, clipping=clipping),
   )
   run, before = filled_run(config)
   safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in before.items()}, tmp_path / "x")
@@ -325,14 +330,14 @@ def test_one_step_of_timms_peer_is_one_step_of_ours(tmp_path):
   clipped = 0
   for ours, network in ((run.state.params, theirs.network), (run.state.ema[0], theirs.ema.module)):
     found = {name: array.detach().numpy() for name, array in network.state_dict().items()}
-    expected = timms_names(ours)
+    expected = timms_names(config, ours)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
       assert np.linalg.norm(found[name] - array) <= 1e-3 * np.linalg.norm(array - before[name]) + 1e-7, name
   for name, weight in theirs.network.named_parameters():
     if name.endswith(".weight") and name != "head.fc.weight":
       norm = lambda x: np.linalg.norm(x.reshape(len(x), -1), axis=1)
-      clipped += np.isclose(norm(weight.grad.numpy()), 0.03 * norm(before[name]), rtol=1e-3).sum()
+      clipped += np.isclose(norm(weight.grad.numpy()), clipping * norm(before[name]), rtol=1e-3).sum()
   assert clipped > 100
 
 
