@@ -93,7 +93,7 @@ def test_schedules_that_do_not_fit(fields, length, message):
     ({"base_lr": "0.1"}, "OptimConfig.base_lr = '0.1': expected a number in (0, 1e4]"),
     ({"end_lr": -1.0}, "OptimConfig.end_lr = -1.0"),
     ({"warmup_epochs": math.nan}, "OptimConfig.warmup_epochs = nan"),
-    ({"momentum": 1.0}, "OptimConfig.momentum = 1.0: expected a number in [0, 1)"),
+    ({"momentum": 1.0}, "OptimConfig.momentum = 1.0: expected a number in [0, 0.999999]"),
     ({"weight_decay": math.inf}, "OptimConfig.weight_decay = inf"),
     ({"clipping": 0.0}, "OptimConfig.clipping = 0.0: expected a number > 0, or None (or inf) for no clipping"),
     ({"clipping": True}, "OptimConfig.clipping = True"),
@@ -121,7 +121,7 @@ def test_fields_are_checked_again_when_read():
     config.weight_decoy = 0.1
   config.momentum = 2.0
   for read in (make, lambda config, _: optim.make_schedule(config, **LENGTH)):
-    with pytest.raises(ValueError, match=r"OptimConfig.momentum = 2.0: expected a number in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"OptimConfig.momentum = 2.0: expected a number in \[0, 0.999999\]"):
       read(config, make_params())
   with pytest.raises(ValueError, match="OptimConfig.momentum = 2.0"):
     optim.describe_groups(make_params(), config)

@@ -1,6 +1,7 @@
 """How to update: optimizer, schedule, clipping, averaging."""
 
 import dataclasses
+import math
 
 from nfnets.config import checks
 from nfnets.errors import UserError
@@ -45,15 +46,15 @@ class OptimConfig:
   # Length of the linear warm-up from 0, in epochs (fractions allowed; 0 = none).
   warmup_epochs: float = 5.0
 
-  # Momentum coefficient of SGD and LARS, in [0, 1); 0 keeps no momentum buffer.
+  # Momentum coefficient of SGD and LARS, in [0, 0.999999]; 0 keeps no momentum buffer.
   momentum: float = 0.9
   # Nesterov momentum for SGD and LARS; None = as published: True for SGD, False for LARS.
   nesterov: bool | None = None
   # Weight decay per step, on kernels only: added to the gradient (SGD, LARS) or times the learning rate (AdamW).
   weight_decay: float = 2e-5
-  # AdamW: decay of the first moment, in [0, 1).
+  # AdamW: decay of the first moment, in [0, 0.999999].
   b1: float = 0.9
-  # AdamW: decay of the second moment, in [0, 1).
+  # AdamW: decay of the second moment, in [0, 0.999999].
   b2: float = 0.999
   # AdamW: added to the root of the second moment.
   eps: float = 1e-8
@@ -106,21 +107,23 @@ class OptimConfig:
       raise UserError("OptimConfig.nesterov = True needs momentum > 0, got momentum 0. Raise it or unset nesterov.")
 
 
-# That no update overflows (`is_bad` in nfnets/train/step/step.py) rests on the upper ends of rates and decay.
+# That no update of finite gradients overflows (`is_bad` in nfnets/train/step/step.py) rests on the ends of these ranges.
+_rate = checks.number("a number in (0, 1e4]", lambda value: 0 < value <= 1e4)
+_remembers = checks.number("a number in [0, 0.999999]", lambda value: 0 <= value <= 0.999999)
 _RULES: dict[str, checks.Rule] = {
   "name": checks.choice(*OPTIMIZERS),
-  "base_lr": checks.number("a number in (0, 1e4]", lambda value: 0 < value <= 1e4),
+  "base_lr": _rate,
   "scale_lr": checks.flag,
   "end_lr": checks.number("a number in [0, 1e4]", lambda value: 0 <= value <= 1e4),
   "schedule": checks.choice(*SCHEDULES),
   "warmup_epochs": checks.not_negative(),
-  "momentum": checks.share(),
+  "momentum": _remembers,
   "nesterov": checks.optional(checks.flag, "True, False or None"),
   "weight_decay": checks.number("a number in [0, 1000]", lambda value: 0 <= value <= 1000),
-  "b1": checks.share(),
-  "b2": checks.share(),
-  "eps": checks.positive(),
-  "trust_coefficient": checks.positive(),
+  "b1": _remembers,
+  "b2": _remembers,
+  "eps": checks.number("a number of at least 1e-30", lambda value: 1e-30 <= value < math.inf),
+  "trust_coefficient": _rate,
   "layer_decay": checks.number("a number in (0, 1]", lambda value: 0 < value <= 1),
   "frozen": checks.patterns,
   "clipping": checks.optional(checks.number("a number > 0, or None (or inf) for no clipping", lambda value: value > 0)),

@@ -110,8 +110,12 @@ def test_a_step_is_bad_where_loss_gradients_parameters_or_statistics_are_not_fin
 def test_no_update_that_the_step_takes_overflows(name, clipping):
   """The largest parameters and gradients whose norms are finite, and the largest rate, decay and momenta that are allowed."""
   config = OptimConfig(name=name, base_lr=1e4, end_lr=1e4, weight_decay=1e3, clipping=clipping, warmup_epochs=0)
-  beside = {"adamw": {"b1": 0.999999, "b2": 0.999999, "eps": 1e-30}}.get(name, {"momentum": 0.999999})
-  config = dataclasses.replace(config, **beside)
+  beside = {
+    "sgd": {"momentum": 0.999999},
+    "lars": {"momentum": 0.999999, "trust_coefficient": 1e4},
+    "adamw": {"b1": 0.999999, "b2": 0.999999, "eps": 1e-30},
+  }
+  config = dataclasses.replace(config, **beside[name])
   largest = np.float32(1.8e19 / np.sqrt(12 + 3))
   params = {"conv": {"kernel": jnp.full((4, 3), largest), "bias": jnp.full(3, -largest)}}
   signs = {"conv": {"kernel": jnp.where(jnp.arange(12).reshape(4, 3) % 2, 1.0, -1.0), "bias": jnp.ones(3)}}
