@@ -83,8 +83,8 @@ def operations(name: str, classes: int) -> float:
   """Operations of one image's forward and backward pass, as three times those of the forward pass that XLA counts."""
   graph, state = nnx.split(UserNetwork(name, 0, classes))
   shape = jax.ShapeDtypeStruct((1, task.SIDE, task.SIDE, 3), jnp.float32)
-  lowered = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, shape)
-  return 3 * float(lowered.cost_analysis()["flops"])
+  costs: Any = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, shape).cost_analysis()
+  return 3 * float(costs["flops"])
 
 
 def _part(path: Sequence[Any]) -> tuple[str, ...]:

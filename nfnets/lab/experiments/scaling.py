@@ -64,7 +64,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   }
   found = np.array(list(progress.parts(jobs).values())).reshape(len(keys), len(RATES), settings.seeds)
   losses = found[np.arange(len(keys)), np.argmin(np.nan_to_num(found.mean(axis=-1), nan=np.inf), axis=-1)].T  # [seeds, networks]
-  an_image = {shape: operations(*shape, data.channels, places) for shape in shapes}
+  an_image: dict[Shape | str, float] = {(w, d): operations(w, d, data.channels, places) for w, d in shapes}
   an_image |= {name: users.operations(name, data.classes) for name in settings.models}
   compute = np.array([an_image[shape] * budget * count for shape, budget in keys])
   widths = np.array([shape[0] for shape in shapes for _ in epochs])
