@@ -109,3 +109,15 @@ def patches(pixels: jax.Array) -> jax.Array:
   n, height, width, channels = pixels.shape
   parts = pixels.reshape(n, height // PATCH, PATCH, width // PATCH, PATCH, channels).transpose(0, 1, 3, 2, 4, 5)
   return parts.reshape(n, height // PATCH, width // PATCH, -1)
+
+
+def whole(data: Data) -> Data:
+  """The same data, whose images `data` has cut into patches, as images again."""
+
+  def join(labelled: Labelled) -> Labelled:
+    images, labels = labelled
+    n, height, width, numbers = images.shape
+    parts = images.reshape(n, height, width, PATCH, PATCH, numbers // PATCH**2).transpose(0, 1, 3, 2, 4, 5)
+    return parts.reshape(n, height * PATCH, width * PATCH, -1), labels
+
+  return dataclasses.replace(data, train=join(data.train), test=join(data.test))

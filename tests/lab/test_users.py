@@ -94,3 +94,8 @@ def test_too_few_classes_are_told(network):
 def test_its_operations_are_three_times_those_of_its_products(network):
   products = 2 * (64 * 8 + 3 * 8 * 8 + 8 * 10)
   assert 3 * products < users.operations(network(), 10) < 3 * 1.2 * products  # the rest: biases, ReLU, normalization
+
+
+def test_patches_become_the_images_that_they_were_cut_from():
+  images, cut = task.data(None, cut=False), task.whole(task.data(None))
+  assert jnp.array_equal(cut.train[0], images.train[0]) and jnp.array_equal(cut.test[0], images.test[0])

@@ -73,7 +73,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   @functools.cache
   def trainer(network: str, name: str, where: str) -> Trainer:
     if network != OURS:
-      return users.UserTrainer(network, task.data(settings.data, cut=False), recipe, optimizer=optimizer(name, where))
+      return users.UserTrainer(network, task.whole(data), recipe, optimizer=optimizer(name, where))
     return Trainer(lambda key: Deep(config, key), data, recipe, optimizer=optimizer(name, where))
 
   def job(network: str, name: str, where: str, rate: float, seed: int) -> float:

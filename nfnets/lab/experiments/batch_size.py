@@ -57,7 +57,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     steps = max(1, epochs * len(data.train[1]) // batch)
     recipe = Recipe(batch=batch, steps=steps, warmup=max(1, steps // 18))
     if norm in settings.models:
-      return users.UserTrainer(norm, task.data(settings.data, cut=False), recipe)
+      return users.UserTrainer(norm, task.whole(data), recipe)
     config = DeepConfig(depth=depth, width=width, norm=norm, num_classes=data.classes, in_features=data.channels)
     return Trainer(lambda key: Deep(config, key), data, recipe)
 

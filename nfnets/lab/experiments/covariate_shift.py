@@ -103,7 +103,7 @@ def _depth(settings: Settings) -> int:
 def _trainer(kind: str, norm: str, data: Data, steps: int, settings: Settings) -> Trainer:
   recipe = Recipe(batch=BATCH, steps=steps)
   if kind == YOURS:
-    made = users.UserTrainer(norm, task.data(settings.data, cut=False), recipe, every=EVERY)
+    made = users.UserTrainer(norm, task.whole(data), recipe, every=EVERY)
     return _watched(made, made.layer_numbers(), None)
   shape = data.train[0].shape[1:]
   config = VGGConfig(width=settings.of_scale((16, 32), (32, 64)), norm=norm, num_classes=data.classes, in_features=data.channels)

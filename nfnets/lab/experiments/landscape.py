@@ -65,7 +65,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   @functools.cache
   def trainer(name: str) -> Trainer:
     if name not in NETWORKS:
-      made = users.UserTrainer(name, task.data(settings.data, cut=False), recipe, every=EVERY)
+      made = users.UserTrainer(name, task.whole(data), recipe, every=EVERY)
     else:
       config = VGGConfig(
         width=settings.of_scale((16, 32), (32, 64)), norm=NETWORKS[name], num_classes=data.classes, in_features=data.channels

@@ -46,7 +46,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     steps = budget * count // BATCH
     recipe = Recipe(batch=BATCH, steps=steps, warmup=max(2, steps // 20))
     if isinstance(shape, str):
-      return users.UserTrainer(shape, task.data(settings.data, cut=False), recipe)
+      return users.UserTrainer(shape, task.whole(data), recipe)
     config = DeepConfig(depth=shape[1], width=shape[0], norm="nf", num_classes=data.classes, in_features=data.channels)
     return Trainer(lambda key: Deep(config, key), data, recipe)
 

@@ -49,7 +49,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   @functools.cache
   def trainer(norm: str) -> Trainer:
     if norm in settings.models:
-      return users.UserTrainer(norm, task.data(settings.data, cut=False), recipe)
+      return users.UserTrainer(norm, task.whole(data), recipe)
     config = DeepConfig(depth=depth, width=width, norm=norm, convs=2, num_classes=data.classes, in_features=data.channels)
     return Trainer(lambda key: Deep(config, key), data, recipe)
 
