@@ -77,7 +77,8 @@ def make_train_step(
 
   The batch is that of `batch_loss` without its "key". Metrics are sums over the batch ("loss_sum", "top1", "top5", "count"),
   "grad_norm" before clipping, and "bad". A bad step (see config.on_bad_step) changes nothing; unless bad steps are skipped,
-  nothing changes after it either.
+  nothing changes after it either. An `optimizer` that is not of `optim.make_optimizer` must make finite updates of finite
+  gradients: they are not looked at (`is_bad`).
 
   What the processes tell each other travels with the batch, a row for each device: "stop" int32 [devices], 1 where a process was
   asked to stop, comes back as its maximum, and "corrupt" int32 [devices], the number of a record found corrupt, plus 1, comes
