@@ -7,8 +7,7 @@ DIR gets NAME.png, NAME.json and report.html, one file that opens from disk. An 
 same settings, is not computed again, so that a run that was stopped goes on. --model measures or trains a network of yours
 beside the purpose-made ones, in every experiment; no verdict counts it. It is a name of nfnets.models, or FILE.py:FUNCTION,
 where FUNCTION(seed) returns an nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images
-that a recipe of launch.train names, instead of digits, for covariate_shift, landscape, batch_size, train_test,
-agc_optimizers, without_norm and scaling.
+that a recipe of launch.train names, averaged to 16 pixels a side, instead of digits.
 """
 
 import difflib

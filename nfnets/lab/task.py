@@ -19,6 +19,7 @@ Labelled = tuple[jax.Array, jax.Array]  # images float32 [n, side, side, channel
 PATCH = 2  # pixels a side of the patches that become one place each with all their numbers, which makes training fast
 SIDE = 16  # pixels a side to which images of a config file are averaged first
 MOST = {"train": 10_000, "test": 2_000}  # images taken of a config file's splits
+_KEPT: dict[str, tuple[Labelled, int]] = {}
 MEAN, STD = 77.8, 95.9  # of the digits' pixels, as in configs/digits.py
 
 
@@ -30,23 +31,41 @@ def _split(split: str) -> tuple[np.ndarray, np.ndarray]:
   return images, np.array([record.label for record in records], np.int32)
 
 
-def images(count: int | None = None, *, split: str = "train", seed: int = 0, side: int = 8) -> tuple[jax.Array, jax.Array]:
-  """Digits, normalised, and their labels.
+def images(
+  config: DataConfig | None = None, count: int | None = None, *, split: str = "train", seed: int = 0, side: int = 8
+) -> Labelled:
+  """Images, normalised, and their labels.
 
   Args:
+    config: whose images; None: the digits, 1,437 for training and 360 for tests.
     count: how many, chosen by `seed`; None takes all, in their order.
-    split: "train" (1,437) or "test" (360).
+    split: "train" or "test".
     seed: of the choice.
-    side: pixels a side, of which 8 are real; the nearest one is taken for others.
+    side: pixels a side; of the digits 8 are real, of others `SIDE`, and the nearest one is taken.
 
   Returns:
     float32 [count, side, side, 3] and int32 [count].
   """
-  pixels, labels = _split(split)
+  if config is None:
+    pixels, labels = _split(split)
+    pixels = (pixels.astype(np.float32) - MEAN) / STD
+  else:
+    (read, numbers), _ = _read(config, split)
+    pixels, labels = np.asarray(read), np.asarray(numbers)
   if count is not None:
     chosen = np.random.default_rng(seed).permutation(len(labels))[:count]
     pixels, labels = pixels[chosen], labels[chosen]
-  return jnp.asarray((resized(pixels, side).astype(np.float32) - MEAN) / STD), jnp.asarray(labels)
+  return jnp.asarray(resized(pixels, side)), jnp.asarray(labels)
+
+
+def name(config: DataConfig | None) -> str:
+  """What people call these images."""
+  return "digits" if config is None else config.name
+
+
+def classes(config: DataConfig | None) -> int:
+  """How many classes these images have."""
+  return 10 if config is None else _read(config, "train")[1]
 
 
 def resized(pixels: Any, side: int) -> Any:
@@ -78,16 +97,24 @@ def data(config: DataConfig | None, *, cut: bool = True) -> Data:
     DataError: as `open_source`, and for an image that cannot be decoded.
   """
   if config is None:
-    name, classes, train, test = "digits", 10, images(), images(split="test")
+    train, test = images(), images(split="test")
   else:
-    name = config.name
-    train, classes = _read(config, config.train_split, MOST["train"])
-    test, _ = _read(config, config.test_split, MOST["test"])
+    (train, _), (test, _) = _read(config, "train"), _read(config, "test")
   cut_up = lambda labelled: (patches(labelled[0]), labelled[1]) if cut else labelled
-  return Data(name, classes, cut_up(train), cut_up(test))
+  return Data(name(config), classes(config), cut_up(train), cut_up(test))
 
 
-def _read(config: DataConfig, split: str, most: int) -> tuple[Labelled, int]:
+def _read(config: DataConfig, split: str) -> tuple[Labelled, int]:
+  """Images of the split "train" or "test", of which the latest stay in memory, and how many classes there are; see `_load`."""
+  key = repr((config, split))
+  if key not in _KEPT:
+    if len(_KEPT) > 3:
+      _KEPT.clear()
+    _KEPT[key] = _load(config, getattr(config, f"{split}_split"), MOST[split])
+  return _KEPT[key]
+
+
+def _load(config: DataConfig, split: str, most: int) -> tuple[Labelled, int]:
   """At most that many images, the same ones each time, normalised, float32 [n, 16, 16, 3], with labels; and how many classes."""
   source = open_source(config, split)
   chosen = np.random.default_rng(0).permutation(len(source))[:most]

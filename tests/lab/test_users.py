@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nfnets.config import DataConfig
 from nfnets.errors import UserError
 from nfnets.lab import task, training, users
+from nfnets.lab.experiment import Settings
+from nfnets.lab.experiments import stability_edge
+from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
 
 NETWORK = """
@@ -48,7 +52,7 @@ def network(tmp_path):
 
 
 def test_it_gets_images_of_its_size_and_normalizes_as_it_is_told(network):
-  images = task.images(12)[0]
+  images = task.images(count=12)[0]
   for name in (network(), "resnet_tiny"):
     trains, evaluates = (users.UserNetwork(name, 0, 10)(images, train=train) for train in (True, False))
     assert trains.shape == evaluates.shape == (12, 10)
@@ -99,3 +103,31 @@ def test_its_operations_are_three_times_those_of_its_products(network):
 def test_patches_become_the_images_that_they_were_cut_from():
   images, cut = task.data(None, cut=False), task.whole(task.data(None))
   assert jnp.array_equal(cut.train[0], images.train[0]) and jnp.array_equal(cut.test[0], images.test[0])
+
+
+def test_images_of_a_config_stand_in_for_the_digits():
+  """256 images of noise, 12 classes, averaged to 16 pixels a side; read once."""
+  config = DataConfig(name="synthetic", image_size=32, num_classes=12)
+  images, labels = task.images(config, 20, seed=1, side=8)
+  every, numbers = task.images(config, side=task.SIDE)
+  assert images.shape == (20, 8, 8, 3) and every.shape == (256, 16, 16, 3)
+  chosen = np.random.default_rng(1).permutation(256)[:20]
+  assert jnp.array_equal(images, every[chosen][:, ::2, ::2]) and jnp.array_equal(labels, numbers[chosen])
+  assert (
+    task.classes(config) == 12 and task.name(config) == "synthetic" and (task.classes(None), task.name(None)) == (10, "digits")
+  )
+  assert jnp.array_equal(task.data(config, cut=False).train[0], every)
+
+
+class Brief(Settings):
+  """A few steps of tiny networks."""
+
+  def of_scale(self, small, full):
+    return 20 if isinstance(small, int) else (16, 4, 1)
+
+
+def test_the_edge_of_stability_is_measured_for_it_too(network, monkeypatch):
+  monkeypatch.setattr(stability_edge, "EVERY", 10)
+  name = network()
+  measured = stability_edge.run(Brief(seeds=1, model=name), Progress(lambda share: None))
+  assert [row["network"] for row in measured.rows].count(name) == 1

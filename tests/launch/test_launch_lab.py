@@ -70,7 +70,7 @@ def test_images_are_real_and_normalised():
   images, labels = task.images()
   assert images.shape == (1437, 8, 8, 3) and set(np.asarray(labels)) == set(range(10))
   assert abs(float(images.mean())) < 0.02 and float(images.std()) == pytest.approx(1, abs=0.02)
-  assert task.images(4, side=16)[0].shape == (4, 16, 16, 3)
+  assert task.images(count=4, side=16)[0].shape == (4, 16, 16, 3)
 
 
 # ---- a network that is broken must not get "holds"
@@ -82,7 +82,7 @@ def verdicts(experiment, samples):
 
 def test_forward_sees_that_batch_normalization_is_missing():
   """The profile of an unnormalized network in the place of the normalized ones, made shorter by repeating it to 1,000 blocks."""
-  images, _ = task.images(8)
+  images, _ = task.images(count=8)
   config = DeepConfig(depth=40, width=8, norm="none")
   broken = forward.profile(config, images, 3, rescale=True)
   long = np.concatenate([broken, np.repeat(broken[:, -1:], 960, axis=1)], axis=1)
@@ -93,7 +93,7 @@ def test_forward_sees_that_batch_normalization_is_missing():
 
 
 def test_backward_sees_that_alpha_beta_is_missing():
-  images, labels = task.images(8)
+  images, labels = task.images(count=8)
   exploding = backward.block_gradients(DeepConfig(depth=10, width=32, norm="batch", residual=False), images, labels, 2)
   parts, whole = verdicts(backward.EXPERIMENT, backward.figures(dict.fromkeys(backward.NETWORKS, exploding)))
   assert parts["batch_factor"] == "holds" and parts["nf_factor"] == "does not hold" == whole

@@ -14,9 +14,11 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.agc import agc, agc_metrics, explain_entries, named_leaves, unit_norm
+from nfnets.config import DataConfig
 from nfnets.lab import drawing, task, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.progress import Progress
+from nfnets.lab.training import Recipe, batches
 
 BATCH, WARMUP = 256, 10
 SMALL, LARGE = 0.1, 1.6  # learning rates; the large one is that of the paper's ablation
@@ -93,12 +95,12 @@ CRITERIA = (
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains the network in every way with every seed."""
   steps = settings.of_scale(80, 1000)
-  make = lambda seed: models.create("nf_resnet_tiny", 10, rngs=seed, **NETWORK)
-  trainer = Trainer(make(0), {"train": True}, 8)
+  make = lambda seed: models.create("nf_resnet_tiny", task.classes(settings.data), rngs=seed, **NETWORK)
+  trainer = Trainer(make(0), {"train": True}, 8, settings.data)
   accuracy = {name: np.zeros(settings.seeds) for name in ARMS}
   logs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in ARMS}
   for seed in range(settings.seeds):
-    params, batches = trainer.split(make(seed)), _batches(steps, seed)
+    params, batches = trainer.split(make(seed)), trainer.batches(steps, seed)
     for number, (name, arm) in enumerate(ARMS.items()):
       accuracy[name][seed], log = trainer.train(params, arm, batches)
       logs[name].append(log)
@@ -111,9 +113,10 @@ def run(settings: Settings, progress: Progress) -> Measured:
     samples=figures(accuracy),
     rows=rows + _user(settings),
     draw=lambda figure: draw(figure, accuracy, logs["AGC"], trainer.units),
-    caption=f"NF-ResNet with four stages on digits, batch {BATCH}, {steps} steps. Left: test accuracy by what is clipped, "
-    "squares without AGC, lines from the lowest to the highest seed. Then the share of units clipped by layer and step, mean "
-    "over seeds. Below: ‖G‖ / ‖W‖ of the units whose gradient is not 0, of all layers and by layer over all steps.",
+    caption=f"NF-ResNet with four stages on {task.name(settings.data)}, batch {BATCH}, {steps} steps. Left: test accuracy by "
+    "what is clipped, squares without AGC, lines from the lowest to the highest seed. Then the share of units clipped by "
+    "layer and step, mean over seeds. Below: ‖G‖ / ‖W‖ of the units whose gradient is not 0, of all layers and by layer "
+    "over all steps.",
     notes=(
       f"AGC has λ = {LAMBDA}, global clipping the threshold {THRESHOLD}. Differences are taken between trainings with the same "
       "weights at the start and the same batches.",
@@ -126,21 +129,25 @@ def run(settings: Settings, progress: Progress) -> Measured:
 class Trainer:
   """Trains copies of one network by SGD with Nesterov's momentum; what an Arm says is an argument of one compiled run."""
 
-  def __init__(self, network: nnx.Module, arguments: dict[str, Any], side: int):
+  def __init__(self, network: nnx.Module, arguments: dict[str, Any], side: int, config: DataConfig | None):
     self._graph, params, self._rest = nnx.split(network, nnx.Param, ...)
     self._arguments, self._template = arguments, params
     self.entries = explain_entries(nnx.to_pure_dict(params))
     self.names = [entry.path for entry in self.entries if entry.clipping is not None]
     self.kernels = {entry.path: entry.unit_axes for entry in self.entries if len(entry.shape or ()) > 1}
     self.units = {entry.path: entry.units for entry in self.entries if entry.path in self.kernels}
-    self._train_images = task.images(side=side)
+    self._train_images = task.images(config, side=side)
     self._run = jax.jit(self._descend)
-    tested, labels = task.images(split="test", side=side)
+    tested, labels = task.images(config, split="test", side=side)
     self._right = jax.jit(lambda params: jnp.mean(jnp.argmax(self._logits(params, tested), axis=-1) == labels))
 
   def split(self, network: nnx.Module) -> dict[str, Any]:
     """The parameters of a network as plain arrays, without the mark that keeps AGC away from the classifier."""
     return nnx.to_pure_dict(nnx.split(network, nnx.Param, ...)[1])
+
+  def batches(self, steps: int, seed: int) -> jax.Array:
+    """Image numbers, int32 [steps, BATCH]: permutations of the training images, one after the other."""
+    return batches(len(self._train_images[1]), Recipe(batch=BATCH, steps=steps), seed)
 
   def train(self, params: dict[str, Any], arm: Arm, batches: jax.Array) -> tuple[float, dict[str, np.ndarray]]:
     """Trains with batches int32 [steps, BATCH] of image numbers.
@@ -194,13 +201,6 @@ class Trainer:
     return norms(leaves) / jnp.maximum(norms(weights), 1e-3)
 
 
-def _batches(steps: int, seed: int) -> jax.Array:
-  """Image numbers, int32 [steps, BATCH]: permutations of the training images, one after the other."""
-  rng, count = np.random.default_rng(seed), len(task.images()[1])
-  order = np.concatenate([rng.permutation(count) for _ in range(-(-steps * BATCH // count))])
-  return jnp.asarray(order[: steps * BATCH].reshape(steps, BATCH), jnp.int32)
-
-
 def figures(accuracy: dict[str, np.ndarray]) -> dict[str, list[float]]:
   """The criteria's figures from test accuracies, [seeds] each: differences of trainings that began alike."""
   spread = lambda names: np.ptp(np.stack([accuracy[name] for name in names]), axis=0)
@@ -225,9 +225,9 @@ def _user(settings: Settings) -> list[dict[str, Any]]:
   """
   if settings.model is None:
     return []
-  network, side, arguments = users.user_model(settings.model, seed=0)
-  trainer = Trainer(network, arguments, side)
-  accuracy, log = trainer.train(trainer.split(network), ARMS["AGC"], _batches(settings.of_scale(20, 1000), 0))
+  network, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
+  trainer = Trainer(network, arguments, side, settings.data)
+  accuracy, log = trainer.train(trainer.split(network), ARMS["AGC"], trainer.batches(settings.of_scale(20, 1000), 0))
   rows = [{"training": f"{settings.model}, AGC", "test accuracy, or share": accuracy, "lowest": "", "highest": ""}]
   for name, share in zip(trainer.kernels, log["clipped"].mean(axis=0), strict=True):
     rows.append(

@@ -89,7 +89,7 @@ CRITERIA = (
 def run(settings: Settings, progress: Progress) -> Measured:
   """Measures every network at every depth with every seed."""
   batch = settings.of_scale(32, 256)
-  images, _ = task.images(batch)
+  images, _ = task.images(settings.data, batch)
 
   def job(name: str, depth: int) -> list:
     norm, stages, width, rescale = NETWORKS[name]
@@ -192,8 +192,8 @@ def _user(settings: Settings, batch: int) -> dict[str, dict[str, float]]:
   """The signal in the user's own network, with the first seed."""
   if settings.model is None:
     return {}
-  model, side, arguments = users.user_model(settings.model, seed=0)
-  return signal(model, task.images(batch, side=side)[0], **arguments)
+  model, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
+  return signal(model, task.images(settings.data, batch, side=side)[0], **arguments)
 
 
 def _user_row(model: str | None, path: str, values: dict[str, float]) -> Row:

@@ -72,25 +72,26 @@ def run(settings: Settings, progress: Progress) -> Measured:
   groups = np.zeros((settings.seeds, len(GROUPS), 3))
   jobs = len(WIDTHS) + 2 * len(SQUARE) + len(GROUPS)
   for i, width in enumerate(WIDTHS):
-    gaps[:, i] = _linear("batch_uncentred", width, SAMPLES, depth, settings.seeds)["orthogonality_gap"]
+    gaps[:, i] = _linear("batch_uncentred", width, SAMPLES, depth, settings)["orthogonality_gap"]
     progress((i + 1) / jobs)
   for j, norm in enumerate(ranks):
     for i, width in enumerate(SQUARE):
-      ranks[norm][:, i] = _linear(norm, width, width, depth, settings.seeds)["effective_rank"]
+      ranks[norm][:, i] = _linear(norm, width, width, depth, settings)["effective_rank"]
       progress((len(WIDTHS) + j * len(SQUARE) + i + 1) / jobs)
   for i, count in enumerate(GROUPS):
-    groups[:, i, :2] = _grouped(count, settings.seeds)
+    groups[:, i, :2] = _grouped(count, settings)
     progress((jobs - len(GROUPS) + i + 1) / jobs)
-  losses = progress.parts({f"groups {count}": functools.partial(_trained, count, settings.seeds) for count in GROUPS})
+  losses = progress.parts({f"groups {count}": functools.partial(_trained, count, settings) for count in GROUPS})
   groups[..., 2] = np.array(list(losses.values())).T
   theirs = _user(settings)
   return Measured(
     samples=figures(gaps, ranks, groups),
     rows=_rows(gaps, ranks, groups) + theirs,
     draw=lambda figure: draw(figure, gaps, ranks, groups),
-    caption=f"Random networks on digits. Left: orthogonality gap of {SAMPLES} samples by layer. Middle: its average over layers "
-    f"{BURN_IN} to {depth} and the effective rank, by width. Right: group normalization with ReLU, {GROUP_DEPTH} layers, "
-    f"and the training loss of such a network of {GROUP_DEPTH // 2} layers after {TRAINING.steps} steps. Shades: all seeds.",
+    caption=f"Random networks on {task.name(settings.data)}. Left: orthogonality gap of {SAMPLES} samples by layer. Middle: "
+    f"its average over layers {BURN_IN} to {depth} and the effective rank, by width. Right: group normalization with ReLU, "
+    f"{GROUP_DEPTH} layers, and the training loss of such a network of {GROUP_DEPTH // 2} layers after {TRAINING.steps} "
+    "steps. Shades: all seeds.",
     notes=(
       "The theorem bounds the gap by a term in 1 / sqrt(width); the abstract calls it inversely proportional to the width. "
       "Both are judged.",
@@ -103,8 +104,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
   )
 
 
-def _linear(norm: str, width: int, samples: int, depth: int, seeds: int) -> dict[str, np.ndarray]:
-  """The measures of `linear.layer_similarities`, [seeds, depth] each; digits are brought to the width by a random matrix."""
+def _linear(norm: str, width: int, samples: int, depth: int, settings: Settings) -> dict[str, np.ndarray]:
+  """The measures of `linear.layer_similarities`, [seeds, depth] each; images are brought to the width by a random matrix."""
 
   @jax.jit
   def look(pixels: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
@@ -112,13 +113,13 @@ def _linear(norm: str, width: int, samples: int, depth: int, seeds: int) -> dict
     return linear.layer_similarities(norm, inputs, depth, key)
 
   runs = []
-  for seed in range(seeds):
-    pixels = task.images(samples, seed=seed)[0][..., 0].reshape(samples, -1)
+  for seed in range(settings.seeds):
+    pixels = task.images(settings.data, samples, seed=seed)[0][..., 0].reshape(samples, -1)
     runs.append(jax.device_get(look(pixels, jax.random.key(seed))))
   return {name: np.stack([run[name] for run in runs]).astype(np.float64) for name in runs[0]}
 
 
-def _grouped(groups: int, seeds: int) -> np.ndarray:
+def _grouped(groups: int, settings: Settings) -> np.ndarray:
   """Cosine and stable rank behind the last layer of a plain network with group normalization, [seeds, 2]."""
   config = DeepConfig(depth=GROUP_DEPTH, width=GROUP_WIDTH, norm=f"group:{groups}", residual=False)
 
@@ -128,18 +129,20 @@ def _grouped(groups: int, seeds: int) -> np.ndarray:
     features, _ = network.run(images)
     return similarity(network.activation(norms.normalize(network.norm, features, None)))
 
-  runs = [jax.device_get(look(task.images(GROUP_SAMPLES, seed=seed)[0], jax.random.key(seed))) for seed in range(seeds)]
+  shown = lambda seed: task.images(settings.data, GROUP_SAMPLES, seed=seed)[0]
+  runs = [jax.device_get(look(shown(seed), jax.random.key(seed))) for seed in range(settings.seeds)]
   return np.array([[run["cosine"], run["stable_rank"]] for run in runs], np.float64)
 
 
-def _trained(groups: int, seeds: int) -> list[float]:
+def _trained(groups: int, settings: Settings) -> list[float]:
   """The mean training loss of the last steps of a plain network with group normalization, a number a seed."""
-  data = task.data(None)
-  config = DeepConfig(
-    depth=GROUP_DEPTH // 2, width=GROUP_WIDTH, norm=f"group:{groups}", residual=False, in_features=data.channels
-  )
+  data = task.data(settings.data)
+  shape = {"depth": GROUP_DEPTH // 2, "width": GROUP_WIDTH, "in_features": data.channels, "num_classes": data.classes}
+  config = DeepConfig(norm=f"group:{groups}", residual=False, **shape)
   trainer = Trainer(lambda key: Deep(config, key), data, TRAINING)
-  runs = [trainer.train(trainer.init(seed), batches(len(data.train[1]), TRAINING, seed), RATE)[1] for seed in range(seeds)]
+  runs = [
+    trainer.train(trainer.init(seed), batches(len(data.train[1]), TRAINING, seed), RATE)[1] for seed in range(settings.seeds)
+  ]
   return [float(losses[-LAST:].mean()) for losses in runs]
 
 
@@ -185,11 +188,11 @@ def _rows(gaps: np.ndarray, ranks: dict[str, np.ndarray], groups: np.ndarray) ->
 
 
 def _user(settings: Settings) -> list[dict[str, Any]]:
-  """How alike the user's own network makes digits: its logits, and the pooled features of a network of nfnets.models."""
+  """How alike the user's own network makes images: its logits, and the pooled features of a network of nfnets.models."""
   if settings.model is None:
     return []
-  network, side, arguments = users.user_model(settings.model, seed=0)
-  images, _ = task.images(GROUP_SAMPLES, side=side)
+  network, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
+  images, _ = task.images(settings.data, GROUP_SAMPLES, side=side)
   outputs = getattr(network, "outputs", None)
   model: Any = nnx.clone(network)
   features = {"logits": model(images, **arguments)} if outputs is None else model.outputs(images, **arguments)

@@ -45,10 +45,10 @@ CRITERIA = (
 def run(settings: Settings, progress: Progress) -> Measured:
   """Measures and trains both networks with every seed."""
   name, side, make = pair(settings)
-  images, labels = task.images(64, side=side)
+  images, labels = task.images(settings.data, 64, side=side)
   steps = settings.of_scale(150, 3000)
-  train = [task.images(split=split, side=side) for split in ("train", "test")]
-  data = task.Data("digits", 10, *train)
+  train = [task.images(settings.data, split=split, side=side) for split in ("train", "test")]
+  data = task.Data(task.name(settings.data), task.classes(settings.data), *train)
 
   @functools.cache
   def trainer(kind: str, rate: float) -> ZooTrainer:
@@ -81,7 +81,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     samples=figures(runs, best),
     rows=[_row(kind, runs[kind], best[kind]) for kind in kinds],
     draw=lambda figure: draw(figure, runs, best),
-    caption=f"{name} and its normalizer-free twin on digits, at initialization: mean square "
+    caption=f"{name} and its normalizer-free twin on {task.name(settings.data)}, at initialization: mean square "
     f"behind each block, length of the gradient of each block's kernels; test accuracy after {steps} steps. Shades: all seeds.",
     notes=(
       *(
@@ -110,7 +110,7 @@ def pair(settings: Settings) -> tuple[str, int, Callable[[str, jax.Array, bool],
 
   def make(kind: str, key: jax.Array, opened: bool) -> nnx.Module:
     create = models.create if kind == "batch" else twin.nf_twin
-    network = create(name, 10, rngs=key, drop_rate=0.0, stochastic_depth=0.0, **shape)
+    network = create(name, task.classes(settings.data), rngs=key, drop_rate=0.0, stochastic_depth=0.0, **shape)
     if opened:
       users.open_branches(network, 0)
     return network

@@ -1,5 +1,6 @@
 """The edge of stability: the sharpness of the loss rises until gradient descent is about to diverge, and stays there."""
 
+import functools
 from typing import Any
 
 import jax
@@ -54,31 +55,32 @@ def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every seed by full-batch gradient descent on squared errors, and measures on the way."""
   steps = settings.of_scale(400, 4000)
   count, width, depth = settings.of_scale((128, 8, 3), (1437, 32, 8))
-  makers = {name: _maker(DeepConfig(depth=depth, width=width, **fields)) for name, fields in NETWORKS.items()}
+  shape = {"depth": depth, "width": width, "num_classes": task.classes(settings.data)}
+  makers = {name: _maker(DeepConfig(**shape, **fields)) for name, fields in NETWORKS.items()}
   sides, arguments = dict.fromkeys(makers, 8), dict.fromkeys(makers, {})
   if settings.model is not None:
-    name = settings.model
-    makers["your model"] = lambda seed: users.user_model(name, seed=seed)[0]
-    _, sides["your model"], arguments["your model"] = users.user_model(name, seed=0)
+    model, make = settings.model, functools.partial(users.user_model, settings.model, classes=shape["num_classes"])
+    makers[model] = lambda seed: make(seed=seed)[0]
+    _, sides[model], arguments[model] = make(seed=0)
   curves, done = {}, 0
-  for name, make in makers.items():
-    images, labels = task.images(count, side=sides[name])
+  for name, made in makers.items():
+    images, labels = task.images(settings.data, count, side=sides[name])
     runs = []
     for seed in range(settings.seeds):
-      runs.append(_descend(make(seed), images, labels, steps, arguments[name]))
+      runs.append(_descend(made(seed), images, labels, steps, arguments[name]))
       done += 1
       progress(done / (settings.seeds * len(makers)))
     curves[name] = np.array(runs)  # [seeds, measurements, 2]
-  images, labels = task.images(count)
-  plain = DeepConfig(depth=depth, width=width, **NETWORKS["plain"])
+  images, labels = task.images(settings.data, count)
+  plain = DeepConfig(**shape, **NETWORKS["plain"])
   stochastic = np.array([_wander(_maker(plain)(seed), images, labels, steps, seed) for seed in range(settings.seeds)])
   return Measured(
     samples=figures({name: curves[name] for name in NETWORKS}, stochastic),
     rows=[_row(name, values) for name, values in [*curves.items(), ("plain, batch sharpness of SGD", stochastic[..., [0, 2]])]],
     draw=lambda figure: draw(figure, curves, stochastic),
-    caption=f"Gradient descent with learning rate {RATE} on {count} digits. Left: largest eigenvalue of the Hessian, in units of "
-    f"2 / learning rate, with all images a step. Middle: the plain network with {BATCH} images a step: the same, and batch "
-    "sharpness. Right: the loss with all images. Shades: all seeds.",
+    caption=f"Gradient descent with learning rate {RATE} on {count} images of {task.name(settings.data)}. Left: largest "
+    "eigenvalue of the Hessian, in units of 2 / learning rate, with all images a step. Middle: the plain network with "
+    f"{BATCH} images a step: the same, and batch sharpness. Right: the loss with all images. Shades: all seeds.",
     notes=(
       "Beyond 1 a quadratic with that curvature would diverge. Real losses do not: they fall on, in small jumps.",
       f"Smaller networks and fewer images than the paper's 5,000 of CIFAR-10: {depth} blocks of {width} channels.",
@@ -115,7 +117,7 @@ def _squared_error(network: nnx.Module, arguments: dict) -> tuple[nnx.State, Any
   def loss(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
     model: Any = nnx.merge(graph, params, rest, copy=True)
     outputs = model(images, **arguments).astype(jnp.float32)
-    return 0.5 * jnp.mean(jnp.sum((outputs - jax.nn.one_hot(labels, 10)) ** 2, axis=-1))
+    return 0.5 * jnp.mean(jnp.sum((outputs - jax.nn.one_hot(labels, outputs.shape[-1])) ** 2, axis=-1))
 
   return params, loss
 
