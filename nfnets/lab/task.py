@@ -105,11 +105,9 @@ def data(config: DataConfig | None, *, cut: bool = True) -> Data:
 
 
 def _read(config: DataConfig, split: str) -> tuple[Labelled, int]:
-  """Images of the split "train" or "test", of which the latest stay in memory, and how many classes there are; see `_load`."""
+  """Images of the split "train" or "test", which stay in memory, and how many classes there are; see `_load`."""
   key = repr((config, split))
   if key not in _KEPT:
-    if len(_KEPT) > 3:
-      _KEPT.clear()
     _KEPT[key] = _load(config, getattr(config, f"{split}_split"), MOST[split])
   return _KEPT[key]
 

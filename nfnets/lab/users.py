@@ -25,33 +25,30 @@ Array = jax.Array
 class UserNetwork(nnx.Module):
   """A person's network, called as those of this room are, network(images, key=key) or network(images, train=False) → logits.
 
-  It gets images of its own size. Dropout, where it has any, drops the same units at each step.
+  It gets images of its own size. Dropout, where it has any, drops the same units at each step. A call raises UserError where the
+  logits have fewer columns than there are classes.
   """
 
   def __init__(self, name: str, seed: int, classes: int):
-    self.network, self.side, _ = user_model(name, seed=seed, classes=classes)
-    self.takes_train = "train" in inspect.signature(type(self.network).__call__).parameters
+    self.network, self.side, arguments = user_model(name, seed=seed, classes=classes)
+    self.name, self.classes, self.takes_train = name, classes, "train" in arguments
 
   def __call__(self, images: Array, *, key: Array | None = None, train: bool = True) -> Array:
     network: Any = self.network
     if not self.takes_train:
       (network.train if train else network.eval)()
-    return network(task.resized(images, self.side), **({"train": train} if self.takes_train else {}))
+    logits = network(task.resized(images, self.side), **({"train": train} if self.takes_train else {}))
+    if logits.shape[-1] < self.classes:
+      raise UserError(f"--model={self.name}: expected logits of at least {self.classes} classes, got {logits.shape[-1]}")
+    return logits
 
 
 class UserTrainer(Trainer):
-  """Trains the network that --model names; arguments are those of `Trainer`, with the name in place of `make`.
-
-  Raises:
-    UserError: as `user_model`; its logits have fewer columns than the data has classes.
-  """
+  """Trains the network that --model names; arguments are those of `Trainer`, with the name in place of `make`."""
 
   def __init__(self, name: str, data: task.Data, recipe: Recipe, **options: Any):
     self._made = lambda seed: UserNetwork(name, seed, data.classes)
     super().__init__(lambda key: self._made(0), data, recipe, **options)
-    columns = jax.eval_shape(self.logits, self.init(0), data.train[0][:2]).shape[-1]
-    if columns < data.classes:
-      raise UserError(f"--model={name}: expected logits of at least {data.classes} classes, as {data.name} has; got {columns}")
 
   def init(self, seed: int) -> Params:
     """New weights, made outside a compiled program, as a person's code may want it."""
@@ -113,13 +110,18 @@ def user_model(name: str, *, seed: int, classes: int = 10) -> tuple[nnx.Module, 
   if not colon:
     network = models.create(name, classes, rngs=seed, drop_rate=0.0, stochastic_depth=0.0)
     open_branches(network, seed)
-    return network, min(32, models.variant(name).train_resolution), {"train": True}
+    return network, min(32, models.variant(name).train_resolution), _arguments(network)
   make = user_function(name)
   network = make(kit=BatchNormKit(seed)) if takes_kit(make) else make(seed)
   if not isinstance(network, nnx.Module):
     raise UserError(f"--model={name}: expected an nnx.Module from that function, got {type(network).__name__}")
   network.train()
-  return network, getattr(network, "image_size", 32), {}
+  return network, getattr(network, "image_size", 32), _arguments(network)
+
+
+def _arguments(network: nnx.Module) -> dict[str, Any]:
+  """What says in a call of the network that it trains; nothing where train() and eval() alone do."""
+  return {"train": True} if "train" in inspect.signature(type(network).__call__).parameters else {}
 
 
 def open_branches(network: models.Network, seed: int) -> None:

@@ -292,6 +292,7 @@ def timm_network(config: Config) -> Match:
   """
   name, overrides = registry.variant_name(config.model.name), config.model.all_overrides()
   row: Any = models.variant(name, **overrides)
+  rates = {"drop_rate": row.drop_rate, "drop_path_rate": row.stochastic_depth}
   named = {theirs: known for theirs, known in timm.ARCHITECTURES.items() if known.name == name}
   for theirs, known in named.items():
     agrees = all(overrides.get(field, value) == value for field, value in known.overrides.items())
@@ -299,22 +300,23 @@ def timm_network(config: Config) -> Match:
     if agrees and writer.same_network(models.variant(name, **{**overrides, **known.overrides}), published):
       same = writer.same_network(row, published)
       words = "as the recipe says" if same else f"in timm's dialect {row_words(known.overrides)}"
-      job = {"network": theirs, "overrides": {"drop_rate": row.drop_rate, "drop_path_rate": row.stochastic_depth}}
+      job = {"network": theirs, "overrides": rates}
       return Match(overrides=known.overrides, words=f"{words}, which is timm's {theirs}", job=job)
-  if isinstance(row, NFResNetConfig) and not named and (row.stem_kernel, row.stem_pool, row.gate) == (3, False, None):
-    return _built_of_timms_blocks(row)
+  if not named and isinstance(row, NFResNetConfig) and (built := _of_timms_blocks(row)):
+    job = {"network": "NormFreeNet", "built": built, "overrides": rates}
+    return Match(overrides={"dialect": "timm"}, words="in timm's dialect, built of timm's blocks", job=job)
   changed = f" with {row_words(overrides)}" if named else ""
   have = ", ".join(dict.fromkeys(known.name for known in timm.ARCHITECTURES.values()))
   raise UserError(f"timm has no equal of {name}{changed}; it has {have}")
 
 
-def _built_of_timms_blocks(row: NFResNetConfig) -> Match:
-  """An NF-ResNet for small images, which timm has not: of its blocks, with its stem of 3×3, whose pool is taken away."""
+def _of_timms_blocks(row: NFResNetConfig) -> dict[str, Any] | None:
+  """timm's settings of an NF-ResNet for small images: a stem of 3×3, whose pool `peer_timm` takes away; None for another one."""
+  fits = (3, 2, False, (1, *[2] * (len(row.depth) - 1)), None)
+  if (row.stem_kernel, row.stem_strides, row.stem_pool, row.stage_strides, row.gate) != fits:
+    return None
   blocks = {"depths": row.depth, "channels": row.width, "alpha": row.alpha, "bottle_ratio": row.bottleneck}
-  settings = {**blocks, "stem_type": "3x3_pool", "stem_chs": row.width[0] // 4, "act_layer": row.activation}
-  rates = {"drop_rate": row.drop_rate, "drop_path_rate": row.stochastic_depth}
-  job = {"network": "NormFreeNet", "built": settings, "overrides": rates}
-  return Match(overrides={"dialect": "timm"}, words="in timm's dialect, built of timm's blocks", job=job)
+  return {**blocks, "stem_type": "3x3_pool", "stem_chs": row.width[0] // 4, "act_layer": row.activation}
 
 
 def haiku_network(config: Config, official: str | None) -> Match:

@@ -91,8 +91,10 @@ def test_with_running_statistics_it_learns_too(network):
 
 
 def test_too_few_classes_are_told(network):
-  with pytest.raises(UserError, match="at least 10 classes, as digits has; got 4"):
-    users.UserTrainer(network(4), task.data(None, cut=False), Recipe(batch=8, steps=2))
+  data, recipe = task.data(None, cut=False), Recipe(batch=8, steps=10)
+  for trainer in (users.UserTrainer(network(4), data, recipe), users.UserZooTrainer(network(4), data, recipe, 0.1)):
+    with pytest.raises(UserError, match="at least 10 classes, got 4"):
+      trainer.logits(trainer.init(0), data.train[0][:2], *[True] * isinstance(trainer, users.UserZooTrainer))
 
 
 def test_its_operations_are_three_times_those_of_its_products(network):

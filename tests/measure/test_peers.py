@@ -157,6 +157,7 @@ def test_networks_that_timm_has_are_found_in_its_dialect():
   [
     ({"name": "nfnet_tiny"}, "timm has no equal of nfnet_tiny; it has nfnet_f0, .*nf_resnet50"),
     ({"name": "nf_resnet_tiny", "overrides": {"gate": "se"}}, "timm has no equal of nf_resnet_tiny"),
+    ({"name": "nf_resnet_tiny", "overrides": {"stage_strides": (1, 1, 2)}}, "timm has no equal of nf_resnet_tiny"),
     ({"name": "nfnet_f0", "overrides": {"depth": (1, 1, 1, 1)}}, r"no equal of nfnet_f0 with depth=\(1, 1, 1, 1\)"),
     ({"name": "nf_resnet50", "activation": "silu"}, "no equal of nf_resnet50 with activation='silu'"),
   ],

@@ -15,10 +15,9 @@ from flax import nnx
 from nfnets import models
 from nfnets.agc import agc, agc_metrics, explain_entries, named_leaves, unit_norm
 from nfnets.config import DataConfig
-from nfnets.lab import drawing, task, users
+from nfnets.lab import drawing, task, training, users
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
 from nfnets.lab.progress import Progress
-from nfnets.lab.training import Recipe, batches
 
 BATCH, WARMUP = 256, 10
 SMALL, LARGE = 0.1, 1.6  # learning rates; the large one is that of the paper's ablation
@@ -147,7 +146,7 @@ class Trainer:
 
   def batches(self, steps: int, seed: int) -> jax.Array:
     """Image numbers, int32 [steps, BATCH]: permutations of the training images, one after the other."""
-    return batches(len(self._train_images[1]), Recipe(batch=BATCH, steps=steps), seed)
+    return training.batches(len(self._train_images[1]), training.Recipe(batch=BATCH, steps=steps), seed)
 
   def train(self, params: dict[str, Any], arm: Arm, batches: jax.Array) -> tuple[float, dict[str, np.ndarray]]:
     """Trains with batches int32 [steps, BATCH] of image numbers.

@@ -144,7 +144,7 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], l
   by_size, by_lambda = figure.subplots(1, 2)
   clipped = np.stack([accuracy[f"NF + AGC {strength:g}"] for strength in lambdas])  # [λ, sizes, seeds]
   best = clipped[np.argmax(clipped.mean(axis=-1), axis=0), np.arange(len(sizes))]
-  others = {name: values for name, values in accuracy.items() if "AGC" not in name}
+  others = {name: values for name, values in accuracy.items() if not name.startswith("NF + AGC")}
   for style, (name, values) in enumerate({**others, "NF + AGC": best}.items()):
     drawing.line(by_size, sizes, values.T, name, style, markers=True)
   by_size.set_xscale("log", base=2)

@@ -54,12 +54,12 @@ def is_bad(loss: jax.Array, grads: Any, params: Any, stats: Any) -> tuple[jax.Ar
   learning rate, momentum or decay that OptimConfig allows makes an update that overflows. To look at them nonetheless would make
   every update twice: what is kept depends on all of them, so that they would be written down, or computed again (docs/speed.md).
 
-  The statistics are looked at in a branch, only where the loss is finite, since XLA fuses what computes an array into the
+  The statistics are looked at in a branch, only where all else is finite, since XLA fuses what computes an array into the
   reduction that reads it, on CPUs several times over, but not across a branch.
   """
   grad_norm = norm(grads)
   fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(norm(params))
-  return ~(fine & jax.lax.cond(jnp.isfinite(loss), all_finite, lambda stats: jnp.array(False), stats)), grad_norm
+  return ~jax.lax.cond(fine, all_finite, lambda stats: jnp.array(False), stats), grad_norm
 
 
 def make_train_step(
