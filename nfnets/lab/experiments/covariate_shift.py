@@ -180,7 +180,7 @@ def draw(figure: Any, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> None
     drawing.line(shift, steps, [relative_shift(run) for run in values], label, style)
     drawing.line(cosine, steps, [np.array(run["cosine"])[:, 1:].mean(axis=1) for run in values], label, style)
   shift.set_yscale("log")
-  shift.set_ylim(top=20 * shift.get_ylim()[1])
+  shift.set_ylim(top=20 * 10 ** (len(runs) - len(NETWORKS)) * shift.get_ylim()[1])  # room for the legend
   drawing.name_axes(shift, "step", "‖G - G'‖ / ‖G‖")
   drawing.legend(shift, loc="upper right", fontsize=8)
   drawing.name_axes(cosine, "step", "cosine of G and G'")

@@ -175,6 +175,8 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
       drawing.line(axis, steps, [measure(run) for run in values], name, style)
     axis.set_yscale("log")
     drawing.name_axes(axis, "step", title)
+  if len(runs) > len(NETWORKS):  # a person's network may lie where the legend finds room without it
+    above[0].set_ylim(top=1000 * above[0].get_ylim()[1])
   drawing.legend(above[0], fontsize=8)
   for axis, name in zip(below, PICTURED, strict=True):
     values = np.array(runs[name][0]["plane"])
