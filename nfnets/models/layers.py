@@ -115,14 +115,16 @@ def convolve(
   if groups > 1:
     split, on_tpu = functools.partial(_convolve_split, **options), functools.partial(whole, pinned=trained)
     return jax.lax.platform_dependent(x, kernel, cpu=split, tpu=on_tpu, default=whole)
-  if kernel.shape[:2] == (1, 1) and strides == 1:
-    return jax.lax.platform_dependent(x, kernel, cpu=_multiply, default=whole)
+  if kernel.shape[:2] == (1, 1):
+    multiply = functools.partial(_multiply, strides=strides)
+    return jax.lax.platform_dependent(x, kernel, cpu=multiply, default=whole)
   return whole(x, kernel)
 
 
-def _multiply(x: Array, kernel: Array) -> Array:
-  """A 1×1 convolution as a matrix product."""
-  return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0].astype(x.dtype))
+def _multiply(x: Array, kernel: Array, *, strides: int) -> Array:
+  """A 1×1 convolution as a product of two matrices: with x in four dimensions, XLA would transpose it for the kernel's gradient."""
+  x = x[:, ::strides, ::strides]
+  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0].astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding, pinned: bool = False) -> Array:
