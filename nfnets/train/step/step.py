@@ -103,28 +103,29 @@ def make_train_step(
     keys = row_keys(step_key(config, state.step), len(batch["image"]), axis)
     grads, loss, stats, sums = gradients(state.params, state.stats, {**batch, "key": keys})
     grads = zero_frozen(config.optim, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    average, decay = state.ema, config.optim.ema_decay
-    if average is not None and decay is not None:
-      average = ema_update(average, (params, stats), state.step, decay)
     bad, grad_norm = is_bad(loss, grads, state.params, stats)
     if config.spike:
       bad |= (state.loss_mean > 0) & (loss > config.spike * state.loss_mean)
     halted = state.halted if config.on_bad_step == "skip" else state.halted | bad
-    new = TrainState(
-      step=state.step,
+    keep = functools.partial(jax.tree.map, lambda before, after: jnp.where(halted | bad, before, after))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # The average is taken of the parameters that are kept, so that XLA's CPU backend reads them and does not make them twice.
+    params, stats = keep((state.params, state.stats), (optax.apply_updates(state.params, updates), stats))
+    average, decay = state.ema, config.optim.ema_decay
+    if average is not None and decay is not None:
+      average = keep(average, ema_update(average, (params, stats), state.step, decay))
+    loss_mean = jnp.where(state.loss_mean > 0, LOSS_DECAY * state.loss_mean + (1 - LOSS_DECAY) * loss, loss)
+    kept = TrainState(
+      step=state.step + ~halted,
       params=params,
       stats=stats,
-      opt_state=opt_state,
+      opt_state=keep(state.opt_state, opt_state),
       ema=average,
       halted=halted,
-      loss_mean=jnp.where(state.loss_mean > 0, LOSS_DECAY * state.loss_mean + (1 - LOSS_DECAY) * loss, loss),
-      bad_steps=state.bad_steps,
+      loss_mean=keep(state.loss_mean, loss_mean),
+      bad_steps=state.bad_steps + (bad & ~state.halted),
       passed_over=state.passed_over,
     )
-    kept = jax.tree.map(lambda before, after: jnp.where(halted | bad, before, after), state, new)
-    kept = dataclasses.replace(kept, halted=halted, step=state.step + ~halted, bad_steps=state.bad_steps + (bad & ~state.halted))
     return kept, {**sums, **messages, "grad_norm": grad_norm, "bad": bad}
 
   return train_step
