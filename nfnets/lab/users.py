@@ -38,8 +38,7 @@ class UserNetwork(nnx.Module):
     if not self.takes_train:
       (network.train if train else network.eval)()
     logits = network(task.resized(images, self.side), **({"train": train} if self.takes_train else {}))
-    if logits.shape[-1] < self.classes:
-      raise UserError(f"--model={self.name}: expected logits of at least {self.classes} classes, got {logits.shape[-1]}")
+    check_logits(self.name, logits, self.classes)
     return logits
 
 
@@ -117,6 +116,21 @@ def user_model(name: str, *, seed: int, classes: int = 10) -> tuple[nnx.Module, 
     raise UserError(f"--model={name}: expected an nnx.Module from that function, got {type(network).__name__}")
   network.train()
   return network, getattr(network, "image_size", 32), _arguments(network)
+
+
+def labelled_model(name: str, *, seed: int, classes: int) -> tuple[nnx.Module, int, dict[str, Any]]:
+  """Makes it as `user_model` does, for use with labels; raises UserError, too, where its logits are for fewer classes."""
+  network, side, arguments = user_model(name, seed=seed, classes=classes)
+  graph, state = nnx.split(network)
+  call: Any = lambda state, images: nnx.merge(graph, state)(images, **arguments)
+  check_logits(name, jax.eval_shape(call, state, jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)), classes)
+  return network, side, arguments
+
+
+def check_logits(name: str, logits: Any, classes: int) -> None:
+  """Raises UserError where the logits of the network that --model names have fewer columns than there are classes."""
+  if logits.shape[-1] < classes:
+    raise UserError(f"--model={name}: expected logits of at least {classes} classes, got {logits.shape[-1]}")
 
 
 def _arguments(network: nnx.Module) -> dict[str, Any]:

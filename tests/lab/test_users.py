@@ -11,7 +11,7 @@ from nfnets.config import DataConfig
 from nfnets.errors import UserError
 from nfnets.lab import task, training, users
 from nfnets.lab.experiment import Settings
-from nfnets.lab.experiments import stability_edge
+from nfnets.lab.experiments import agc_inside, backward, stability_edge
 from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
 
@@ -95,6 +95,13 @@ def test_too_few_classes_are_told(network):
   for trainer in (users.UserTrainer(network(4), data, recipe), users.UserZooTrainer(network(4), data, recipe, 0.1)):
     with pytest.raises(UserError, match="at least 10 classes, got 4"):
       trainer.logits(trainer.init(0), data.train[0][:2], *[True] * isinstance(trainer, users.UserZooTrainer))
+
+
+@pytest.mark.parametrize("experiment", [agc_inside, backward, stability_edge])
+def test_experiments_tell_too_few_classes_before_they_measure(network, experiment):
+  measured = Progress(lambda line: pytest.fail("measured first"))
+  with pytest.raises(UserError, match="at least 10 classes, got 4"):
+    experiment.run(Settings(model=network(4)), measured)
 
 
 def test_its_operations_are_three_times_those_of_its_products(network):

@@ -96,6 +96,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   steps = settings.of_scale(80, 1000)
   make = lambda seed: models.create("nf_resnet_tiny", task.classes(settings.data), rngs=seed, **NETWORK)
   trainer = Trainer(make(0), {"train": True}, 8, settings.data)
+  theirs = _user(settings)
   accuracy = {name: np.zeros(settings.seeds) for name in ARMS}
   logs: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in ARMS}
   for seed in range(settings.seeds):
@@ -110,7 +111,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   ]
   return Measured(
     samples=figures(accuracy),
-    rows=rows + _user(settings),
+    rows=rows + theirs,
     draw=lambda figure: draw(figure, accuracy, logs["AGC"], trainer.units),
     caption=f"NF-ResNet with four stages on {task.name(settings.data)}, batch {BATCH}, {steps} steps. Left: test accuracy by "
     "what is clipped, squares without AGC, lines from the lowest to the highest seed. Then the share of units clipped by "
@@ -224,7 +225,7 @@ def _user(settings: Settings) -> list[dict[str, Any]]:
   """
   if settings.model is None:
     return []
-  network, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
+  network, side, arguments = users.labelled_model(settings.model, seed=0, classes=task.classes(settings.data))
   trainer = Trainer(network, arguments, side, settings.data)
   accuracy, log = trainer.train(trainer.split(network), ARMS["AGC"], trainer.batches(settings.of_scale(20, 1000), 0))
   rows = [{"training": f"{settings.model}, AGC", "test accuracy, or share": accuracy, "lowest": "", "highest": ""}]

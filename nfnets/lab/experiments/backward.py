@@ -62,6 +62,10 @@ def run(settings: Settings, progress: Progress) -> Measured:
   """Measures every network at every depth with every seed."""
   images, labels = task.images(settings.data, settings.of_scale(32, 256))
   scale = settings.of_scale(1, 4)  # of widths; groups get as many channels more
+  theirs: dict[str, Any] = {}
+  if settings.model is not None:
+    model, side, arguments = users.labelled_model(settings.model, seed=0, classes=task.classes(settings.data))
+    theirs = gradient_norms(model, *task.images(settings.data, len(images), side=side), **arguments)
   measured: dict[tuple[str, int], np.ndarray] = {}  # (network, depth) → [seeds, depth]
   jobs = [(name, depth) for depth in DEPTHS for name in NETWORKS]
   for number, (name, depth) in enumerate(jobs):
@@ -69,10 +73,6 @@ def run(settings: Settings, progress: Progress) -> Measured:
     measured[name, depth] = block_gradients(config, images, labels, settings.seeds)
     progress((number + 1) / len(jobs))
   deepest = {name: measured[name, DEPTHS[-1]] for name in NETWORKS}
-  theirs = {}
-  if settings.model is not None:
-    model, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
-    theirs = gradient_norms(model, *task.images(settings.data, len(images), side=side), **arguments)
   return Measured(
     samples=figures(deepest),
     rows=[_row(name, depth, values) for (name, depth), values in measured.items()]

@@ -59,7 +59,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   makers = {name: _maker(DeepConfig(**shape, **fields)) for name, fields in NETWORKS.items()}
   sides, arguments = dict.fromkeys(makers, 8), dict.fromkeys(makers, {})
   if settings.model is not None:
-    model, make = settings.model, functools.partial(users.user_model, settings.model, classes=shape["num_classes"])
+    model, make = settings.model, functools.partial(users.labelled_model, settings.model, classes=shape["num_classes"])
     makers[model] = lambda seed: make(seed=seed)[0]
     _, sides[model], arguments[model] = make(seed=0)
   curves, done = {}, 0
