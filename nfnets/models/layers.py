@@ -122,7 +122,7 @@ def convolve(
 
 
 def _multiply(x: Array, kernel: Array, *, strides: int) -> Array:
-  """A 1×1 convolution as a product of two matrices: with x in four dimensions, XLA would transpose it for the kernel's gradient."""
+  """A 1×1 convolution as a product of two matrices; of four dimensions XLA makes transposed copies for the kernel's gradient."""
   x = x[:, ::strides, ::strides]
   return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0].astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 

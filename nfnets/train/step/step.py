@@ -1,6 +1,5 @@
 """The training step and the evaluation step: pure functions of (state, batch), and their compiled forms over a mesh."""
 
-import dataclasses
 import functools
 import itertools
 import os
