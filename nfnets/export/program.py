@@ -52,7 +52,7 @@ class Node:
 def convolution(node: Node) -> dict[str, Any] | None:
   """The parameters of the convolution that the node is, else None.
 
-  A grouped convolution has one form for CPUs and one for the rest (`layers.convolve`), of which the latter is described.
+  A grouped convolution has one form for CPUs and one for the rest (`convolution.convolve`), of which the latter is described.
   """
   if node.op == "conv_general_dilated":
     return node.params

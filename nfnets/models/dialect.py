@@ -34,12 +34,17 @@ class TimmWSConv(layers.WSConv):
     self.gamma = gamma
 
   def standardize(self) -> layers.Array:
-    kernel = self.kernel[...].astype(jnp.float32)
-    fan_in = math.prod(kernel.shape[:-1])
-    mean = jnp.mean(kernel, axis=(0, 1, 2))
-    var = jnp.var(kernel, axis=(0, 1, 2))
-    scale = jax.lax.rsqrt((var + 1e-5) * fan_in) * (self.gamma * self.gain[...])
-    return (kernel - mean) * scale
+    return _standardize(self.kernel[...], self.gain[...], self.gamma)
+
+
+@jax.jit  # so that it is traced once for each shape
+def _standardize(kernel: layers.Array, gain: layers.Array, gamma: float) -> layers.Array:
+  kernel = kernel.astype(jnp.float32)
+  fan_in = math.prod(kernel.shape[:-1])
+  mean = jnp.mean(kernel, axis=(0, 1, 2))
+  var = jnp.var(kernel, axis=(0, 1, 2))
+  scale = jax.lax.rsqrt((var + 1e-5) * fan_in) * (gamma * gain)
+  return (kernel - mean) * scale
 
 
 def parts(dialect: Dialect, activation: str) -> tuple[activations.Activation, Callable[..., layers.WSConv]]:

@@ -9,16 +9,16 @@ are [batch, height, width, channels].
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
+
+from nfnets.models.convolution import Padding, convolve
 
 Array = jax.Array
-Padding = Literal["SAME", "SYMMETRIC"]
 
 
 # ---- initial values
@@ -90,73 +90,6 @@ def linear(in_features: int, out_features: int, *, stddev: float | None = None, 
 
 
 # ---- convolutions
-def convolve(
-  x: Array, kernel: Array, *, strides: int = 1, groups: int = 1, padding: Padding = "SAME", trained: bool = False
-) -> Array:
-  """Computes a 2-D convolution.
-
-  Programs for CPUs get a grouped convolution as several plain ones, since XLA's CPU backend has no fast form of groups (18 times
-  slower on NFNet-F0), and a 1×1 convolution as a matrix product, which that backend computes about twice as fast.
-
-  Args:
-    x: [B, H, W, I].
-    kernel: [kh, kw, I/groups, O], cast to x's dtype.
-    strides: of height and width.
-    groups: into how many groups the channels are divided.
-    padding: "SAME" is XLA's (and TensorFlow's), "SYMMETRIC" is PyTorch's, (k-1)/2 on every side.
-    trained: programs for TPUs keep a grouped kernel and its gradient in the layout of the parameter. Else XLA lays out as the
-      convolution likes it whatever is computed with the gradient, and copies parameter, momentum and average there and back.
-
-  Returns:
-    [B, H', W', O], in x's dtype.
-  """
-  options = {"strides": strides, "groups": groups, "padding": padding}
-  whole = functools.partial(_convolve_at_once, **options)
-  if groups > 1:
-    split, on_tpu = functools.partial(_convolve_split, **options), functools.partial(whole, pinned=trained)
-    return jax.lax.platform_dependent(x, kernel, cpu=split, tpu=on_tpu, default=whole)
-  if kernel.shape[:2] == (1, 1):
-    multiply = functools.partial(_multiply, strides=strides)
-    return jax.lax.platform_dependent(x, kernel, cpu=multiply, default=whole)
-  return whole(x, kernel)
-
-
-def _multiply(x: Array, kernel: Array, *, strides: int) -> Array:
-  """A 1×1 convolution as a product of two matrices; of four dimensions XLA makes transposed copies for the kernel's gradient."""
-  x = x[:, ::strides, ::strides]
-  return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0].astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _convolve_at_once(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding, pinned: bool = False) -> Array:
-  """One convolution with all groups; `pinned` leaves XLA no choice of the layout of kernel and gradient."""
-  kh, kw = kernel.shape[:2]
-  kernel = kernel.astype(x.dtype)
-  if pinned:
-    kernel = with_layout_constraint(kernel, Layout(major_to_minor=(0, 1, 2, 3)))
-  pad = "SAME" if padding == "SAME" else [((kh - 1) // 2,) * 2, ((kw - 1) // 2,) * 2]
-  return jax.lax.conv_general_dilated(
-    x, kernel, (strides, strides), pad, feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
-
-
-def _convolve_split(x: Array, kernel: Array, *, strides: int, groups: int, padding: Padding) -> Array:
-  """Plain convolutions of some groups each, concatenated.
-
-  Groups narrower than 32 channels are put together into one block-diagonal kernel: fewer convolutions compile faster.
-  """
-  ins, outs = kernel.shape[2], kernel.shape[3] // groups  # channels of a group
-  together = max(1, 32 // max(ins, 1))
-  parts = []
-  for start in range(0, groups, together):
-    count = min(together, groups - start)
-    part = kernel[..., start * outs : (start + count) * outs]
-    if count > 1:
-      part = jnp.einsum("hwigo,ng->hwnigo", part.reshape(*part.shape[:3], count, outs), jnp.eye(count, dtype=part.dtype))
-      part = part.reshape(*part.shape[:2], count * ins, count * outs)
-    parts.append(convolve(x[..., start * ins : (start + count) * ins], part, strides=strides, padding=padding))
-  return jnp.concatenate(parts, axis=-1)
-
-
 class Conv(nnx.Module):
   """A plain convolution: kernel [k, k, in/groups, out], by default truncated normal with deviation 1/sqrt(fan_in); bias [out]."""
 
@@ -218,12 +151,17 @@ class WSConv(Conv):
     return self.kernel[...] if self.standardized else self.standardize()
 
   def standardize(self) -> Array:
-    kernel = self.kernel[...].astype(jnp.float32)
-    fan_in = math.prod(kernel.shape[:-1])
-    mean = jnp.mean(kernel, axis=(0, 1, 2))
-    var = jnp.var(kernel, axis=(0, 1, 2))
-    scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, 1e-4)) * self.gain[...]
-    return kernel * scale - mean * scale
+    return _standardize(self.kernel[...], self.gain[...])
+
+
+@jax.jit  # so that it is traced once for each shape
+def _standardize(kernel: Array, gain: Array) -> Array:
+  kernel = kernel.astype(jnp.float32)
+  fan_in = math.prod(kernel.shape[:-1])
+  mean = jnp.mean(kernel, axis=(0, 1, 2))
+  var = jnp.var(kernel, axis=(0, 1, 2))
+  scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, 1e-4)) * gain
+  return kernel * scale - mean * scale
 
 
 def standardize(network: nnx.Module) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 from nfnets import models
 from nfnets.export import program
 from nfnets.export.fold import fold
+from nfnets.models import convolution
 from nfnets.models.description import multiply_adds
 from tests.export import networks
 
@@ -36,7 +37,7 @@ def test_the_logits_stay_and_operations_go(name):
 
 def test_a_network_without_gates_is_convolutions_biases_activations_and_sums_alone():
   _, _, _, folded = both("nf_resnet")
-  # A convolution may have a form of its own for CPUs, see layers.convolve.
+  # A convolution may have a form of its own for CPUs, see convolution.convolve.
   named = lambda node: "conv_general_dilated" if program.convolution(node) else node.op
   counts = collections.Counter(map(named, folded.operations()))
   convolutions, blocks = 4 * 3 + 2 + 1, 4
@@ -95,9 +96,7 @@ def test_programs_with_shared_convolutions_compute_them_once():
   kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 4)).astype(np.float32)
 
   def fn(kernel, images):
-    from nfnets.models import layers
-
-    out = layers.convolve(images, kernel)
+    out = convolution.convolve(images, kernel)
     return out * 3 + jax.nn.relu(out) + out.sum((1, 2))[:, None, None, :] * 2.0
 
   images = networks.images(8)

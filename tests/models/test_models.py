@@ -1,8 +1,6 @@
 """Networks and layers against the papers' tables and theory: counts, arithmetic, signal at initialisation, randomness."""
 
 import functools
-import itertools
-import re
 
 import chex
 import jax
@@ -214,48 +212,6 @@ def test_scaled_weight_standardization_against_float64():
   np.testing.assert_allclose(conv.weight(), expected, rtol=1e-5, atol=1e-5)
   conv.kernel[...] = conv.kernel[...].astype(jnp.bfloat16)
   assert conv.weight().dtype == jnp.float32
-
-
-@pytest.mark.parametrize(
-  "groups, width, strides, padding",
-  [*itertools.product((2, 6), (64,), (1, 2), ("SAME", "SYMMETRIC")), *itertools.product((5, 16), (8,), (1, 2), ("SAME",))],
-)
-def test_split_groups_equal_grouped_convolution(groups, width, strides, padding):
-  """Programs for CPUs have split groups alone, programs for accelerators whole ones alone; outputs and gradients are equal."""
-  x = jax.random.normal(jax.random.key(0), (2, 7, 7, groups * width))
-  kernel = jax.random.normal(jax.random.key(1), (3, 3, width, groups * width))
-
-  def loss(convolve, x, kernel):
-    return jnp.sum(jnp.sin(convolve(x, kernel, strides=strides, groups=groups, padding=padding)))
-
-  step = jax.jit(jax.value_and_grad(functools.partial(loss, layers.convolve), (0, 1)))
-  convolutions = {
-    platform: step.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.convolution")
-    for platform in ("cpu", "cuda", "tpu")
-  }
-  calls = -(-groups // max(1, 32 // width))
-  assert convolutions == {"cpu": 3 * calls, "cuda": 3, "tpu": 3}
-  split = step(x, kernel)
-  whole = jax.jit(jax.value_and_grad(functools.partial(loss, layers._convolve_at_once), (0, 1)))(x, kernel)
-  chex.assert_trees_all_close(split, whole, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("strides, size, padding", [*itertools.product((1, 2, 3), (8, 7), ("SAME", "SYMMETRIC"))])
-def test_a_product_equals_the_1x1_convolution(strides, size, padding):
-  """Programs for CPUs have the product alone, without transposed copies, others the convolution alone."""
-  x = jax.random.normal(jax.random.key(0), (2, size, size, 5))
-  kernel = jax.random.normal(jax.random.key(1), (1, 1, 5, 6))
-
-  def loss(convolve, x, kernel):
-    return jnp.sum(jnp.sin(convolve(x, kernel, strides=strides, groups=1, padding=padding)))
-
-  step = jax.jit(jax.value_and_grad(functools.partial(loss, layers.convolve), (0, 1)))
-  lower = lambda platform: step.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
-  assert [lower(platform).count("stablehlo.convolution") for platform in ("cpu", "cuda", "tpu")] == [0, 3, 3]
-  places = 2 * len(range(0, size, strides)) ** 2
-  assert not re.search(rf"f32\[[56],{places}\]", step.lower(x, kernel).compile().as_text())
-  whole = jax.jit(jax.value_and_grad(functools.partial(loss, layers._convolve_at_once), (0, 1)))(x, kernel)
-  chex.assert_trees_all_close(step(x, kernel), whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, ours, derived", [("gelu", "exponential", "tanh"), ("silu", "tanh", "exponential")])
