@@ -23,7 +23,6 @@ class Activation:
   fn: Callable[[Array], Array]
   gamma: float
 
-  @functools.partial(jax.jit, static_argnums=0)  # so that it is traced once for each shape
   def __call__(self, x: Array) -> Array:
     return self.fn(x) * self.gamma
 
