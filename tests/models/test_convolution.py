@@ -53,30 +53,27 @@ def test_a_product_equals_the_1x1_convolution(strides, size, padding):
   args = arrays(size, 5, (1, 1, 5, 6))
   options = {"strides": strides, "groups": 1, "padding": padding}
   step = make_step(convolve, **options)
-  assert ["stablehlo.convolution" in lowered(step, *args, platform=name) for name in ("cpu", "cuda", "tpu")] == [
-    False,
-    True,
-    True,
-  ]
+  platforms = [name for name in ("cpu", "cuda", "tpu") if "stablehlo.convolution" in lowered(step, *args, platform=name)]
+  assert platforms == ["cuda", "tpu"]
   places = 2 * len(range(0, size, strides)) * len(range(0, size + 1, strides))
   assert not re.search(rf"f32\[[56],{places}\]", step.lower(*args).compile().as_text())
   chex.assert_trees_all_close(step(*args), make_step(reference, **options)(*args), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-  "side, strides, size, padding", [*itertools.product((2, 3, 5), (1, 2, 3), (8, 9), ("SAME", "SYMMETRIC"))]
+  "side, strides, size, padding",
+  [*itertools.product((3,), (1, 2, 3), (8, 9), ("SAME", "SYMMETRIC")), *itertools.product((2, 5), (2,), (8, 9), ("SAME",))],
 )
 def test_gradients_equal_those_of_the_plain_convolution(side, strides, size, padding):
-  """In reverse mode, forward mode, both, and one by one for images of a vmap."""
+  """In reverse mode, forward mode, forward over reverse mode, and one by one for the images of a vmap."""
   args = arrays(size, 3, (side, side, 3, 4))
   options = {"strides": strides, "groups": 1, "padding": padding}
 
   @functools.partial(jax.jit, static_argnums=0)
   def derivatives(function, x, kernel):
-    step = make_step(function, **options)
-    moved = jnp.cos(x), jnp.sin(kernel)
-    by_image = jax.vmap(lambda x: step(x[None], kernel)[1])(x)
-    return step(x, kernel), jax.jvp(lambda *args: step(*args)[1], (x, kernel), moved), by_image
+    step, moved = make_step(function, **options), (jnp.cos(x), jnp.sin(kernel))
+    forward = jax.jvp(lambda *args: (function(*args, **options), step(*args)), (x, kernel), moved)
+    return forward, jax.vmap(lambda x: step(x[None], kernel))(x)
 
   chex.assert_trees_all_close(derivatives(convolve, *args), derivatives(reference, *args), rtol=2e-4, atol=2e-4)
 
