@@ -90,3 +90,15 @@ def test_gradients_in_loops_have_the_order_of_axes_that_xla_computes_fast_on_cpu
 
   assert orders(convolve) == {"b01f_01io->b01f"}
   assert len(orders(reference)) > 1  # else XLA does without our gradients, and they can go
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_programs_for_accelerators_have_the_gradients_that_jax_derives(platform):
+  args = arrays(8, 6, (3, 3, 6, 4))
+
+  def convolutions(function):
+    text = lowered(make_step(function, strides=2, groups=1, padding="SAME"), *args, platform=platform)
+    return sorted(re.findall(r"dim_numbers = (.*?), window = (\{.*?\})", text))
+
+  assert convolutions(convolve) == convolutions(reference)
+  assert len(convolutions(convolve)) == 3
