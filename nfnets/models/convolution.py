@@ -76,7 +76,8 @@ def _convolve(strides: int, pad: str | tuple[tuple[int, int], ...], x: Array, ke
   """A convolution whose gradients, in programs for CPUs, are convolutions over `_AXES` too.
 
   XLA's CPU backend computes any other order of axes many times slower. It reorders them itself, but neither in loops and branches
-  nor in functions that are called. JAX's gradients of a convolution have other orders; those of the two below do not.
+  nor in functions that are called. JAX's gradients of a convolution have other orders. Those of `by_x` and `by_kernel` in
+  `_convolve_jvp` do not; in forward mode it is these two that have other orders.
   """
   return jax.lax.conv_general_dilated(x, kernel, (strides, strides), pad, dimension_numbers=_AXES)
 
@@ -87,6 +88,7 @@ def _convolve_jvp(strides, pad, primals, tangents):
   convolution = functools.partial(jax.lax.conv_general_dilated, window_strides=(strides, strides), padding=pad)
   whole = functools.partial(convolution, dimension_numbers=_AXES)
 
+  # Both compute `whole`, written so that the transpose with respect to what moved is a convolution over `_AXES`.
   def by_x(moved_x: Array, kernel: Array) -> Array:
     return convolution(moved_x, kernel.swapaxes(2, 3), dimension_numbers=("NHWC", "HWOI", "NHWC"))
 
@@ -94,7 +96,7 @@ def _convolve_jvp(strides, pad, primals, tangents):
     x, moved_kernel = x.transpose(3, 1, 2, 0), moved_kernel.transpose(2, 0, 1, 3)
     return convolution(x, moved_kernel, dimension_numbers=("CHWN", "IHWO", "HWNC")).transpose(2, 0, 1, 3)
 
-  parts = []
+  parts = []  # none for what is not differentiated, such as the stem's images
   if not isinstance(moved_x, SymbolicZero):
     parts.append(jax.lax.platform_dependent(moved_x, kernel, cpu=by_x, default=whole))
   if not isinstance(moved_kernel, SymbolicZero):

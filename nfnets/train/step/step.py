@@ -40,13 +40,13 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def norm(tree: Any) -> jax.Array:
-  """The L2 norm of all the tree's numbers, float32 []: by way of the norms that AGC takes too, so that XLA sums squares once."""
+  """The L2 norm of all the tree's numbers, []: by way of the norms that AGC takes too, so that XLA sums squares once."""
   return jnp.sqrt(jax.tree.reduce(jnp.add, jax.tree.map(_square, tree), jnp.zeros([])))
 
 
 @jax.jit  # so that it is traced once for each shape
 def _square(x: jax.Array) -> jax.Array:
-  """The square of the L2 norm, float32 []."""
+  """The square of an array's L2 norm, []."""
   return jnp.sum(unit_norm(x, (x.ndim - 1,) if x.ndim > 1 else ()) ** 2)
 
 
