@@ -65,7 +65,7 @@ def _split(x: Array, kernel: Array, *, strides: int, groups: int, padding: Paddi
     count = min(together, groups - start)
     part = kernel[..., start * outs : (start + count) * outs]
     if count > 1:
-      part = part.reshape(*part.shape[:2], 1, ins, count, outs) * jnp.eye(count, dtype=part.dtype)[:, None, :, None]
+      part = jnp.einsum("hwigo,ng->hwnigo", part.reshape(*part.shape[:3], count, outs), jnp.eye(count, dtype=part.dtype))
       part = part.reshape(*part.shape[:2], count * ins, count * outs)
     parts.append(convolve(x[..., start * ins : (start + count) * ins], part, strides=strides, padding=padding))
   return jnp.concatenate(parts, axis=-1)

@@ -31,6 +31,7 @@ def test_the_logits_stay_and_operations_go(name):
   assert networks.difference(jax.jit(folded)(images), expected) <= 1e-5
   assert len(folded.operations()) < 0.95 * len(whole.operations())
   macs = lambda program: sum(count for _, count in multiply_adds(jax.make_jaxpr(program)(images).jaxpr))
+  # The kernels of grouped convolutions are taken apart for CPUs by matrix products without sums, which do not count.
   assert macs(folded) == macs(whole)
 
 
