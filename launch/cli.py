@@ -8,6 +8,7 @@ with 1 or 2 ends the others with its status.
 
 import contextlib
 import difflib
+import gc
 import json
 import os
 import pathlib
@@ -90,6 +91,9 @@ def main(
     usage: the beginning of what `--help` prints.
     arguments: whether the program takes arguments that are no flags.
   """
+  gc.set_threshold(
+    50_000, 20, 100
+  )  # a trace makes millions of objects that stay; looking for garbage in them took a quarter of it
   values = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "Show this and exit.", short_name="h", flag_values=values)
   define(values)

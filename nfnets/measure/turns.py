@@ -11,6 +11,7 @@ the facts, then for each turn how many steps to time. Between its turns a proces
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import math
@@ -125,6 +126,7 @@ def main(file: str) -> None:
   """Builds what `file` says, and times steps until the input ends. What else is printed goes to stderr: stdout is the pipe."""
   answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)
+  gc.set_threshold(50_000, 20, 100)  # as launch/cli.py does, for every side
   try:
     side = _load(file).start(json.loads(sys.stdin.readline()))
     _answer(answers, side.facts)

@@ -189,14 +189,17 @@ def eval_step_over(config: Config, mesh: Mesh, graph: nnx.GraphDef) -> Callable[
   return jax.jit(_traced_once(step), in_shardings=places, out_shardings=whole, compiler_options=_compiler_options(mesh))
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, int]:
-  """What XLA is told about a program: for CPUs LLVM's lowest level of optimization, unless XLA_FLAGS names one.
+def _compiler_options(mesh: Mesh) -> dict[str, int | str]:
+  """What XLA is told about a program for CPUs, each option unless XLA_FLAGS names it. Figures: docs/speed.md.
 
-  Small networks compile a tenth sooner with it and take up to 15 % less time a step, large ones the same (docs/speed.md).
+  LLVM's lowest level of optimization: small networks compile sooner with it and take less time a step, large ones the same. No
+  trees of sums: from 4,096 numbers on XLA's library YNN adds them up, with trees of its own, and for shorter sums, of which AGC has
+  two for each bias and gain, a tree is several kernels where one does as well (a test compares their errors).
   """
-  level = "xla_backend_optimization_level"
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  return {level: 1} if on_cpu and level not in os.environ.get("XLA_FLAGS", "") else {}
+  if mesh.devices.flat[0].platform != "cpu":
+    return {}
+  options = {"xla_backend_optimization_level": 1, "xla_disable_hlo_passes": "tree_reduction_rewriter"}
+  return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 def _traced_once(step: Callable) -> Callable:

@@ -19,7 +19,7 @@ from nfnets.train import evaluate
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import batch_loss, normalise, row_keys
 from nfnets.train.step.state import build_network, init_state, split_network
-from nfnets.train.step.step import all_finite, eval_step_over, is_bad, train_step_over
+from nfnets.train.step.step import _compiler_options, all_finite, eval_step_over, is_bad, train_step_over
 
 
 def make_config(model: str) -> Config:
@@ -186,3 +186,22 @@ def test_mixed_labels_reach_the_loss():
   mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
   assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)
   assert isinstance(nnx.merge(graph, params, stats), nnx.Module)
+
+
+@pytest.mark.parametrize("count", [1000, 4095, 4096, 1_000_000], ids=str)
+@pytest.mark.parametrize("where", ["alone", "in a loop"])
+def test_sums_on_cpus_are_exact_without_trees_of_sums(count, where):
+  numbers = np.random.default_rng(0).uniform(0.5, 1.5, size=count).astype(np.float32)
+  add_up = jax.jit(
+    (lambda x: jnp.sum(x * x)) if where == "alone" else (lambda x: jax.lax.map(lambda i: jnp.sum((x + i) ** 2), jnp.zeros(2))[0]),
+    compiler_options=_compiler_options(sharding.make_mesh()),
+  )
+  assert "reduce-window" not in add_up.lower(numbers).compile().as_text()
+  np.testing.assert_allclose(add_up(numbers), (numbers.astype(np.float64) ** 2).sum(), rtol=1e-6)
+
+
+def test_an_option_of_xla_that_the_person_sets_is_left_alone(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+  assert list(_compiler_options(sharding.make_mesh())) == ["xla_disable_hlo_passes"]
+  monkeypatch.setenv("XLA_FLAGS", "")
+  assert len(_compiler_options(sharding.make_mesh())) == 2
