@@ -91,9 +91,8 @@ def main(
     usage: the beginning of what `--help` prints.
     arguments: whether the program takes arguments that are no flags.
   """
-  gc.set_threshold(
-    50_000, 20, 100
-  )  # a trace makes millions of objects that stay; looking for garbage in them took a quarter of it
+  # A trace makes millions of objects that stay, and a quarter of its time went into looking for garbage among them.
+  gc.set_threshold(50_000, 20, 100)
   values = flags.FlagValues()
   flags.DEFINE_boolean("help", False, "Show this and exit.", short_name="h", flag_values=values)
   define(values)

@@ -193,8 +193,8 @@ def _compiler_options(mesh: Mesh) -> dict[str, int | str]:
   """What XLA is told about a program for CPUs, each option unless XLA_FLAGS names it. Figures: docs/speed.md.
 
   LLVM's lowest level of optimization: small networks compile sooner with it and take less time a step, large ones the same. No
-  trees of sums: from 4,096 numbers on XLA's library YNN adds them up, with trees of its own, and for shorter sums, of which AGC has
-  two for each bias and gain, a tree is several kernels where one does as well (a test compares their errors).
+  trees of sums: from 4,096 numbers on XLA's library YNN adds them up, with trees of its own, and for shorter sums, of which AGC
+  has two for each bias and gain, a tree is several kernels where one does as well (a test looks at the errors).
   """
   if mesh.devices.flat[0].platform != "cpu":
     return {}
