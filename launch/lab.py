@@ -5,13 +5,17 @@
 
 DIR gets NAME.png, NAME.json and report.html, one file that opens from disk. An experiment that DIR holds already, with the
 same settings, is not computed again, so that a run that was stopped goes on. --model measures or trains a network of yours
-beside the purpose-made ones, in every experiment; no verdict counts it. It is a name of nfnets.models, or FILE.py:FUNCTION,
+beside the purpose-made ones, in every experiment; no verdict counts it but that of nfify, which judges its twin where it has one.
+It is a name of nfnets.models, or FILE.py:FUNCTION,
 where FUNCTION(seed) returns an nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images
-that a recipe of launch.train names, averaged to 16 pixels a side, instead of digits.
+that a recipe of launch.train names instead of digits, averaged to 16 pixels a side; for the scale small to 8, and as many as
+there are digits, so that it takes no longer.
 """
 
 import difflib
 import pathlib
+import shlex
+import sys
 import time
 
 import rich.console
@@ -48,13 +52,17 @@ def run(values: flags.FlagValues, *names: str) -> int:
   from nfnets.lab.experiment import Settings
 
   data = recipe.parse(values).data if values.config is not None else None
+  given = (
+    [] if values.config is None else [f"--config={values.config}", *(word for word in sys.argv if word.startswith("--config."))]
+  )
+  options = shlex.join(given)
   settings = Settings(scale=values.scale, seeds=values.seeds, model=values.model, data=data)
   if settings.model is not None:
     users.user_model(settings.model, seed=0)  # a mistake in its name ends the program before minutes are spent
   chosen = [experiments.get(name) for name in (experiments.names() if names == ("all",) else names)]
   try:
     out.mkdir(parents=True, exist_ok=True)
-    done = runner.run(chosen, settings, out, Teller(), again=values.again)
+    done = runner.run(chosen, settings, out, Teller(), again=values.again, options=options)
   except OSError as error:
     raise cli.UsageError(f"--out={out}: cannot be written: {error.strerror or error}") from error
   print_findings(done)

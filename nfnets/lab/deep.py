@@ -66,7 +66,8 @@ class Block(nnx.Module):
     self.convs = nnx.List([make(3, factor) for factor in factors])
     self.shortcut = make(1) if transition else None
     scalar = lambda value: nnx.Param(layers.full(value)(None, ()))
-    self.gain = scalar(0.0) if self.row.branch == "skip_init" else scalar(1.0) if fixup else None
+    gains = {"skip_init": 0.0, "skip_init_root": config.depth**-0.5, "fixup": 1.0}
+    self.gain = scalar(gains[self.row.branch]) if self.row.branch in gains else None
     self.biases = nnx.List([scalar(0.0) for _ in range(2 * len(factors))]) if fixup else None
 
   def __call__(self, x: Array, beta: Array, key: Array | None) -> tuple[Array, Array]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-# Colours of falling lightness (Okabe and Ito 2008, without yellow), each with its own dashes and marker.
+# Colours of different lightness (the first seven are of Okabe and Ito 2008, without yellow), each with its own dashes and marker.
 STYLES = (
   ("#000000", "-", "o"),
   ("#d55e00", "--", "s"),
@@ -14,6 +14,9 @@ STYLES = (
   ("#cc79a7", (0, (5, 1)), "v"),
   ("#56b4e9", (0, (3, 1, 1, 1)), "P"),
   ("#8c6d00", (0, (1, 1)), "X"),
+  ("#999999", "-", "*"),
+  ("#5e2ca5", "--", "<"),
+  ("#7a1f1f", "-.", ">"),
 )
 SIZE = (9.0, 3.6)  # inches, of a picture with two or three panels
 DPI = 130

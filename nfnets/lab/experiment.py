@@ -31,9 +31,14 @@ class Settings:
     """The network of the user's own, or nothing."""
     return () if self.model is None else (self.model,)
 
+  @property
+  def small(self) -> bool:
+    """Whether the scale is "small"."""
+    return self.scale == "small"
+
   def of_scale(self, small: Any, full: Any) -> Any:
     """One of two values, by the scale."""
-    return small if self.scale == "small" else full
+    return small if self.small else full
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

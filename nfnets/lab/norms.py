@@ -29,7 +29,7 @@ class Norm:
   # how kernels are made
   weights: Literal["plain", "weight_norm", "standardized", "scaled_standardized"] = "plain"
   # how residual branches are scaled
-  branch: Literal["plain", "skip_init", "fixup", "alpha_beta"] = "plain"
+  branch: Literal["plain", "skip_init", "skip_init_root", "fixup", "alpha_beta"] = "plain"
   # whether the nonlinearity has its gamma, which keeps a variance of 1
   gamma: bool = False
 
@@ -110,7 +110,8 @@ NORMS = {
   "weight_norm": Norm(weights="weight_norm"),
   "weight_std": Norm(weights="standardized"),
   "scaled_weight_std": Norm(weights="scaled_standardized", gamma=True),
-  "skipinit": Norm(branch="skip_init"),
+  "skipinit": Norm(branch="skip_init"),  # branches are multiplied by a parameter that begins at 0 (De & Smith 2020)
+  "skipinit_root": Norm(branch="skip_init_root"),  # at 1 / sqrt(blocks)
   "fixup": Norm(branch="fixup"),
   "nf": Norm(weights="scaled_standardized", branch="alpha_beta", gamma=True),
   "nf_without_ws": Norm(branch="alpha_beta", gamma=True),  # shows what weight standardization is for

@@ -2,34 +2,44 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 
 import nfnets
 from nfnets.data.batches.prefetch import cores
+from nfnets.lab import verdict
 from nfnets.lab.experiment import Criterion, Experiment, Result, Settings
 from nfnets.measure.chips import cpu_name
 
-FORMAT = 1  # of the records; another one is not read
+FORMAT = 2  # of the records; another one is not read
 
 
 def identity(experiment: Experiment, settings: Settings) -> dict[str, Any]:
-  """What a stored record must agree with to be taken instead of a new run: settings, criteria, and the version of the library."""
+  """What a stored record must agree with to be taken instead of a new run: settings, criteria, versions of library and model."""
   return {
     "format": FORMAT,
     "version": nfnets.__version__,
     "name": experiment.name,
     "settings": dataclasses.asdict(settings),
+    "model_file": _digest(settings.model),
     "criteria": [_criterion(criterion) for criterion in experiment.criteria],
   }
 
 
-def record(result: Result, seconds: float) -> dict[str, Any]:
-  """The record of a result; numbers that are not finite become None, which JSON can hold."""
+def record(result: Result, seconds: float, options: str = "") -> dict[str, Any]:
+  """The record of a result; numbers that are not finite become None, which JSON can hold.
+
+  Args:
+    result: of `conclude`.
+    seconds: that it took.
+    options: what a person wrote behind the experiment's name to choose the images.
+  """
   experiment, measured = result.experiment, result.measured
   return {
     **identity(experiment, result.settings),
@@ -51,9 +61,10 @@ def record(result: Result, seconds: float) -> dict[str, Any]:
       }
       for finding in result.findings
     ],
-    "rows": [{column: _finite(value) for column, value in row.items()} for row in measured.rows],
+    "rows": [{column: _cell(value) for column, value in row.items()} for row in measured.rows],
     "caption": measured.caption,
     "notes": list(measured.notes),
+    "options": options,
     "seconds": round(seconds, 1),
     "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     "machine": machine(),
@@ -86,6 +97,20 @@ def machine() -> str:
 def _criterion(criterion: Criterion) -> dict[str, Any]:
   fields = dataclasses.asdict(criterion)
   return {name: _finite(value) for name, value in fields.items()}
+
+
+def _digest(model: str | None) -> str | None:
+  """The SHA-256 of the file in which a person's network is written, so that an edited one is measured anew."""
+  file = pathlib.Path((model or "").rpartition(":")[0])
+  return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _cell(value: Any) -> Any:
+  """A cell of the table: of one number a seed their mean and its interval, anything else as it is."""
+  if not isinstance(value, list | tuple | np.ndarray):
+    return _finite(value)
+  interval = verdict.bootstrap([float(sample) for sample in value])
+  return {name: _finite(getattr(interval, name)) for name in ("mean", "low", "high")}
 
 
 def _finite(value: Any) -> Any:

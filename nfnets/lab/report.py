@@ -80,6 +80,7 @@ def _article(record: dict[str, Any], picture: bytes) -> str:
   model = _text(settings["model"] or "")
   command = f"python -m launch.lab {_text(record['name'])} --scale={_text(settings['scale'])} --seeds={settings['seeds']}"
   command += f" --model={model}" if model else ""
+  command += f" {_text(record['options'])}" if record["options"] else ""
   listed = "".join(f"<li>{_text(note)}</li>" for note in record["notes"])
   return (
     f'<article id="{_text(record["name"])}"><h2>{_text(record["title"])}</h2>'
@@ -109,12 +110,14 @@ def figure(finding: dict[str, Any]) -> str:
   if finding["mean"] is None:
     return "no finite number"
   if finding["low"] is None:
-    return f"{number(finding['mean'])} (one seed, no interval)"
+    return f"{number(finding['mean'])} (no interval)"
   return f"{number(finding['mean'])} [{number(finding['low'])}, {number(finding['high'])}]"
 
 
 def number(value: Any) -> str:
-  """A number with three digits that count, a text as it is, and a dash for what is missing."""
+  """A number with three digits that count, with its interval where it has one; a text as it is; a dash for what is missing."""
+  if isinstance(value, dict):
+    return figure(value)
   if value is None:
     return "–"
   if isinstance(value, bool | int | str):

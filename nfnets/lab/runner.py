@@ -36,7 +36,13 @@ class Step:
 
 
 def run(
-  experiments: Sequence[Experiment], settings: Settings, out: pathlib.Path, tell: Callable[[Step], None], *, again: bool = False
+  experiments: Sequence[Experiment],
+  settings: Settings,
+  out: pathlib.Path,
+  tell: Callable[[Step], None],
+  *,
+  again: bool = False,
+  options: str = "",
 ) -> list[dict[str, Any]]:
   """Runs experiments and writes NAME.png, NAME.json and report.html into `out`, which exists.
 
@@ -48,6 +54,7 @@ def run(
     out: a directory. The report has a page for every record that lies in it.
     tell: is called with each step.
     again: computes everything again.
+    options: what chose the images, for the command that the report shows.
 
   Returns:
     The records.
@@ -67,7 +74,7 @@ def run(
 
     if not kept:
       progress(0.0)
-      stored = _compute(experiment, settings, file, progress, again)
+      stored = _compute(experiment, settings, file, progress, again, options)
     clock.end(counted=not kept)
     assert stored is not None
     results.append(stored)
@@ -81,7 +88,7 @@ def run(
 
 
 def _compute(
-  experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None], again: bool
+  experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None], again: bool, options: str
 ) -> dict[str, Any]:
   """Runs an experiment and writes its picture, then its record, which says that it is done; parts lie in NAME.parts till then."""
   began = time.monotonic()
@@ -91,7 +98,7 @@ def _compute(
   measured = experiment.run(settings, Progress(progress, parts))
   result = conclude(experiment, settings, measured)
   write_file(file.with_suffix(".png"), drawing.render(measured.draw))
-  record = records.record(result, time.monotonic() - began)
+  record = records.record(result, time.monotonic() - began, options)
   write_file(file, json.dumps(record, indent=1, ensure_ascii=False).encode())
   parts.unlink()
   return record

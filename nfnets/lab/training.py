@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -109,9 +109,9 @@ class Trainer:
     return params, np.asarray(losses), seen
 
   def test(self, params: Params, batch: int = 360) -> tuple[float, float]:
-    """(Accuracy, mean cross-entropy) on the test images, `batch` at a time, whose statistics a normalizer uses."""
+    """(Accuracy, mean cross-entropy) on the test images, `batch` at a time, whose statistics a normalizer uses; without noise."""
     images, labels = self.data.test
-    outputs = [self._logits_of(params, images[i : i + batch], jax.random.key(i)) for i in range(0, len(images), batch)]
+    outputs = [self._logits_of(params, images[i : i + batch]) for i in range(0, len(images), batch)]
     logits = jnp.concatenate(outputs)
     return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels)), float(cross_entropy(logits, labels))
 
@@ -142,11 +142,16 @@ class Trainer:
     return jax.lax.cond(number % self._every == 0, self.watch, lambda *shown: nothing, *shown)
 
 
+def units_of(params: Params) -> dict[str, Sequence[int] | str] | None:
+  """AGC's `unit_axes` for these parameters."""
+  return dict(_UNITS) if "blocks" in params else None
+
+
 def clip(strength: Array, params: Params) -> optax.GradientTransformation:
   """AGC without the classifier's weight; an infinite strength λ, float32 [], clips nothing."""
   classifier = [path for path, _, _ in named_leaves(params) if re.search(CLASSIFIER, path)]
   exclude = CLASSIFIER if classifier else None
-  return agc(lambda count: strength, exclude=exclude, unit_axes=_UNITS if "blocks" in params else None)
+  return agc(lambda count: strength, exclude=exclude, unit_axes=units_of(params))
 
 
 def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:

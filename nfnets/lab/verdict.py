@@ -26,6 +26,15 @@ class Interval:
   seeds: int
 
 
+def rank_correlation(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+  """Spearman's rank correlation, in [-1, 1]; NaN where a number is not finite, or all of one side are the same."""
+  import scipy.stats
+
+  x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+  usable = np.isfinite(x).all() and np.isfinite(y).all() and np.ptp(x) > 0 and np.ptp(y) > 0
+  return float(scipy.stats.spearmanr(x, y).statistic) if usable else math.nan
+
+
 def bootstrap(samples: Sequence[float], level: float = LEVEL) -> Interval:
   """Computes the percentile bootstrap interval of the mean over seeds (Efron and Tibshirani 1993, chapter 13).
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from nfnets.lab.experiment import Measured, Settings, conclude
 from nfnets.lab.experiments import (
   agc_inside,
   agc_optimizers,
+  backward,
   batch_size,
   covariate_shift,
+  forward,
+  informative,
   landscape,
   nfify,
   scaling,
@@ -49,6 +53,62 @@ def shift_runs(size, cosine, accuracy, unrest):
   return runs
 
 
+def test_agc_inside():
+  paper = dict.fromkeys(agc_inside.ARMS, 0.9) | dict.fromkeys(("none", "without all stages", "head clipped, too"), 0.3)
+  paper |= {"global / 4": 0.7, "without stem": 0.9}
+  found = lambda accuracy: agc_inside.figures({name: value + SPREAD for name, value in accuracy.items()})
+  assert verdicts(agc_inside, found(paper))[1] == "holds"
+  dead = verdicts(agc_inside, found(dict.fromkeys(agc_inside.ARMS, 0.1)))
+  assert dead[1] == "does not hold" == dead[0]["gain_large"] == dead[0]["stages"]
+  log = {"ratios": np.full((6, 4), 0.1), "clipped": np.ones((6, 2))}
+  kept = json.loads(json.dumps(agc_inside.summary(log, [1, 3])))  # as a part that is kept
+  assert np.shape(kept["first"]) == np.shape(kept["last"]) == (2, len(agc_inside.BINS) - 1) and np.shape(kept["clipped"]) == (
+    6,
+    2,
+  )
+
+
+def informative_runs(gap, rank, cosine, loss):
+  """`gap` gives a figure for each width, `rank` for each (normalizer, width), `cosine` and `loss` for each group size."""
+  by_layer = lambda value: np.array([[value * (1 + spread)] * 60 for spread in SPREAD])
+  gaps = np.stack([by_layer(gap(width)) for width in informative.WIDTHS], axis=1)
+  linears = {
+    (norm, width): {"effective_rank": by_layer(rank(norm, width))}
+    for norm in ("batch_uncentred", "none")
+    for width in informative.SQUARE
+  }
+  sizes = [informative.GROUP_WIDTHS[1] // count for count in informative.GROUPS]
+  groups = {
+    (informative.GROUP_WIDTHS[1], count): {"cosine": cosine(size) + SPREAD, "stable_rank": 1 / (cosine(size) + SPREAD)}
+    for size, count in zip(sizes, informative.GROUPS, strict=True)
+  }
+  losses = np.stack([[loss(size) for size in sizes]] * SEEDS)
+  return informative.figures(gaps, linears, groups, losses)
+
+
+def test_informative():
+  good = informative_runs(
+    lambda width: 1 / width, lambda norm, width: 1.0 if norm == "none" else width**0.6, lambda size: 0.1 + size / 50, float
+  )
+  assert verdicts(informative, good)[1] == "holds"
+  collapsed = informative_runs(lambda width: 0.9, lambda norm, width: 1.0, lambda size: 1.0, lambda size: 2.3)
+  parts, whole = verdicts(informative, collapsed)
+  assert whole == "does not hold" == parts["gap_slope"] == parts["rank_slope"]
+  assert parts["group_speed"] == "cannot be told here"  # all sizes alike have no order
+
+
+def test_really_broken_networks_get_no_holds():
+  """Networks that are computed: branches that are shut, and kernels that are much too large."""
+  images, labels = task.images(None, 16)
+  shut = forward.profile(DeepConfig(depth=1000, width=4, norm="skipinit"), images, 2, rescale=False)
+  samples = forward.figures(dict.fromkeys(forward.NETWORKS, shut))
+  parts, whole = verdicts(forward, samples)
+  assert whole == "does not hold" == parts["batch_slope"] == parts["none_factor"] == parts["nf_slope"] == parts["skip_init"]
+  flat = backward.block_gradients(DeepConfig(depth=12, width=4, norm="skipinit_root"), images, labels, 2)
+  parts, whole = verdicts(backward, backward.figures(dict.fromkeys(backward.NETWORKS, flat)))
+  assert whole == "does not hold" == parts["batch_factor"] == parts["instance_factor"] and parts["group_order"] != "holds"
+
+
 def test_agc_inside_counts_the_units_of_each_layer():
   """Two layers of 1 and 3 units, two steps, one seed: each row sums to the share of the layer's units that the bins hold."""
   logged = np.array([[[-3.1, 0.1, 0.1, -30.0], [-3.1, 0.1, -30.0, -30.0]]])
@@ -75,7 +135,7 @@ def test_covariate_shift():
 
 def landscape_runs(size):
   runs = {}
-  for name in landscape.NETWORKS:
+  for name in (*landscape.NETWORKS, *landscape.RESIDUAL):
     value = [size(name)] * 4
     run = {"smoothness": value, "change": value, "gradient": [1.0] * 4, "highest": value, "lowest": [0.0] * 4, "theorem": 1.0}
     runs[name] = [run] * SEEDS
@@ -83,8 +143,8 @@ def landscape_runs(size):
 
 
 def test_landscape():
-  assert verdicts(landscape, landscape.figures(landscape_runs(lambda name: 5.0 if name == "none" else 1.0)))[1] == "holds"
-  rougher = landscape.figures(landscape_runs(lambda name: 1.0 if name == "none" else 5.0))
+  assert verdicts(landscape, landscape.figures(landscape_runs(lambda name: 5.0 if name.endswith("none") else 1.0)))[1] == "holds"
+  rougher = landscape.figures(landscape_runs(lambda name: 1.0 if name.endswith("none") else 5.0))
   assert verdicts(landscape, rougher)[1] == "does not hold"
   broken = verdicts(landscape, {**rougher, "theorem": [2.0] * SEEDS})[0]
   assert broken["theorem"] == "does not hold"
@@ -129,9 +189,23 @@ def test_agc_and_optimizers():
     return {(n, w): np.stack([value(n, w) + SPREAD] * 3) for n in agc_optimizers.RATES for w in agc_optimizers.WAYS}
 
   good = runs(lambda name, where: 0.9 if (name, where) == ("SGD", "before") or where == "behind" or name == "LARS" else 0.3)
-  assert verdicts(agc_optimizers, agc_optimizers.figures(good))[1] == "holds"
-  parts, whole = verdicts(agc_optimizers, agc_optimizers.figures(runs(lambda name, where: 0.1)))
-  assert whole == "does not hold" == parts["sgd"] == parts["adamw_behind"]
+  lengths = lambda value: {(n, w): np.full((SEEDS, 9), value(n, w)) for n in agc_optimizers.RATES for w in agc_optimizers.WAYS}
+  shorter = lengths(lambda name, where: 0.1 if (name, where) == ("SGD", "before") else 1.0)
+  assert verdicts(agc_optimizers, agc_optimizers.figures(good, shorter))[1] == "holds"
+  dead = agc_optimizers.figures(runs(lambda name, where: 0.1), lengths(lambda name, where: agc_optimizers.LONGEST))
+  parts, whole = verdicts(agc_optimizers, dead)
+  assert whole == "does not hold" == parts["sgd"] == parts["adamw_behind"] == parts["sgd_why"]
+
+
+def test_the_length_of_a_step_is_relative_to_the_unit():
+  before = {"blocks": [{"kernel": jnp.ones((2, 1, 1, 4, 3))}], "stem": {"kernel": jnp.ones((1, 1, 4, 3))}}
+  before |= {"fc": {"kernel": jnp.ones((3, 10)), "bias": jnp.zeros(10)}}
+  after = {
+    **before,
+    "blocks": [{"kernel": 1.5 * before["blocks"][0]["kernel"]}],
+    "fc": {"kernel": jnp.zeros((3, 10)), "bias": jnp.ones(10)},
+  }
+  assert float(agc_optimizers.step_length(before, after)) == pytest.approx(0.5)  # six units of nine
 
 
 def test_nfify():
@@ -190,6 +264,18 @@ def test_a_training_learns_and_is_watched():
   assert np.abs(frozen["fc"]["kernel"] - first["fc"]["kernel"]).max() > 1e-2
 
 
+def test_noise_is_for_training_alone():
+  data = task.data(None)
+  trainer = Trainer(
+    lambda key: Deep(DeepConfig(depth=1, width=8, norm="noisy_batch", in_features=data.channels), key),
+    data,
+    Recipe(batch=8, steps=1),
+  )
+  params, images = trainer.init(0), data.test[0]
+  assert trainer.test(params, len(images))[1] == pytest.approx(float(trainer.loss(params, *data.test)))
+  assert float(trainer.loss(params, *data.test, key=jax.random.key(0))) != pytest.approx(float(trainer.loss(params, *data.test)))
+
+
 def test_order_of_batches():
   order = np.asarray(batches(10, Recipe(batch=4, steps=5), 0))
   assert order.shape == (5, 4) and sorted(order.ravel()[:10]) == list(range(10))
@@ -201,6 +287,9 @@ def test_images_of_a_config():
   assert whole.train[0].shape == (1437, 16, 16, 3) and cut.train[0].shape == (1437, 8, 8, 12) and cut.classes == 10
   np.testing.assert_array_equal(cut.test[0][0, 1, 2], np.asarray(whole.test[0][0, 2:4, 4:6]).ravel())
   assert task.data(None).train[0].shape == (1437, 4, 4, 12)
+  few = task.data(DataConfig(name="digits", mean=(77.8,) * 3, std=(95.9,) * 3), cut=False, small=True)
+  assert few.train[0].shape == (1437, 8, 8, 3) and few.test[0].shape == (360, 8, 8, 3)
+  np.testing.assert_allclose(few.test[0][3, 1, 2], whole.test[0][3, 2:4, 4:6].mean(axis=(0, 1)), rtol=1e-5)
 
 
 def test_parts_are_kept_one_by_one(tmp_path):

@@ -14,7 +14,18 @@ from nfnets.lab.vgg import VGG, VGGConfig
 IMAGES = jax.random.normal(jax.random.key(7), (8, 4, 4, 3))
 POWER = lambda out, branch: jnp.mean(out**2)
 NAMES = ("none", "batch", "batch_uncentred", "noisy_batch", "ghost:4", "layer", "instance", "group:2", "lp:1", "lp:2", "lp:inf")
-NAMES += ("dyt", "derf", "weight_norm", "weight_std", "scaled_weight_std", "skipinit", "fixup", "nf", "nf_without_ws")
+NAMES += (
+  "dyt",
+  "derf",
+  "weight_norm",
+  "weight_std",
+  "scaled_weight_std",
+  "skipinit",
+  "skipinit_root",
+  "fixup",
+  "nf",
+  "nf_without_ws",
+)
 
 
 def powers(seeds, **fields):
@@ -49,6 +60,36 @@ def test_alpha_beta_grows_by_alpha_squared_and_starts_again():
   np.testing.assert_allclose(powers(300, **config), [1.25, 1.5] * 2, rtol=0.06)
   stds = DeepConfig(depth=6, width=1, stages=2, alpha=0.5).expected_stds()
   np.testing.assert_allclose(np.square(stds), [1, 1.25, 1.5, 1.75, 1.25, 1.5])
+
+
+@pytest.mark.parametrize(
+  ("norm", "expected", "tolerance"),
+  [
+    ("none", [2, 4, 8], 1e-5),
+    ("batch", [2, 3, 4], 2e-4),
+    ("nf_without_ws", [1.25, 1.5, 1.75], 1e-5),
+    ("skipinit_root", [4 / 3, 16 / 9, 64 / 27], 1e-5),
+  ],
+)
+def test_variance_recursions_exactly(norm, expected, tolerance):
+  """Kernels that are a rotation Q of the channels: ‖x + Q x‖² + ‖x - Q x‖² = 4 ‖x‖², so that the mean over all signs is exact."""
+  config, rng = DeepConfig(depth=3, width=8, norm=norm, activation="identity", alpha=0.5), np.random.default_rng(0)
+  network = Deep(config, jax.random.key(0))
+  graph, state = nnx.split(network)
+  pixels = jax.random.normal(jax.random.key(1), (8, 4, 4, 3))
+  stem = network.stem(pixels)
+  rotations = np.stack([np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(3)])
+
+  def power(signs):
+    kernels = jnp.zeros((3, 3, 3, 8, 8)).at[:, 1, 1].set(signs[:, None, None] * rotations)
+    params = nnx.to_pure_dict(state)
+    params["blocks"][0]["convs"][0]["kernel"] = kernels
+    changed = jax.tree.map(lambda x: x, state)
+    nnx.replace_by_pure_dict(changed, params)
+    return nnx.merge(graph, changed).run(pixels / jnp.sqrt(jnp.mean(stem**2)), probe=POWER)[1]
+
+  signs = jnp.array([[a, b, c] for a in (1.0, -1.0) for b in (1.0, -1.0) for c in (1.0, -1.0)])
+  np.testing.assert_allclose(np.mean([power(sign) for sign in signs], axis=0), expected, rtol=tolerance)
 
 
 def test_rescaling_follows_what_float32_cannot_hold():

@@ -66,6 +66,35 @@ def test_bootstrap_of_few_and_of_many_seeds():
   assert many.high - many.low == pytest.approx(2 * 1.96 * samples.std() / 200**0.5, rel=0.1)
 
 
+def test_rank_correlation_needs_an_order():
+  assert verdict.rank_correlation([1, 2, 3], [10, 20, 15]) == pytest.approx(0.5)
+  assert math.isnan(verdict.rank_correlation([1, 2, 3], [4, 4, 4])) and math.isnan(
+    verdict.rank_correlation([1, 2], [1, math.nan])
+  )
+
+
+def test_a_table_has_intervals_of_its_seeds(tmp_path):
+  made = experiment([1.0, 1.0, 1.0])
+  rows = lambda settings, progress: dataclasses.replace(
+    made.run(settings, progress), rows=[{"network": "a", "gain": [1.0, 2.0, 6.0]}]
+  )
+  runner.run([dataclasses.replace(made, run=rows)], Settings(), tmp_path, lambda step: None, options="--config=a.py")
+  cell = json.loads((tmp_path / "made_up.json").read_text())["rows"][0]["gain"]
+  assert cell["mean"] == 3 and 1 <= cell["low"] < 3 < cell["high"] <= 6
+  text = (tmp_path / "report.html").read_text()
+  assert report.number(cell) == report.figure(cell) and report.figure(cell) in text
+  assert "launch.lab made_up --scale=small --seeds=3 --config=a.py" in text
+
+
+def test_a_model_that_was_edited_is_measured_again(tmp_path):
+  calls, file = [], tmp_path / "mine.py"
+  settings = Settings(model=f"{file}:make")
+  for text in ("a = 1", "a = 1", "a = 2"):
+    file.write_text(text)
+    runner.run([experiment([1.0, 1.0, 1.0], calls=calls)], settings, tmp_path, lambda step: None)
+  assert len(calls) == 2
+
+
 def test_what_no_criterion_asks_for_is_refused():
   made = experiment([1.0])
   measured = dataclasses.replace(made.run(Settings(), lambda share: None), samples={"other": [1.0]})

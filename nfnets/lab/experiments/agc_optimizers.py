@@ -2,19 +2,23 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nfnets.agc import explain_entries, named_leaves, unit_norm
 from nfnets.lab import drawing, task, users
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
-from nfnets.lab.training import MOMENTUM, Params, Recipe, Trainer, batches, clip
+from nfnets.lab.training import CLASSIFIER, MOMENTUM, Params, Recipe, Trainer, batches, clip, units_of
 
 BATCH, LAMBDA = 256, 0.04
+LONGEST = 1e3  # as which a longer step, or one that is not finite, counts
 # learning rates of each, the last one large
 RATES = {"SGD": (0.1, 0.4, 1.6), "AdamW": (0.01, 0.05, 0.25), "Lion": (0.002, 0.012, 0.06), "LARS": (4.0, 16.0, 64.0)}
 WAYS = ("none", "before", "behind")  # where AGC stands
@@ -39,10 +43,21 @@ CRITERIA = (
   Criterion(name="adamw_behind", claim="AGC of AdamW's update instead of the gradient raises it by at least 0.05.", low=0.05),
   Criterion(name="lion_behind", claim="AGC of Lion's update raises it by at least 0.05.", low=0.05),
   Criterion(
+    name="sgd_why",
+    claim="Why: SGD's steps ‖ΔW‖ / ‖W‖ get shorter by AGC of the gradient, to at most half, at the large rate in the first third "
+    "of the steps.",
+    high=0.5,
+  ),
+  Criterion(name="adamw_why", claim="AdamW's steps do not: they stay between half and twice as long.", low=0.5, high=2.0),
+  Criterion(name="lion_why", claim="Nor do Lion's.", low=0.5, high=2.0),
+  Criterion(
     name="lars",
     claim="LARS, whose steps are in proportion to the weights, needs no AGC: it changes by at most 0.05.",
     low=-0.05,
     high=0.05,
+  ),
+  Criterion(
+    name="sgd_lars", claim="SGD with AGC is no worse than LARS, each at its best of three rates, by more than 0.01.", low=-0.01
   ),
 )
 
@@ -65,22 +80,23 @@ def optimizer(name: str, where: str) -> Any:
 
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains the network with every optimizer, in every way, with every learning rate and seed."""
-  data, steps = task.data(settings.data), settings.of_scale(80, 2000)
+  data, steps = task.data(settings.data, small=settings.small), settings.of_scale(80, 2000)
   depth, width = settings.of_scale((4, 16), (12, 32))
   config = DeepConfig(depth=depth, width=width, norm="nf", num_classes=data.classes, in_features=data.channels)
   recipe, networks = Recipe(batch=BATCH, steps=steps, warmup=max(5, steps // 20)), (OURS, *settings.models)
 
   @functools.cache
   def trainer(network: str, name: str, where: str) -> Trainer:
+    options: dict[str, Any] = {"optimizer": optimizer(name, where), "watch": step_length}
     if network != OURS:
-      return users.UserTrainer(network, task.whole(data), recipe, optimizer=optimizer(name, where))
-    return Trainer(lambda key: Deep(config, key), data, recipe, optimizer=optimizer(name, where))
+      return users.UserTrainer(network, task.whole(data), recipe, **options)
+    return Trainer(lambda key: Deep(config, key), data, recipe, **options)
 
-  def job(network: str, name: str, where: str, rate: float, seed: int) -> float:
+  def job(network: str, name: str, where: str, rate: float, seed: int) -> list[float]:
     made = trainer(network, name, "before" if where == "none" else where)
     order = batches(len(data.train[1]), made.recipe, seed)
-    params, *_ = made.train(made.init(seed), order, rate, math.inf if where == "none" else LAMBDA)
-    return made.test(params)[0]
+    params, _, lengths = made.train(made.init(seed), order, rate, math.inf if where == "none" else LAMBDA)
+    return [made.test(params)[0], *np.nan_to_num(lengths, nan=LONGEST).clip(max=LONGEST).tolist()]
 
   jobs = {
     f"{network}, {name}, AGC {where}, rate {rate:g}, seed {seed}": functools.partial(job, network, name, where, rate, seed)
@@ -91,20 +107,22 @@ def run(settings: Settings, progress: Progress) -> Measured:
     for seed in range(settings.seeds)
   }
   values = np.array(list(progress.parts(jobs).values()), np.float64)
-  found = values.reshape(len(networks), len(RATES), len(WAYS), -1, settings.seeds)
+  found = values.reshape(len(networks), len(RATES), len(WAYS), -1, settings.seeds, 1 + steps)
   by_way = lambda found: {(name, where): found[i, j] for i, name in enumerate(RATES) for j, where in enumerate(WAYS)}
-  accuracy = by_way(found[0])  # [rates, seeds] each
+  accuracy = by_way(found[0, ..., 0])  # [rates, seeds] each
+  lengths = by_way(found[0, :, :, -1, :, 1:])  # [seeds, steps] each, at the large rate
   return Measured(
-    samples=figures(accuracy),
+    samples=figures(accuracy, lengths),
     rows=[
       _row(network, name, where, rate, values[i])
-      for network, of_network in zip(networks, found, strict=True)
+      for network, of_network in zip(networks, found[..., 0], strict=True)
       for (name, where), values in by_way(of_network).items()
       for i, rate in enumerate(RATES[name])
     ],
-    draw=lambda figure: draw(figure, accuracy),
+    draw=lambda figure: draw(figure, accuracy, lengths),
     caption=f"Normalizer-free residual networks of {depth} blocks on {data.name}, batch {BATCH}, {steps} steps: test accuracy by "
-    f"learning rate without AGC, with AGC (λ = {LAMBDA}) of the gradient, and of the optimizer's update. Shades: all seeds.",
+    f"learning rate without AGC, with AGC (λ = {LAMBDA}) of the gradient, and of the optimizer's update; below, at the "
+    "large rate, the median ‖ΔW‖ / ‖W‖ of the units of all kernels but the classifier's, and λ in grey. Shades: all seeds.",
     notes=(
       "Where AGC of the gradient changes nothing it may still be of use against single large gradients, whose trace in Adam's "
       "second moment it shortens; such are rare in these short trainings.",
@@ -114,8 +132,27 @@ def run(settings: Settings, progress: Progress) -> Measured:
   )
 
 
-def figures(accuracy: dict[tuple[str, str], np.ndarray]) -> dict[str, list[float]]:
-  """The criteria's figures at the large learning rates, from accuracies [rates, seeds]."""
+def step_length(before: Params, after: Params, *_: Any) -> jax.Array:
+  """The median ‖ΔW‖ / max(‖W‖, 1e-3) of the units of all kernels but the classifier's: float32 []."""
+  weights = {path: leaf for path, leaf, _ in named_leaves(before)}
+  moved = {path: leaf for path, leaf, _ in named_leaves(after)}
+  kernels = [
+    (entry.path, entry.unit_axes)
+    for entry in explain_entries(before, unit_axes=units_of(before))
+    if entry.path.endswith("kernel") and not re.search(CLASSIFIER, entry.path)
+  ]
+  ratios = [
+    (unit_norm(moved[path] - weights[path], axes) / jnp.maximum(unit_norm(weights[path], axes), 1e-3)).ravel()
+    for path, axes in kernels
+  ]
+  return jnp.median(jnp.concatenate(ratios))
+
+
+def figures(accuracy: dict[tuple[str, str], np.ndarray], lengths: dict[tuple[str, str], np.ndarray]) -> dict[str, list[float]]:
+  """The criteria's figures, from accuracies [rates, seeds], and lengths of steps [seeds, steps] at the large learning rates."""
+  early = lambda name, where: np.exp(np.mean(np.log(lengths[name, where][:, : lengths[name, where].shape[1] // 3]), axis=1))
+  ratio = lambda name: list(early(name, "before") / early(name, "none"))
+  best = lambda name, where: accuracy[name, where][np.argmax(accuracy[name, where].mean(axis=1))]
   gain = lambda name, where: list(accuracy[name, where][-1] - accuracy[name, "none"][-1])
   return {
     "sgd": gain("SGD", "before"),
@@ -123,7 +160,11 @@ def figures(accuracy: dict[tuple[str, str], np.ndarray]) -> dict[str, list[float
     "lion_before": gain("Lion", "before"),
     "adamw_behind": gain("AdamW", "behind"),
     "lion_behind": gain("Lion", "behind"),
+    "sgd_why": ratio("SGD"),
+    "adamw_why": ratio("AdamW"),
+    "lion_why": ratio("Lion"),
     "lars": gain("LARS", "before"),
+    "sgd_lars": list(best("SGD", "before") - best("LARS", "none")),
   }
 
 
@@ -139,12 +180,19 @@ def _row(network: str, name: str, where: str, rate: float, accuracy: np.ndarray)
   }
 
 
-def draw(figure: Any, accuracy: dict[tuple[str, str], np.ndarray]) -> None:
-  """Draws a panel for each optimizer."""
-  axes = figure.subplots(1, len(RATES), sharey=True)
-  for axis, (name, rates) in zip(axes, RATES.items(), strict=True):
+def draw(figure: Any, accuracy: dict[tuple[str, str], np.ndarray], lengths: dict[tuple[str, str], np.ndarray]) -> None:
+  """Draws two panels for each optimizer."""
+  figure.set_size_inches(9.0, 6.0)
+  axes, below = figure.subplots(2, len(RATES), sharey="row")
+  for axis, lower, (name, rates) in zip(axes, below, RATES.items(), strict=True):
     for style, where in enumerate(WAYS):
       drawing.line(axis, rates, accuracy[name, where].T, f"AGC {where}" if where != "none" else "no AGC", style, markers=True)
+      steps = np.arange(1, 1 + lengths[name, where].shape[1])
+      drawing.line(lower, steps, np.maximum(lengths[name, where], 1e-8), "", style)
+    lower.axhline(LAMBDA, color="0.6", lw=4, alpha=0.5, zorder=0)
+    lower.set_yscale("log")
+    lower.set_ylim(1e-6, 1e2)
+    drawing.name_axes(lower, "step", "‖ΔW‖ / ‖W‖" if lower is below[0] else "", f"rate {rates[-1]:g}")
     axis.set_xscale("log")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()

@@ -1,5 +1,6 @@
 """Stable backward propagation: how the gradient's norm changes from the last layer to the first, at initialization."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from nfnets.lab import drawing, task, users
+from nfnets.lab import drawing, task, users, verdict
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.signals import gradient_norms
@@ -55,6 +56,11 @@ CRITERIA = (
     low=0.95,
     high=1.05,
   ),
+  Criterion(
+    name="nf_batch",
+    claim="Its factor is no higher than that of the residual network with batch normalization, by more than 0.05.",
+    high=0.05,
+  ),
 )
 
 
@@ -66,12 +72,15 @@ def run(settings: Settings, progress: Progress) -> Measured:
   if settings.model is not None:
     model, side, arguments = users.labelled_model(settings.model, seed=0, classes=task.classes(settings.data))
     theirs = gradient_norms(model, *task.images(settings.data, len(images), side=side), **arguments)
-  measured: dict[tuple[str, int], np.ndarray] = {}  # (network, depth) → [seeds, depth]
-  jobs = [(name, depth) for depth in DEPTHS for name in NETWORKS]
-  for number, (name, depth) in enumerate(jobs):
+
+  def job(name: str, depth: int) -> list:
     config = DeepConfig(depth=depth, width=WIDTH * scale, num_classes=task.classes(settings.data), **NETWORKS[name])
-    measured[name, depth] = block_gradients(config, images, labels, settings.seeds)
-    progress((number + 1) / len(jobs))
+    return block_gradients(config, images, labels, settings.seeds).tolist()
+
+  names = [(name, depth) for depth in DEPTHS for name in NETWORKS]
+  jobs = {f"{name}, {depth} blocks": functools.partial(job, name, depth) for name, depth in names}
+  found = progress.parts(jobs).values()
+  measured = {key: np.array(values) for key, values in zip(names, found, strict=True)}  # (network, depth) → [seeds, depth]
   deepest = {name: measured[name, DEPTHS[-1]] for name in NETWORKS}
   return Measured(
     samples=figures(deepest),
@@ -87,7 +96,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "The factor is fitted to the blocks between the second and the last but one. Kernels are alike in all layers, so that "
       "their gradients follow those of the activations.",
       f"Groups are counted at width {WIDTH}" + (f"; here all widths are {scale} times that." if scale > 1 else "."),
-      "Residual networks with batch normalization grow by a power of the depth only; they are shown for comparison.",
+      "In residual networks with batch normalization gradients grow by a power of the depth only.",
     )
     + (("Rows of your model hold the norm of each parameter's gradient.",) if theirs else ()),
   )
@@ -125,25 +134,19 @@ def figures(deepest: dict[str, np.ndarray]) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed, from [seeds, depth] by network."""
   by_name = {name: np.array(factors(squared)) for name, squared in deepest.items()}
   by_size = np.stack([by_name[f"group of {WIDTH // groups}"] for groups in GROUPS])  # sizes rise
-  ranks = by_size.argsort(axis=0).argsort(axis=0)
   sizes = np.arange(len(GROUPS))
   return {
     "batch_factor": list(by_name["batch"]),
     "instance_factor": list(by_name[INSTANCE]),
-    "group_order": [float(np.corrcoef(sizes, ranks[:, seed])[0, 1]) for seed in range(ranks.shape[1])],
+    "group_order": [verdict.rank_correlation(sizes, column) for column in by_size.T],
     "instance_above_layer": list(by_name[INSTANCE] - by_name[LAYER]),
     "nf_factor": list(by_name["alpha/beta, residual"]),
+    "nf_batch": list(by_name["alpha/beta, residual"] - by_name["batch, residual"]),
   }
 
 
 def _row(name: str, depth: int, squared: np.ndarray) -> Row:
-  ratio = squared[:, 0] / squared[:, -1]
-  return {
-    "network": name,
-    "blocks": depth,
-    "factor a block": float(np.mean(factors(squared))),
-    "first / last": float(np.exp(np.mean(np.log(ratio)))),
-  }
+  return {"network": name, "blocks": depth, "factor a block": factors(squared), "first / last": squared[:, 0] / squared[:, -1]}
 
 
 def draw(figure: Any, deepest: dict[str, np.ndarray], theirs: dict[str, float]) -> None:

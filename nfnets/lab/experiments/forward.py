@@ -21,11 +21,13 @@ STAGES = 4
 OTHERS = {  # of which the claim says nothing
   "group": ("group:8", 1, 32, False),
   "L1": ("lp:1", 1, 32, False),
+  "L∞": ("lp:inf", 1, 16, False),
   "ghost": ("ghost:8", 1, 32, False),
   "noisy batch": ("noisy_batch", 1, 32, False),
   "Dynamic Tanh": ("dyt", 1, 32, False),
   "Derf": ("derf", 1, 32, False),
   "WS": ("weight_std", 1, 32, True),
+  "scaled WS": ("scaled_weight_std", 1, 16, True),
 }
 NETWORKS = {
   "batch": ("batch", 1, 64, False),
@@ -33,6 +35,7 @@ NETWORKS = {
   "instance": ("instance", 1, 32, False),
   "none": ("none", 1, 32, True),
   "weight norm": ("weight_norm", 1, 32, True),
+  "SkipInit": ("skipinit_root", 1, 32, False),
   "alpha/beta, scaled WS": ("nf", STAGES, 64, False),
   "alpha/beta, no WS": ("nf_without_ws", STAGES, 64, False),
   **OTHERS,
@@ -83,6 +86,13 @@ CRITERIA = (
     claim="Weight normalization, which acts on parameters, lets the variance grow exponentially: by at least 1.2 a block.",
     low=1.2,
   ),
+  Criterion(
+    name="skip_init",
+    claim="SkipInit with 1 / sqrt(1,000) keeps it: behind all blocks it is (1 + 1 / 1,000)^1,000 = 2.72, of which this is the "
+    "ratio.",
+    low=0.8,
+    high=1.25,
+  ),
 )
 
 
@@ -109,8 +119,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
     rows=rows,
     draw=lambda figure: draw(figure, {name: measured[name, 1000] for name in NETWORKS}, theirs),
     caption="Networks of 1,000 blocks at initialization: mean square of the skip path, on the right of normalizers that the "
-    "claim does not speak of. Below: the same for alpha/beta in four stages, linear, and the share of it that lies in the "
-    "channels' means. Shades: all seeds.",
+    "claim does not speak of; of the residual branches, and of the skip path under alpha/beta in four stages, linear; the share "
+    "of the skip path's mean square that lies in the channels' means. Shades: all seeds.",
     notes=(
       "Theory speaks of the variance over random weights. Over weights every channel's mean is zero, so that it is the mean "
       "square of the signal: variance of the channels plus squared mean of the channels.",
@@ -119,6 +129,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "Images are scaled so that the first block's input has the mean square 1, of which all these theories start. Without "
       "that, the smooth patches of digits lose a third of it in the standardized stem, and alpha/beta stays by that third "
       "below its line.",
+      "Branches of SkipInit begin at 1 / sqrt(1,000) here, at 0 in most networks, which leaves nothing to see; L2 is batch "
+      "normalization, and Fixup's branches begin at 0.",
       "Numbers beyond float32 are followed in logarithms: unnormalized networks with ReLU are homogeneous.",
     ),
   )
@@ -173,18 +185,19 @@ def figures(profiles: dict[str, np.ndarray]) -> dict[str, list[float]]:
     "mean_share": [float(seed[-1, 2]) for seed in profiles["alpha/beta, scaled WS"]],
     "mean_share_without": [float(seed[-1, 2]) for seed in profiles["alpha/beta, no WS"]],
     "weight_norm_factor": factor("weight norm"),
+    "skip_init": [float(seed[-1]) / (1 + 1 / len(blocks)) ** len(blocks) for seed in power["SkipInit"]],
   }
 
 
 def _row(name: str, depth: int, values: np.ndarray) -> Row:
-  mean = values.mean(axis=0)
   return {
     "network": name,
     "blocks": depth,
-    "log2 mean square, first": float(mean[0, 0]),
-    "last": float(mean[-1, 0]),
-    "log2 of the branch, last": float(mean[-1, 3]),
-    "share of squared means, last": float(mean[-1, 2]),
+    "log2 mean square, first": values[:, 0, 0],
+    "last": values[:, -1, 0],
+    "log2 of the branch, first": values[:, 0, 3],
+    "of the branch, last": values[:, -1, 3],
+    "share of squared means, last": values[:, -1, 2],
   }
 
 
@@ -203,48 +216,55 @@ def _user_row(model: str | None, path: str, values: dict[str, float]) -> Row:
     "blocks": "",
     "log2 mean square, first": "",
     "last": float(np.log2(max(power, 1e-300))),
-    "log2 of the branch, last": "",
+    "log2 of the branch, first": "",
+    "of the branch, last": "",
     "share of squared means, last": values["mean_sq"] / max(power, 1e-300),
   }
 
 
 def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, dict[str, float]]) -> None:
-  """Draws four panels, and a fifth for a network of the user's own."""
-  figure.set_size_inches(9.0, 6.8)
-  panels = figure.subplots(2, 3 if theirs else 2)
-  (growth, others), (stages, means) = panels[:, :2]
+  """Draws six panels, of which the last one is that of a user's own network where there is one."""
+  figure.set_size_inches(9.0, 9.6)
+  (growth, others), (branch, stages), (means, last) = figure.subplots(3, 2)
   blocks = np.arange(1, 1001)
-  for style, (name, values) in enumerate(profiles.items()):
-    if not name.startswith("alpha"):
-      panel = others if name in OTHERS else growth
-      drawing.line(panel, blocks, values[..., 0], name, style % len(OTHERS))
+  for style, (name, values) in enumerate((name, values) for name, values in profiles.items() if name not in OTHERS):
+    label = name.removeprefix("alpha/beta, ")
+    if name == label:
+      drawing.line(growth, blocks, values[..., 0], name, style)
     else:
-      drawing.line(stages, blocks, np.exp2(values[..., 0]), name.removeprefix("alpha/beta, "), style)
-    if name in ("batch", "alpha/beta, scaled WS", "alpha/beta, no WS"):
-      drawing.line(means, blocks, values[..., 2], name, style)
-  for panel, title in ((growth, "growth"), (others, "others")):
+      drawing.line(stages, blocks, np.exp2(values[..., 0]), label, style)
+    drawing.line(branch, blocks, values[..., 3], "" if name == label else label, style)
+    drawing.line(means, blocks, values[..., 2], label, style)
+  for style, name in enumerate(OTHERS):
+    drawing.line(others, blocks, profiles[name][..., 0], name, style)
+    if not theirs:
+      drawing.line(last, blocks, profiles[name][..., 2], "", style)
+  for panel, bottom, quantity, title in (
+    (growth, -0.5, "log2 of the mean square", "skip path"),
+    (others, -0.5, "log2 of the mean square", "skip path, other normalizers"),
+    (branch, -3, "log2 of the mean square", "residual branch"),
+  ):
     panel.set_xscale("log")
     panel.set_yscale("symlog", linthresh=1)
-    panel.set_ylim(bottom=0)
-    drawing.name_axes(panel, "block", "log2 of the mean square", title)
-    panel.set_ylim(top=20 * panel.get_ylim()[1])
-    drawing.legend(panel, loc="upper left", ncols=2)
+    drawing.name_axes(panel, "block", quantity, title)
+    panel.set_ylim(bottom, 20 * panel.get_ylim()[1])
+  drawing.legend(growth, loc="upper left", ncols=2)
+  drawing.legend(others, loc="upper left", ncols=2)
   expected = np.array(DeepConfig(depth=1000, width=1, stages=STAGES, alpha=ALPHA).expected_stds() + [0.0])[1:] ** 2
   stages.plot(blocks[:-1], expected[:-1], color="0.6", lw=4, alpha=0.5, label="theory, 1 + alpha² l", zorder=0)
-  drawing.name_axes(stages, "block", "mean square", "alpha/beta")
+  drawing.name_axes(stages, "block", "mean square", "skip path, alpha/beta")
   stages.set_ylim(0, 3 * expected.max())
   drawing.legend(stages)
-  drawing.name_axes(means, "block", "squared channel mean / mean square", "mean shift")
-  means.set_xscale("log")
-  means.set_ylim(0, 1.25)
-  means.set_yticks([0, 0.25, 0.5, 0.75, 1])
-  drawing.legend(means, loc="upper left")
+  drawing.legend(branch, loc="upper left", ncols=2)
+  for panel, title in ((means, "mean shift"), (last, "mean shift, other normalizers"))[: 1 if theirs else 2]:
+    drawing.name_axes(panel, "block", "squared channel mean / mean square", title)
+    panel.set_xscale("log")
+    panel.set_ylim(0, 1.05)
   if theirs:
     values = [[value["var"] + value["mean_sq"] for value in theirs.values()]]
-    drawing.line(panels[0, 2], np.arange(len(theirs)), values, "", 0)
-    panels[0, 2].set_yscale("log")
-    drawing.name_axes(panels[0, 2], "submodule, in order", "mean square", "your model")
-    panels[1, 2].axis("off")
+    drawing.line(last, np.arange(len(theirs)), values, "", 0)
+    last.set_yscale("log")
+    drawing.name_axes(last, "submodule, in order", "mean square", "your model")
 
 
 EXPERIMENT = Experiment(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nfnets.lab import drawing, norms, task, users
+from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.landscape import along_gradient, batch_norm_bound, plane
 from nfnets.lab.progress import Progress
@@ -17,6 +18,7 @@ from nfnets.lab.vgg import VGG, VGGConfig
 BATCH, EVERY, RATE = 128, 10, 0.02
 STEPS = (0.5, 1.0, 2.0, 4.0)  # of the learning rate, along the gradient
 NETWORKS = {"none": "none", "batch": "batch", "L1": "lp:1", "L∞": "lp:inf", "scaled WS": "scaled_weight_std"}
+RESIDUAL = {"ResNet, none": "none", "ResNet, batch": "batch", "NF": "nf"}  # since a VGG has no branches for alpha and beta
 PICTURED = ("none", "batch", "scaled WS")
 LAYER = 2  # of the VGG, on which the theorem is checked
 PLACES = np.linspace(-1, 1, 17)
@@ -50,6 +52,12 @@ CRITERIA = (
     low=1.0,
   ),
   Criterion(
+    name="nf",
+    claim="So does alpha/beta with scaled weight standardization in a residual network: the ratio, over the same network without "
+    "normalization, is at least 1.",
+    low=1.0,
+  ),
+  Criterion(
     name="theorem",
     claim="Theorem 4.1 holds on a layer of the trained network: the largest ratio of its left and right side is at most 1.",
     high=1.001,
@@ -60,17 +68,24 @@ CRITERIA = (
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every seed, looks along the gradient at each tenth step and around the end."""
   steps = settings.of_scale(200, 3000)
-  data, recipe, names = task.data(settings.data), Recipe(batch=BATCH, steps=steps), [*NETWORKS, *settings.models]
+  data, recipe, names = (
+    task.data(settings.data, small=settings.small),
+    Recipe(batch=BATCH, steps=steps),
+    [*NETWORKS, *RESIDUAL, *settings.models],
+  )
+  shape = {"num_classes": data.classes, "in_features": data.channels}
 
   @functools.cache
   def trainer(name: str) -> Trainer:
-    if name not in NETWORKS:
+    if name in settings.models:
       made = users.UserTrainer(name, task.whole(data), recipe, every=EVERY)
+    elif name in RESIDUAL:
+      depth, width = settings.of_scale((4, 16), (12, 32))
+      deep = DeepConfig(depth=depth, width=width, norm=RESIDUAL[name], **shape)
+      made = Trainer(lambda key: Deep(deep, key), data, recipe, every=EVERY)
     else:
-      config = VGGConfig(
-        width=settings.of_scale((16, 32), (32, 64)), norm=NETWORKS[name], num_classes=data.classes, in_features=data.channels
-      )
-      made = Trainer(lambda key: VGG(config, key), data, recipe, every=EVERY)
+      vgg = VGGConfig(width=settings.of_scale((16, 32), (32, 64)), norm=NETWORKS[name], **shape)
+      made = Trainer(lambda key: VGG(vgg, key), data, recipe, every=EVERY)
     made.watch = lambda before, after, images, labels, key: along_gradient(
       lambda params: made.loss(params, images, labels, key), before, RATE * jnp.array(STEPS)
     )
@@ -96,13 +111,14 @@ def run(settings: Settings, progress: Progress) -> Measured:
     samples=figures(runs),
     rows=[_row(name, values) for name, values in runs.items()],
     draw=lambda figure: draw(figure, runs),
-    caption=f"VGG on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient over its length, and "
-    f"range of the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: the loss on 256 training "
-    "images around the end of training, on a plane of two random directions, each filter's as long as the filter; first seed.",
+    caption=f"VGG and residual networks on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient "
+    f"over its length, and range of the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: the "
+    "loss of a VGG on 256 training images around the end of training, on a plane of two random directions, each filter's as "
+    "long as the filter; first seed. Shades: all seeds.",
     notes=(
-      f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper. A VGG "
-      "has no shortcuts: scaled weight standardization is all of NF that fits in.",
-      "The theorem's sides are equal but for rounding and for the small number that is added to the variance.",
+      f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper.",
+      "The theorem's sides are equal but for rounding and for the small number that is added to the variance; the gradients come "
+      "from the trained network, the normalization from the theorem's own formula.",
       "Ratios are those of geometric means over the steps that were looked at.",
     ),
   )
@@ -137,26 +153,27 @@ def mean(run: dict[str, Any], name: str) -> float:
 
 def figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed."""
-  ratios = lambda name, measure: np.array(
-    [mean(a, measure) / mean(b, measure) for a, b in zip(runs["none"], runs[name], strict=True)]
+  ratios = lambda name, measure, base="none": np.array(
+    [mean(a, measure) / mean(b, measure) for a, b in zip(runs[base], runs[name], strict=True)]
   )
   return {
     **{measure: list(ratios("batch", measure)) for measure in ("smoothness", "change", "range")},
     "lp": list(np.minimum(ratios("L1", "smoothness"), ratios("L∞", "smoothness"))),
     "scaled_ws": list(ratios("scaled WS", "smoothness")),
+    "nf": list(ratios("NF", "smoothness", "ResNet, none")),
     "theorem": [run["theorem"] for run in runs["batch"]],
   }
 
 
 def _row(name: str, values: list[dict[str, Any]]) -> Row:
-  average = lambda measure: float(np.mean([mean(run, measure) for run in values]))
+  average = lambda measure: [mean(run, measure) for run in values]
   return {
     "network": name,
-    "test accuracy": float(np.mean([run["accuracy"] for run in values])),
+    "test accuracy": [run["accuracy"] for run in values],
     "effective β": average("smoothness"),
     "change of the gradient / its length": average("change"),
     "range of the loss": average("range"),
-    "loss at the end": float(np.mean([run["loss"][-1] for run in values])),
+    "loss at the end": [run["loss"][-1] for run in values],
   }
 
 
@@ -175,9 +192,8 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
       drawing.line(axis, steps, [measure(run) for run in values], name, style)
     axis.set_yscale("log")
     drawing.name_axes(axis, "step", title)
-  if len(runs) > len(NETWORKS):  # a person's network may lie where the legend finds room without it
-    above[0].set_ylim(top=1000 * above[0].get_ylim()[1])
-  drawing.legend(above[0], fontsize=8)
+  above[0].set_ylim(top=1e5 * above[0].get_ylim()[1])  # room for the legend
+  drawing.legend(above[0], loc="upper right", fontsize=8)
   for axis, name in zip(below, PICTURED, strict=True):
     values = np.array(runs[name][0]["plane"])
     shown = axis.contour(PLACES, PLACES, np.log10(np.maximum(values, 1e-6)).T, levels=10, cmap="gray", linewidths=1)
@@ -193,7 +209,7 @@ EXPERIMENT = Experiment(
   paper="Santurkar et al. 2018 (1805.11604), Li et al. 2018 (1712.09913)",
   section="Santurkar: section 3.2, figure 4, theorem 4.1; Li: section 4",
   claim="Batch normalization makes the loss smoother along the gradient, as do other normalizations that do not control "
-  "distributions, and scaled weight standardization; theorem 4.1 holds on a layer.",
+  "distributions, and scaled weight standardization, with alpha/beta in residual networks; theorem 4.1 holds on a layer.",
   criteria=CRITERIA,
   minutes=0.8,
   run=run,

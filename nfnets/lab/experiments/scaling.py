@@ -38,7 +38,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network for every budget with every learning rate and seed."""
   shapes = settings.of_scale(((4, 1), (8, 2), (16, 3), (24, 4)), ((8, 2), (16, 4), (32, 6), (64, 8), (128, 12)))
   epochs = settings.of_scale((1, 2, 4, 8), (1, 2, 4, 8, 16, 32))
-  data = task.data(settings.data)
+  data = task.data(settings.data, small=settings.small)
   count, places = len(data.train[1]), int(np.prod(data.train[0].shape[1:3]))
 
   @functools.cache

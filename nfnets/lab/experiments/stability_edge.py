@@ -62,18 +62,22 @@ def run(settings: Settings, progress: Progress) -> Measured:
     model, make = settings.model, functools.partial(users.labelled_model, settings.model, classes=shape["num_classes"])
     makers[model] = lambda seed: make(seed=seed)[0]
     _, sides[model], arguments[model] = make(seed=0)
-  curves, done = {}, 0
-  for name, made in makers.items():
-    images, labels = task.images(settings.data, count, side=sides[name])
-    runs = []
-    for seed in range(settings.seeds):
-      runs.append(_descend(made(seed), images, labels, steps, arguments[name]))
-      done += 1
-      progress(done / (settings.seeds * len(makers)))
-    curves[name] = np.array(runs)  # [seeds, measurements, 2]
-  images, labels = task.images(settings.data, count)
   plain = DeepConfig(**shape, **NETWORKS["plain"])
-  stochastic = np.array([_wander(_maker(plain)(seed), images, labels, steps, seed) for seed in range(settings.seeds)])
+
+  def job(name: str, seed: int) -> list:
+    images, labels = task.images(settings.data, count, side=sides[name])
+    return _descend(makers[name](seed), images, labels, steps, arguments[name]).tolist()
+
+  def noisy_job(seed: int) -> list:
+    images, labels = task.images(settings.data, count)
+    return _wander(_maker(plain)(seed), images, labels, steps, seed).tolist()
+
+  seeds = range(settings.seeds)
+  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in makers for seed in seeds}
+  noisy = {f"SGD, seed {seed}": functools.partial(noisy_job, seed) for seed in seeds}
+  found = progress.parts({**jobs, **noisy})
+  curves = {name: np.array([found[f"{name}, seed {seed}"] for seed in seeds]) for name in makers}  # [seeds, measurements, 2]
+  stochastic = np.array([found[name] for name in noisy])  # [seeds, measurements, 3]
   return Measured(
     samples=figures({name: curves[name] for name in NETWORKS}, stochastic),
     rows=[_row(name, values) for name, values in [*curves.items(), ("plain, batch sharpness of SGD", stochastic[..., [0, 2]])]],
@@ -165,10 +169,10 @@ def figures(curves: dict[str, np.ndarray], stochastic: np.ndarray) -> dict[str, 
 def _row(name: str, values: np.ndarray) -> dict[str, Any]:
   return {
     "network": name,
-    "sharpness × rate / 2 at the start": float(values[:, 0, 0].mean()),
-    "median of the last third": float(np.mean(last_third(values))),
-    "loss at the start": float(values[:, 0, 1].mean()),
-    "loss at the end": float(values[:, -1, 1].mean()),
+    "sharpness × rate / 2 at the start": values[:, 0, 0],
+    "median of the last third": last_third(values),
+    "loss at the start": values[:, 0, 1],
+    "loss at the end": values[:, -1, 1],
   }
 
 
@@ -185,7 +189,7 @@ def draw(figure: Any, curves: dict[str, np.ndarray], stochastic: np.ndarray) -> 
   for axis, title in ((sharp, "all images a step"), (noisy, f"plain, {BATCH} images a step")):
     axis.axhline(1, color="0.6", lw=4, alpha=0.5, zorder=0)
     axis.set_ylim(0, 2.5)
-    drawing.name_axes(axis, "step" if axis is sharp else "epoch", "× learning rate / 2", title)
+    drawing.name_axes(axis, "step" if axis is sharp else "epoch", "sharpness × learning rate / 2", title)
     drawing.legend(axis, loc="upper right")
   loss.set_yscale("log")
   drawing.name_axes(loss, "step", "half squared error an image", "")

@@ -53,7 +53,7 @@ CRITERIA = (
 
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains both networks with every seed and evaluates them in every way."""
-  data, steps = task.data(settings.data, cut=False), settings.of_scale(120, 3000)
+  data, steps = task.data(settings.data, cut=False, small=settings.small), settings.of_scale(120, 3000)
 
   shape = settings.of_scale({"depth": (1, 1, 1), "width": (32, 64, 64)}, {"depth": (2, 2, 2), "width": (64, 128, 128)})
 
@@ -137,8 +137,7 @@ def figures(runs: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
 
 
 def _row(name: str, values: list[dict[str, float]]) -> Row:
-  mean = {key: float(np.mean([run[key] for run in values])) for key in (*WAYS, "difference")}
-  return {"network": name, **mean}
+  return {"network": name, **{key: [run[key] for run in values] for key in (*WAYS, "difference")}}
 
 
 def draw(figure: Any, runs: dict[str, list[dict[str, float]]]) -> None:

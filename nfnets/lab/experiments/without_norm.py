@@ -41,7 +41,7 @@ CRITERIA = (
 
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every learning rate and seed."""
-  data, steps = task.data(settings.data), settings.of_scale(250, 5000)
+  data, steps = task.data(settings.data, small=settings.small), settings.of_scale(250, 5000)
   depth, width = settings.of_scale((6, 16), (16, 32))
   networks = NETWORKS | {name: (name, math.inf) for name in settings.models}
   recipe = Recipe(batch=BATCH, steps=steps, warmup=max(5, steps // 20))
