@@ -90,3 +90,33 @@ def test_gradient_norms():
   norms = lab.gradient_norms(model, x, labels)
   assert norms["kernel"] == pytest.approx(float(jnp.linalg.norm(x.T @ error / 5)), rel=1e-5)
   assert norms["bias"] == pytest.approx(float(jnp.linalg.norm(error.mean(axis=0))), rel=1e-5)
+
+
+def test_signal_and_gradients_of_a_linen_module():
+  """Conv → BatchNorm → the same Dense twice; figures by hand, and gradients of the whole by jax.grad."""
+  import flax.linen as linen
+
+  class Net(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+      x = linen.BatchNorm(use_running_average=not train, name="norm")(linen.Conv(4, (3, 3), name="conv")(x))
+      dense = linen.Dense(4, name="dense")
+      return jnp.mean(dense(dense(x)), axis=(1, 2))
+
+  x = jax.random.normal(jax.random.key(0), (6, 5, 5, 3))
+  variables = Net().init(jax.random.key(1), x, train=False)
+  seen = lab.signal(Net().bind(variables), x, train=True)
+  assert list(seen) == ["conv", "norm", "dense", "dense:2", ""]
+  assert seen["norm"]["var"] == pytest.approx(1, abs=1e-3) and seen["norm"]["mean_sq"] == pytest.approx(0, abs=1e-6)
+  labels = jnp.arange(6) % 4
+
+  def loss(params):
+    logits, _ = Net().apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+    return jnp.mean(-jax.nn.log_softmax(logits)[jnp.arange(6), labels])
+
+  expected = jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, jax.grad(loss)(variables["params"])))
+  norms = lab.gradient_norms(Net().bind(variables), x, labels, train=True)
+  assert norms["dense/kernel"] == pytest.approx(float(expected["dense"]["kernel"]), rel=1e-4)
+  assert len(norms) == len(jax.tree.leaves(expected))
+  with pytest.raises(TypeError, match="bind"):
+    lab.signal(Net(), x)

@@ -272,7 +272,7 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], logs: list[dict[str, Any]
   figure.colorbar(image, ax=clipped, label="share of units clipped by AGC")
   extent = (BINS[0], BINS[-1], len(layers) - 0.5, -0.5)
   for axis, part in zip(below, ("first", "last"), strict=True):
-    image = axis.imshow(mean(part), aspect="auto", interpolation="nearest", cmap="gray_r", vmin=0, vmax=0.5, extent=extent)
+    image = axis.imshow(mean(part), aspect="auto", interpolation="nearest", cmap="gray_r", vmin=0, vmax=0.3, extent=extent)
     axis.set_yticks(range(len(labels)), labels if part == "first" else [""] * len(labels), fontsize=8)
     axis.axvline(np.log10(LAMBDA), color="#d55e00", ls=":", lw=1.5)
     drawing.name_axes(axis, "log10 ‖G‖ / ‖W‖", "", f"{part} third of the steps")

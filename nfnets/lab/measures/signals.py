@@ -1,5 +1,6 @@
 """What the signal does on its way through a network, and what comes back: statistics of every layer's output, gradient norms."""
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +31,8 @@ def moments(x: Array) -> tuple[Array, Array, Array]:
   return jnp.mean(channel_mean), jnp.mean(jnp.var(x, axis=others)), jnp.mean(channel_mean**2)
 
 
-def signal(model: nnx.Module, images: Array, **arguments: Any) -> dict[str, dict[str, float]]:
-  """Measures the output of every submodule of any nnx.Module while it looks at some images.
+def signal(model: Any, images: Array, **arguments: Any) -> dict[str, dict[str, float]]:
+  """Measures the output of every submodule of any Flax module while it looks at some images.
 
   A copy of the model is watched; the model itself stays as it is. Each call of a submodule is seen, also under jit, remat and
   scan inside of the model; where scan or vmap call a submodule several times, the mean of its figures is given. Networks of
@@ -39,13 +40,16 @@ def signal(model: nnx.Module, images: Array, **arguments: Any) -> dict[str, dict
   images: pass train=True, or call model.train() before.
 
   Args:
-    model: whatever is called as model(images, **arguments).
+    model: an nnx.Module, or a Linen module that is bound, `module.bind(variables)`; called as model(images, **arguments).
     images: [batch, height, width, channels], as the model takes them.
-    arguments: further ones of the call, such as train=True and rngs.
+    arguments: further ones of the call, such as train=True and rngs; to Linen's `apply` rngs are handed over as such.
 
   Returns:
     {path of the submodule, "" for the model itself, with ":2" behind it for a second call: {"mean", "var", "mean_sq"}} of
     `moments`, in the order in which the outputs arise. What returns no floating array of at least two axes is left out.
+
+  Raises:
+    TypeError: the model is neither.
   """
   order: list[str] = []
   seen: dict[str, list[np.ndarray]] = {}
@@ -57,17 +61,19 @@ def signal(model: nnx.Module, images: Array, **arguments: Any) -> dict[str, dict
     order.append(name)
     jax.debug.callback(lambda values: seen.setdefault(name, []).append(np.asarray(values)), jnp.stack(moments(x)))
 
-  graph, state = nnx.split(_watched(nnx.clone(model), note))
+  if not isinstance(model, nnx.Module):
+    state, forward = _linen(model, arguments, note)
+  else:
+    graph, state = nnx.split(_watched(nnx.clone(model), note))
 
-  @jax.jit
-  def forward(state: nnx.State, images: Array) -> Array:
-    watched = nnx.merge(graph, state)
-    if isinstance(watched, Network):
-      tapped = lambda name, x: None if name in order else note(name, x)
-      return watched.outputs(images, tap=tapped, **arguments)["logits"]
-    return watched(images, **arguments)
+    def forward(state: Any, images: Array) -> Array:
+      watched: Any = nnx.merge(graph, state)
+      if isinstance(watched, Network):
+        tapped = lambda name, x: None if name in order else note(name, x)
+        return watched.outputs(images, tap=tapped, **arguments)["logits"]
+      return watched(images, **arguments)
 
-  jax.block_until_ready(forward(state, images))
+  jax.block_until_ready(jax.jit(forward)(state, images))
   jax.effects_barrier()
   means = {name: np.mean(seen[name], axis=0) for name in dict.fromkeys(order) if name in seen}
   return {name: dict(zip(("mean", "var", "mean_sq"), map(float, values), strict=True)) for name, values in means.items()}
@@ -101,24 +107,57 @@ def _noting(call: Callable, path: str, note: Callable[[str, Any], None]) -> Call
   return noted
 
 
-def gradient_norms(model: nnx.Module, images: Array, labels: Array, **arguments: Any) -> dict[str, float]:
-  """Measures the L2 norm of the mean cross-entropy's gradient with respect to each parameter of any nnx.Module.
+def _linen(model: Any, arguments: dict[str, Any], note: Callable[[str, Any], None] | None = None) -> tuple[Any, Callable]:
+  """(Variables, function of variables and images → output) of a bound Linen module, whose submodules' outputs `note` gets."""
+  import flax.linen as linen  # not everybody needs it
+
+  if not isinstance(model, linen.Module) or model.scope is None:
+    raise TypeError(f"expected an nnx.Module or a bound Linen module, module.bind(variables), got {type(model).__name__}")
+  module, variables = model.unbind()
+  calls: collections.Counter[str] = collections.Counter()
+
+  def noting(function: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+    out = function(*args, **kwargs)
+    if note is not None and context.method_name == "__call__":
+      path = "/".join(context.module.path)
+      calls[path] += 1
+      note(path if calls[path] == 1 else f"{path}:{calls[path]}", out)
+    return out
+
+  def forward(variables: Any, images: Array) -> Array:
+    moving = [name for name in variables if name != "params"]  # running statistics, which training moves
+    with linen.intercept_methods(noting):
+      return module.apply(variables, images, mutable=moving, **arguments)[0]
+
+  return variables, forward
+
+
+def gradient_norms(model: Any, images: Array, labels: Array, **arguments: Any) -> dict[str, float]:
+  """Measures the L2 norm of the mean cross-entropy's gradient with respect to each parameter of any Flax module.
 
   Args:
-    model: turns images into logits [batch, classes]; it stays as it is.
+    model: turns images into logits [batch, classes]; an nnx.Module or a bound Linen module. It stays as it is.
     images: [batch, height, width, channels], as the model takes them.
     labels: int [batch].
     arguments: further ones of the call, such as train=True.
 
   Returns:
     {"/"-joined path of the parameter: norm}, in the model's order.
+
+  Raises:
+    TypeError: the model is neither.
   """
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  if isinstance(model, nnx.Module):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    forward: Callable[[Any], Any] = lambda params: nnx.merge(graph, params, rest, copy=True)(images, **arguments)
+  else:
+    variables, apply = _linen(model, arguments)
+    params, forward = variables["params"], lambda params: apply({**variables, "params": params}, images)
 
   @jax.jit
-  def norms(params: nnx.State) -> list[Array]:
-    def loss(params: nnx.State) -> Array:
-      logits = nnx.merge(graph, params, rest, copy=True)(images, **arguments)
+  def norms(params: Any) -> list[Array]:
+    def loss(params: Any) -> Array:
+      logits = forward(params)
       return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
 
     return [jnp.linalg.norm(leaf.astype(jnp.float32).ravel()) for _, leaf, _ in named_leaves(jax.grad(loss)(params))]
