@@ -155,8 +155,14 @@ class Deep(nnx.Module):
       if per_stage > several:
         graph, state = nnx.split(self.blocks[stage])
         numbers = jnp.arange(first + several, first + per_stage)
-        body = lambda carry, part, graph=graph: advance(cast(Block, nnx.merge(graph, part[0])), carry, part[1], part[2])
-        (x, scale), kept = jax.lax.scan(body, (x, scale), (state, betas[numbers], numbers))
+
+        def body(carry: tuple[Array, Array], part: Any, graph: Any = graph) -> Any:
+          block = cast(Block, nnx.merge(graph, part[0]))
+          carry, kept = advance(block, carry, part[1], part[2])
+          return carry, (kept, nnx.state(block, nnx.BatchStat))
+
+        (x, scale), (kept, running) = jax.lax.scan(body, (x, scale), (state, betas[numbers], numbers))
+        nnx.update(self.blocks[stage], running)
         seen.append(kept)
     return x, None if probe is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
 

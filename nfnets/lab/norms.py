@@ -1,8 +1,8 @@
 """Normalizers, and what stands in their place, as one field `norm=` of the purpose-made networks of this room.
 
 A name is a row of NORMS, where some take a number behind a colon: "group:8" has eight groups, "ghost:16" normalizes 16 images at
-once, "lp:inf" divides by the largest deviation. Normalizers are those of nfnets.models.norms, where any ResNet of the zoo has
-them with running statistics; here all of them use the statistics of the images at hand, in training and in evaluation.
+once, "lp:inf" divides by the largest deviation. Normalizers are those of nfnets.models.norms. They use the statistics of the
+images at hand, and move their running ones, until `network.set_attributes(running=True)` lets them use these.
 """
 
 import dataclasses
@@ -35,26 +35,24 @@ class Norm:
 
 
 # ---- what acts on activations, x: [batch, height, width, channels]
-class OwnStatistics(nnx.Module):
-  """A normalizer of nfnets.models.norms that uses the statistics of the images at hand."""
+class Normalizer(nnx.Module):
+  """A normalizer of nfnets.models.norms; with `running` set it uses its running statistics, where it has some."""
 
   def __init__(self, norm: nnx.Module | None):
-    self.norm = norm
+    self.norm, self.running = norm, False
 
   def __call__(self, x: Array, key: Array | None) -> Array:
-    return models_norms.normalize(self.norm, x, True, key)
+    return models_norms.normalize(self.norm, x, not self.running, key)
 
 
 def _of_models(name: str) -> Callable[[int, str, Any], nnx.Module]:
   """Makes the normalizer of that name of nfnets.models.norms."""
   join = lambda number: f"{name}:{number}" if number else name
-  return lambda features, number, keys: OwnStatistics(
-    models_norms.make_norm(join(number), features, dtype=jnp.float32, rngs=keys)
-  )
+  return lambda features, number, keys: Normalizer(models_norms.make_norm(join(number), features, dtype=jnp.float32, rngs=keys))
 
 
 def _uncentred(features: int, number: str, keys: Any) -> nnx.Module:
-  return OwnStatistics(nnx.RMSNorm(features, epsilon=EPSILON, feature_axes=-1, reduction_axes=(0, 1, 2), rngs=keys))
+  return Normalizer(nnx.RMSNorm(features, epsilon=EPSILON, feature_axes=-1, reduction_axes=(0, 1, 2), rngs=keys))
 
 
 # ---- convolutions whose images are closed to a ring, so that every pixel has as many neighbours as theory says
@@ -102,7 +100,7 @@ NORMS = {
   "noisy_batch": Norm(activations=_of_models("noisy_batch")),
   "ghost": Norm(activations=_of_models("ghost")),
   "layer": Norm(activations=_of_models("layer")),  # over height, width and channels
-  "instance": Norm(activations=lambda features, _, keys: OwnStatistics(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
+  "instance": Norm(activations=lambda features, _, keys: Normalizer(nnx.InstanceNorm(features, epsilon=EPSILON, rngs=keys))),
   "group": Norm(activations=_of_models("group")),
   "lp": Norm(activations=_of_models("lp")),
   "dyt": Norm(activations=_of_models("dyt")),

@@ -22,6 +22,9 @@ Watch = Callable[[Params, Params, Array, Array, Array], Any]
 # (schedule of the learning rate, strength, parameters) → optimizer
 Optimizer = Callable[[optax.Schedule, Array, Params], optax.GradientTransformation]
 MOMENTUM = 0.9
+AVERAGED = (
+  50  # training batches of which running statistics are made; all but a two-hundredth of them is forgotten after that many
+)
 CLASSIFIER = r"(^|/)(fc|head|classifier)/kernel$"  # its weight, in a person's network by these names
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
@@ -68,7 +71,8 @@ class Trainer:
     self._graph, self._template, self._rest = nnx.split(make(jax.random.key(0)), nnx.Param, ...)
     self._init = jax.jit(lambda key: nnx.to_pure_dict(nnx.split(make(key), nnx.Param, ...)[1]))
     self._descend = jax.jit(self._train)
-    self._logits_of = jax.jit(self.logits)
+    self._logits_of = jax.jit(self._answer, static_argnums=3)
+    self._averages_of = jax.jit(self._averages)
 
   def init(self, seed: int) -> Params:
     """New weights."""
@@ -78,11 +82,11 @@ class Trainer:
     """The network's outputs, float32 [batch, classes]; a normalizer uses the statistics of these images."""
     return self.model(params)(images, key=key).astype(jnp.float32)
 
-  def model(self, params: Params) -> Any:
-    """The network with these parameters."""
+  def model(self, params: Params, rest: Any = None) -> Any:
+    """The network with these parameters, and with `rest` as its other state."""
     state = jax.tree.map(lambda x: x, self._template)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(self._graph, state, self._rest, copy=True)
+    return nnx.merge(self._graph, state, self._rest if rest is None else rest, copy=True)
 
   def loss(self, params: Params, images: Array, labels: Array, key: Array | None = None) -> Array:
     """The mean cross-entropy, float32 []."""
@@ -108,12 +112,36 @@ class Trainer:
     seen = jax.tree.map(lambda x: np.asarray(x)[:: self._every], seen)
     return params, np.asarray(losses), seen
 
-  def test(self, params: Params, batch: int = 360) -> tuple[float, float]:
-    """(Accuracy, mean cross-entropy) on the test images, `batch` at a time, whose statistics a normalizer uses; without noise."""
+  def test(self, params: Params, batch: int = 360, *, running: bool = False) -> tuple[float, float]:
+    """(Accuracy, mean cross-entropy) on the test images, `batch` at a time, whose statistics a normalizer uses; without noise.
+
+    With `running` it uses the moving averages of the statistics of AVERAGED training batches instead, as in use. They are taken
+    of the network as it is now; weights of the last steps hardly move, so that averages kept in training would be the same.
+    """
     images, labels = self.data.test
-    outputs = [self._logits_of(params, images[i : i + batch]) for i in range(0, len(images), batch)]
+    rest = self._rest
+    if running and nnx.state(rest, nnx.BatchStat):
+      order = batches(len(self.data.train[1]), dataclasses.replace(self.recipe, steps=AVERAGED), 0)
+      rest = self._averages_of(params, order)
+    outputs = [self._logits_of(params, images[i : i + batch], rest, running) for i in range(0, len(images), batch)]
     logits = jnp.concatenate(outputs)
     return float(jnp.mean(jnp.argmax(logits, axis=-1) == labels)), float(cross_entropy(logits, labels))
+
+  def _answer(self, params: Params, images: Array, rest: Any, running: bool) -> Array:
+    """The network's outputs in a test, float32 [batch, classes]."""
+    model = self.model(params, rest)
+    model.set_attributes(running=running, raise_if_not_found=False)
+    return model(images).astype(jnp.float32)
+
+  def _averages(self, params: Params, order: Array) -> Any:
+    """The network's state but for its parameters, after training batches int32 [batches, batch] have moved its averages."""
+
+    def look(rest: Any, chosen: Array) -> tuple[Any, None]:
+      model = self.model(params, rest)
+      model(self.data.train[0][chosen])
+      return nnx.split(model, nnx.Param, ...)[2], None
+
+    return jax.lax.scan(look, self._rest, order)[0]
 
   def _train(self, params: Params, order: Array, rate: Array, strength: Array, key: Array) -> tuple[Params, Any]:
     (images, labels), recipe = self.data.train, self.recipe

@@ -29,6 +29,7 @@ from nfnets.lab.experiments import (
 )
 from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches
+from nfnets.lab.vgg import VGG, VGGConfig
 
 SEEDS = 3
 SPREAD = np.array([0.0, 0.001, -0.001])  # between seeds
@@ -337,3 +338,19 @@ def test_other_settings_begin_anew(tmp_path):
   runner.run([made], Settings(seeds=2), tmp_path, lambda step: None)
   assert seen == [1, 2] and not (tmp_path / "made_up.parts").exists()
   assert json.loads((tmp_path / "made_up.json").read_text())["findings"][0]["samples"] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("network", ["deep", "vgg"])
+def test_running_statistics_are_those_of_training_batches(network):
+  """Batches of all images, of which each moves the averages to the same statistics, answer as those statistics do."""
+  data = task.data(None)
+  few = dataclasses.replace(data, train=(data.train[0][:60], data.train[1][:60]), test=(data.train[0][:60], data.train[1][:60]))
+  shape = {"norm": "batch", "num_classes": 10, "in_features": data.channels}
+  deep, vgg = DeepConfig(depth=4, width=8, stages=2, **shape), VGGConfig(width=(8, 8), **shape)
+  make = (lambda key: Deep(deep, key)) if network == "deep" else (lambda key: VGG(vgg, key))
+  trainer = Trainer(make, few, Recipe(batch=60, steps=1))
+  params = trainer.init(0)
+  own, averaged = trainer.test(params)[1], trainer.test(params, running=True)[1]
+  assert averaged == pytest.approx(own, rel=0.02)
+  lone, kept = trainer.test(params, 1)[1], trainer.test(params, 1, running=True)[1]
+  assert kept == pytest.approx(averaged, rel=1e-5) and abs(lone - own) > 0.002 * own  # whatever the test's batches are
