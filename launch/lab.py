@@ -5,11 +5,10 @@
 
 DIR gets NAME.png, NAME.json and report.html, one file that opens from disk. An experiment that DIR holds already, with the
 same settings, is not computed again, so that a run that was stopped goes on. --model measures or trains a network of yours
-beside the purpose-made ones, in every experiment; no verdict counts it but that of nfify, which judges its twin where it has one.
-It is a name of nfnets.models, or FILE.py:FUNCTION,
-where FUNCTION(seed) returns an nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images
-that a recipe of launch.train names instead of digits, averaged to 16 pixels a side; for the scale small to 8, and as many as
-there are digits, so that it takes no longer.
+beside the purpose-made ones, in every experiment; no verdict counts it but that of nfify, which judges its twin if it has one. It
+is a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed) returns an nnx.Module that turns images [batch, height,
+width, 3] into logits. --config takes the images that a recipe of launch.train names instead of digits, averaged to 16 pixels a
+side; for the scale small to 8, and no more of them than there are digits, so that it takes no longer.
 """
 
 import difflib

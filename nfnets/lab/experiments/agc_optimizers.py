@@ -127,6 +127,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "Where AGC of the gradient changes nothing it may still be of use against single large gradients, whose trace in Adam's "
       "second moment it shortens; such are rare in these short trainings.",
       "An update that is clipped behind the optimizer has the learning rate in it: λ then bounds the relative change of a step.",
+      "After a first run the large learning rates became larger, since at the first ones nothing failed.",
       "That AGC fails with AdamW and Lion is reported in public threads; no paper claims it.",
     ),
   )

@@ -171,7 +171,8 @@ def draw(figure: Any, deepest: dict[str, np.ndarray], theirs: dict[str, float]) 
   groups.set_xscale("log", base=2)
   groups.set_xticks(sizes, list(map(str, sizes)))
   drawing.name_axes(groups, "channels in a group", "factor a block", "")
-  drawing.legend(groups, loc="center right")
+  groups.set_ylim(top=1.25 * groups.get_ylim()[1])  # room for the legend
+  drawing.legend(groups, loc="upper right")
   if theirs:
     drawing.line(more[0], np.arange(len(theirs)), [[max(norm, 1e-12) for norm in theirs.values()]], "", 0)
     more[0].set_yscale("log")

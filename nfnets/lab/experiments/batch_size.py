@@ -92,6 +92,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "The best learning rate, and AGC's best λ, are those of the test accuracy that is shown; NF with AGC chooses among "
       f"{len(lambdas)} times as many trainings as the others.",
       "Batch normalization is tested with running statistics of batches of the size that it was trained with.",
+      "After a first run epochs, grid and images (patches of 2×2 pixels) were changed; the criteria were not.",
       "The paper trained NF-ResNet-50 and -200 on ImageNet with batches of 256 to 4,096.",
     ),
   )

@@ -98,6 +98,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       f"VGG with four convolutions, deep linear network of {_depth(settings)} layers; gradient descent with Nesterov's momentum, "
       f"learning rates {RATES['VGG']} and {RATES['linear']}, the same with and without normalization.",
       "The strength of the noise is from memory of the paper's appendix. Tests are without noise.",
+      "After a first run the VGG's learning rate became 0.02 instead of 0.1, with which it died without normalization.",
     ),
   )
 

@@ -93,6 +93,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       *twin.recipe_changes(BATCH),
       "These changes are for trainings of many epochs and large batches. Here both train alike, with batches of "
       f"{BATCH}, the better of the learning rates {RATES[0]:g} and {RATES[1]:g}, and without clipping.",
+      "After a first run the part on the signal, which had asked for a mean square near 1, became one on its spread.",
       "Before training, the twin's branches have a gain of 1 here, so that they can be seen; they are initialised with 0.",
     ),
   )

@@ -178,6 +178,6 @@ EXPERIMENT = Experiment(
   claim="The held-out loss of normalizer-free networks falls as a power of the compute of training, and more compute wants "
   "larger networks.",
   criteria=CRITERIA,
-  minutes=1.3,
+  minutes=1.9,
   run=run,
 )

@@ -22,6 +22,7 @@ NETWORKS = {
   "Derf": ("derf", math.inf),
   "Fixup": ("fixup", math.inf),
   "SkipInit": ("skipinit", math.inf),
+  "SkipInit 1/√d": ("skipinit_root", math.inf),
   "none": ("none", math.inf),
 }
 
@@ -35,7 +36,8 @@ CRITERIA = (
   Criterion(name="nf_dyt", claim="NF is better than Dynamic Tanh by at least 0.01.", low=0.01),
   Criterion(name="derf", claim="Derf is no worse than Dynamic Tanh, by more than 0.01.", low=-0.01),
   Criterion(name="fixup", claim="Fixup trains as well as batch normalization: no lower by more than 0.01.", low=-0.01),
-  Criterion(name="skipinit", claim="So does SkipInit.", low=-0.01),
+  Criterion(name="skipinit", claim="So does SkipInit, whose branches begin with 0.", low=-0.01),
+  Criterion(name="skipinit_root", claim="And SkipInit with 1 / sqrt(blocks) at the beginning.", low=-0.01),
 )
 
 
@@ -99,6 +101,7 @@ def figures(accuracy: dict[str, np.ndarray]) -> dict[str, list[float]]:
     "derf": over("Derf", "DyT"),
     "fixup": over("Fixup", "batch"),
     "skipinit": over("SkipInit", "batch"),
+    "skipinit_root": over("SkipInit 1/√d", "batch"),
   }
 
 
@@ -124,7 +127,9 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], losses: dict[str, np.ndar
   by_rate.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
   by_rate.minorticks_off()
   drawing.name_axes(by_rate, "learning rate", "test accuracy")
-  drawing.legend(by_rate, ncols=2)
+  by_rate.set_ylim(-0.55, 1.02)  # room for the legend
+  by_rate.set_yticks(np.linspace(0, 1, 6))
+  drawing.legend(by_rate, loc="lower left", ncols=2)
   curves.set_yscale("log")
   drawing.name_axes(curves, "step", "training loss")
 
