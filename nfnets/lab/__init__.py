@@ -9,7 +9,8 @@
   lab.along_gradient(loss, params, steps)     # loss, change of the gradient, effective smoothness
   lab.nf_twin("resnet50", 1000, rngs=0)       # the same network without normalization
 
-`model` is any nnx.Module, or a Linen module that is bound to its variables. `python -m launch.lab` runs the experiments, which only arrange these measures.
+`model` is any nnx.Module, or a Linen module that is bound to its variables. `python -m launch.lab` runs the experiments, which
+only arrange these measures.
 """
 
 from nfnets.lab.measures.curvature import batch_sharpness, sharpness, sharpness_of

@@ -68,11 +68,8 @@ CRITERIA = (
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every seed, looks along the gradient at each tenth step and around the end."""
   steps = settings.of_scale(200, 3000)
-  data, recipe, names = (
-    task.data(settings.data, small=settings.small),
-    Recipe(batch=BATCH, steps=steps),
-    [*NETWORKS, *RESIDUAL, *settings.models],
-  )
+  data, recipe = task.data(settings.data, small=settings.small), Recipe(batch=BATCH, steps=steps)
+  names = [*NETWORKS, *RESIDUAL, *settings.models]
   shape = {"num_classes": data.classes, "in_features": data.channels}
 
   @functools.cache
