@@ -189,8 +189,7 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
       drawing.line(axis, steps, [measure(run) for run in values], name, style)
     axis.set_yscale("log")
     drawing.name_axes(axis, "step", title)
-  above[0].set_ylim(top=1e5 * above[0].get_ylim()[1])  # room for the legend
-  drawing.legend(above[0], loc="upper right", fontsize=8)
+  figure.legend(*above[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, handlelength=2.6)
   for axis, name in zip(below, PICTURED, strict=True):
     values = np.array(runs[name][0]["plane"])
     shown = axis.contour(PLACES, PLACES, np.log10(np.maximum(values, 1e-6)).T, levels=10, cmap="gray", linewidths=1)

@@ -197,7 +197,7 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]], best: dict[str, np.
     axis.set_yscale("log")
     drawing.name_axes(axis, "block", name)
   share.set_ylim(0, 1)
-  drawing.name_axes(share, "block", "squared channel mean / mean square")
+  drawing.name_axes(share, "block", "share of squared means")
   drawing.legend(power)
   accuracy.set_xticks(range(len(best)), list(best))
   drawing.name_axes(accuracy, "", "test accuracy")
