@@ -10,7 +10,7 @@ from nfnets.lab import verdict
 from nfnets.lab.progress import Progress
 
 Scale = Literal["small", "full"]
-Row = dict[str, Any]  # column: text or number
+Row = dict[str, Any]  # column: text, number, or one number a seed, which the report makes a mean with its interval of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

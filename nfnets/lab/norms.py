@@ -2,7 +2,7 @@
 
 A name is a row of NORMS, where some take a number behind a colon: "group:8" has eight groups, "ghost:16" normalizes 16 images at
 once, "lp:inf" divides by the largest deviation. Normalizers are those of nfnets.models.norms. They use the statistics of the
-images at hand, and move their running ones, until `network.set_attributes(running=True)` lets them use these.
+images at hand, and move their running ones, until `network.set_attributes(uses_running_statistics=True)` lets them use these.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ class Norm:
 
 # ---- what acts on activations, x: [batch, height, width, channels]
 class Normalizer(nnx.Module):
-  """A normalizer of nfnets.models.norms; with `running` set it uses its running statistics, where it has some."""
+  """A normalizer of nfnets.models.norms; with `uses_running_statistics` set it uses its own, where it has some."""
 
   def __init__(self, norm: nnx.Module | None):
-    self.norm, self.running = norm, False
+    self.norm, self.uses_running_statistics = norm, False
 
   def __call__(self, x: Array, key: Array | None) -> Array:
-    return models_norms.normalize(self.norm, x, not self.running, key)
+    return models_norms.normalize(self.norm, x, not self.uses_running_statistics, key)
 
 
 def _of_models(name: str) -> Callable[[int, str, Any], nnx.Module]:

@@ -22,7 +22,7 @@ FORMAT = 2  # of the records; another one is not read
 
 def identity(experiment: Experiment, settings: Settings) -> dict[str, Any]:
   """What a stored record must agree with to be taken instead of a new run: settings, criteria, versions of library and model."""
-  return {
+  fields = {
     "format": FORMAT,
     "version": nfnets.__version__,
     "name": experiment.name,
@@ -30,6 +30,7 @@ def identity(experiment: Experiment, settings: Settings) -> dict[str, Any]:
     "model_file": _digest(settings.model),
     "criteria": [_criterion(criterion) for criterion in experiment.criteria],
   }
+  return json.loads(json.dumps(fields))  # as it is read again: JSON has no tuples
 
 
 def record(result: Result, seconds: float, options: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import base64
 import html
 import pathlib
+import shlex
 from typing import Any
 
 from nfnets.files import write_file
@@ -77,9 +78,8 @@ def page(experiments: list[tuple[dict[str, Any], bytes]]) -> str:
 
 def _article(record: dict[str, Any], picture: bytes) -> str:
   settings, image = record["settings"], base64.b64encode(picture).decode()
-  model = _text(settings["model"] or "")
   command = f"python -m launch.lab {_text(record['name'])} --scale={_text(settings['scale'])} --seeds={settings['seeds']}"
-  command += f" --model={model}" if model else ""
+  command += f" {_text(shlex.join(['--model=' + settings['model']]))}" if settings["model"] else ""
   command += f" {_text(record['options'])}" if record["options"] else ""
   listed = "".join(f"<li>{_text(note)}</li>" for note in record["notes"])
   return (

@@ -19,6 +19,7 @@ Labelled = tuple[jax.Array, jax.Array]  # images float32 [n, side, side, channel
 PATCH = 2  # pixels a side of the patches that become one place each with all their numbers, which makes training fast
 SIDE = 16  # pixels a side to which images of a config file are averaged first
 MOST = {"train": 10_000, "test": 2_000}  # images taken of a config file's splits
+DIGITS = {"train": 1437, "test": 360}  # how many digits there are
 _KEPT: dict[str, tuple[Labelled, int]] = {}
 MEAN, STD = 77.8, 95.9  # of the digits' pixels, as in configs/digits.py
 
@@ -101,7 +102,7 @@ def data(config: DataConfig | None, *, cut: bool = True, small: bool = False) ->
     train, test = images(), images(split="test")
   else:
     (train, _), (test, _) = _read(config, "train"), _read(config, "test")
-    train, test = (fewer(train, 1437), fewer(test, 360)) if small else (train, test)
+    train, test = (fewer(train, DIGITS["train"]), fewer(test, DIGITS["test"])) if small else (train, test)
   cut_up = lambda labelled: (patches(labelled[0]), labelled[1]) if cut else labelled
   return Data(name(config), classes(config), cut_up(train), cut_up(test))
 
@@ -135,7 +136,7 @@ def fewer(labelled: Labelled, most: int) -> Labelled:
   """The first images, at most so many, each 2×2 pixels averaged to one."""
   images, labels = labelled[0][:most], labelled[1][:most]
   n, height, width, channels = images.shape
-  return images.reshape(n, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4)), labels
+  return images.reshape(n, height // PATCH, PATCH, width // PATCH, PATCH, channels).mean(axis=(2, 4)), labels
 
 
 def patches(pixels: jax.Array) -> jax.Array:

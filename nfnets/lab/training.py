@@ -22,9 +22,8 @@ Watch = Callable[[Params, Params, Array, Array, Array], Any]
 # (schedule of the learning rate, strength, parameters) → optimizer
 Optimizer = Callable[[optax.Schedule, Array, Params], optax.GradientTransformation]
 MOMENTUM = 0.9
-AVERAGED = (
-  50  # training batches of which running statistics are made; all but a two-hundredth of them is forgotten after that many
-)
+# Training batches of which running statistics are made. They move by a tenth each, so that 0.5 % of the initial ones is left.
+AVERAGED = 50
 CLASSIFIER = r"(^|/)(fc|head|classifier)/kernel$"  # its weight, in a person's network by these names
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
@@ -116,7 +115,7 @@ class Trainer:
     """(Accuracy, mean cross-entropy) on the test images, `batch` at a time, whose statistics a normalizer uses; without noise.
 
     With `running` it uses the moving averages of the statistics of AVERAGED training batches instead, as in use. They are taken
-    of the network as it is now; weights of the last steps hardly move, so that averages kept in training would be the same.
+    of the network as it is now, and not along the way.
     """
     images, labels = self.data.test
     rest = self._rest
@@ -130,7 +129,7 @@ class Trainer:
   def _answer(self, params: Params, images: Array, rest: Any, running: bool) -> Array:
     """The network's outputs in a test, float32 [batch, classes]."""
     model = self.model(params, rest)
-    model.set_attributes(running=running, raise_if_not_found=False)
+    model.set_attributes(uses_running_statistics=running, raise_if_not_found=False)
     return model(images).astype(jnp.float32)
 
   def _averages(self, params: Params, order: Array) -> Any:

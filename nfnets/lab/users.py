@@ -31,11 +31,11 @@ class UserNetwork(nnx.Module):
 
   def __init__(self, name: str, seed: int, classes: int):
     self.network, self.side, arguments = user_model(name, seed=seed, classes=classes)
-    self.name, self.classes, self.takes_train, self.running = name, classes, "train" in arguments, False
+    self.name, self.classes, self.takes_train, self.uses_running_statistics = name, classes, "train" in arguments, False
 
   def __call__(self, images: Array, *, key: Array | None = None, train: bool | None = None) -> Array:
     network: Any = self.network
-    train = not self.running if train is None else train  # `running`: see lab.norms
+    train = not self.uses_running_statistics if train is None else train  # see lab.norms
     if not self.takes_train:
       (network.train if train else network.eval)()
     logits = network(task.resized(images, self.side), **({"train": train} if self.takes_train else {}))

@@ -118,5 +118,14 @@ def test_signal_and_gradients_of_a_linen_module():
   norms = lab.gradient_norms(Net().bind(variables), x, labels, train=True)
   assert norms["dense/kernel"] == pytest.approx(float(expected["dense"]["kernel"]), rel=1e-4)
   assert len(norms) == len(jax.tree.leaves(expected))
+
+  class Deep(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+      step = linen.scan(lambda layer, x, _: (layer(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+      return step(linen.Dense(3, name="dense"), x, None)[0]
+
+  variables = Deep().init(jax.random.key(1), x)
+  assert list(lab.signal(Deep().bind(variables), x)) == ["dense", ""]  # the mean of its three calls, by the name of one
   with pytest.raises(TypeError, match="bind"):
     lab.signal(Net(), x)

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from nfnets.config import DataConfig
 from nfnets.lab import experiments, records, report, runner, verdict
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings, conclude
 
@@ -82,7 +83,7 @@ def test_a_table_has_intervals_of_its_seeds(tmp_path):
   cell = json.loads((tmp_path / "made_up.json").read_text())["rows"][0]["gain"]
   assert cell["mean"] == 3 and 1 <= cell["low"] < 3 < cell["high"] <= 6
   text = (tmp_path / "report.html").read_text()
-  assert report.number(cell) == report.figure(cell) and report.figure(cell) in text
+  assert f"3 [{cell['low']:.3g}, {cell['high']:.3g}]" == report.number(cell) and report.number(cell) in text
   assert "launch.lab made_up --scale=small --seeds=3 --config=a.py" in text
 
 
@@ -144,4 +145,5 @@ def test_the_table_of_experiments():
     for criterion in made.criteria:
       assert criterion.claim.endswith(".") and criterion.low < criterion.high
       assert math.isfinite(criterion.low) or math.isfinite(criterion.high)
-    assert records.agrees(json.loads(json.dumps(records.identity(made, Settings()))), made, Settings())
+    for settings in (Settings(), Settings(data=DataConfig(name="digits"))):
+      assert records.agrees(json.loads(json.dumps(records.identity(made, settings))), made, settings)

@@ -188,6 +188,6 @@ EXPERIMENT = Experiment(
   "less so the larger the groups that are normalized, and not at all in residual networks with alpha/beta and scaled weight "
   "standardization.",
   criteria=CRITERIA,
-  minutes=1.4,
+  minutes=1.2,
   run=run,
 )

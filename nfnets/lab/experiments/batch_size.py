@@ -91,7 +91,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
       f"{STEP:g} apart, and the best is that of the mean over seeds. Epochs are equal, so that large batches have few steps.",
       "The best learning rate, and AGC's best λ, are those of the test accuracy that is shown; NF with AGC chooses among "
       f"{len(lambdas)} times as many trainings as the others.",
-      "Batch normalization is tested with running statistics of batches of the size that it was trained with.",
+      "Batch normalization is tested with running statistics of 50 batches of the size that it was trained with, taken after "
+      "training, which is kinder to it at the largest size, where training has hardly as many steps.",
       "After a first run epochs, grid and images (patches of 2×2 pixels) were changed; the criteria were not.",
       "The paper trained NF-ResNet-50 and -200 on ImageNet with batches of 256 to 4,096.",
     ),

@@ -91,7 +91,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     caption=f"Training on {data.name}, batch {BATCH}. Above: shift ‖G - G'‖ of a layer's gradient by the update of the layers "
     "before it, the same over the gradient's length, and the cosine of the gradients before and after, means over layers. "
     "Below: the shift by layer, mean over steps; histograms of what the third layer's normalizer gives by step, all channels, "
-    "first seed, without normalization, with it, and with noise. Shades: all seeds.",
+    "first seed, without normalization, with it, and with noise; what is beyond 4 lies in the outermost bins. Shades: all seeds.",
     notes=(
       "The shift is that of definition 2.1, by the network's own step, on the images of that step; it is divided by the "
       "gradient's length, since gradients of different networks are of different length. The first layer has none.",
@@ -146,9 +146,14 @@ def relative_shift(run: dict[str, Any]) -> np.ndarray:
   return np.mean(shift[:, 1:] / np.maximum(norm[:, 1:], 1e-30), axis=1)
 
 
+def geometric(values: np.ndarray) -> float:
+  """The geometric mean of all values."""
+  return float(np.exp(np.mean(np.log(np.maximum(values, 1e-30)))))
+
+
 def mean_shift(run: dict[str, Any]) -> float:
   """‖G - G'‖, the geometric mean over steps and layers but the first one."""
-  return float(np.exp(np.mean(np.log(np.maximum(np.array(run["shift"])[:, 1:], 1e-30)))))
+  return geometric(np.array(run["shift"])[:, 1:])
 
 
 def unrest(run: dict[str, Any]) -> float:
@@ -159,7 +164,7 @@ def unrest(run: dict[str, Any]) -> float:
 
 def figures(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed."""
-  size = lambda run: float(np.exp(np.mean(np.log(np.maximum(relative_shift(run), 1e-12)))))
+  size = lambda run: geometric(relative_shift(run))
   cosine = lambda run: float(np.mean(np.array(run["cosine"])[:, 1:]))
   pairs = lambda kind, one, other: zip(runs[kind, one], runs[kind, other], strict=True)
   return {
@@ -177,7 +182,7 @@ def _row(kind: str, norm: str, values: list[dict[str, Any]]) -> Row:
   return {
     "network": norm if kind == YOURS else f"{kind}, {norm}",
     "test accuracy": [run["accuracy"] for run in values],
-    "relative shift": [relative_shift(run).mean() for run in values],
+    "relative shift": [geometric(relative_shift(run)) for run in values],
     "shift ‖G - G'‖": [mean_shift(run) for run in values],
     "cosine": [np.array(run["cosine"])[:, 1:].mean() for run in values],
     "unrest of a layer's inputs": [unrest(run) for run in values] if kind == "VGG" else None,

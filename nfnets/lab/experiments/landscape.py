@@ -207,6 +207,6 @@ EXPERIMENT = Experiment(
   claim="Batch normalization makes the loss smoother along the gradient, as do other normalizations that do not control "
   "distributions, and scaled weight standardization, with alpha/beta in residual networks; theorem 4.1 holds on a layer.",
   criteria=CRITERIA,
-  minutes=0.8,
+  minutes=1.2,
   run=run,
 )

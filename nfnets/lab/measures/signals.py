@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,19 @@ def signal(model: Any, images: Array, **arguments: Any) -> dict[str, dict[str, f
 
   jax.block_until_ready(jax.jit(forward)(state, images))
   jax.effects_barrier()
-  means = {name: np.mean(seen[name], axis=0) for name in dict.fromkeys(order) if name in seen}
+  means = _numbered({name: np.mean(seen[name], axis=0) for name in dict.fromkeys(order) if name in seen})
   return {name: dict(zip(("mean", "var", "mean_sq"), map(float, values), strict=True)) for name, values in means.items()}
+
+
+def _numbered(found: dict[str, Any]) -> dict[str, Any]:
+  """Numbers the calls of each submodule anew: a scan may trace its body more often than it runs it."""
+  counts: collections.Counter[str] = collections.Counter()
+  renamed = {}
+  for name, value in found.items():
+    path = re.sub(r":\d+$", "", name)
+    counts[path] += 1
+    renamed[path if counts[path] == 1 else f"{path}:{counts[path]}"] = value
+  return renamed
 
 
 def _watched(model: nnx.Module, note: Callable[[str, Any], None]) -> nnx.Module:
