@@ -14,6 +14,7 @@ takes no longer.
 
 import difflib
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -52,22 +53,28 @@ def run(values: flags.FlagValues, *names: str) -> int:
   from nfnets.lab.experiment import Settings
 
   data = recipe.parse(values).data if values.config is not None else None
-  given = (
-    [] if values.config is None else [f"--config={values.config}", *(word for word in sys.argv if word.startswith("--config."))]
-  )
-  options = shlex.join(given)
   settings = Settings(scale=values.scale, seeds=values.seeds, model=values.model, data=data)
   if settings.model is not None:
     users.user_model(settings.model, seed=0)  # a mistake in its name ends the program before minutes are spent
   chosen = [experiments.get(name) for name in (experiments.names() if names == ("all",) else names)]
   try:
     out.mkdir(parents=True, exist_ok=True)
-    done = runner.run(chosen, settings, out, Teller(), again=values.again, options=options)
+    done = runner.run(chosen, settings, out, Teller(), again=values.again, options=shlex.join(_of_config(sys.argv[1:])))
   except OSError as error:
     raise cli.UsageError(f"--out={out}: cannot be written: {error.strerror or error}") from error
   print_findings(done)
   print(f"{out / 'report.html'}: open it in a browser")
   return 0
+
+
+def _of_config(words: list[str]) -> list[str]:
+  """Those words of a command line that are --config and its overrides, with their values."""
+  found = []
+  for word, following in zip(words, [*words[1:], "-"], strict=True):
+    name, equals, _ = word.partition("=")
+    if re.fullmatch(r"--?config(\..+)?", name):
+      found += [word] if equals or following.startswith("-") else [word, following]
+  return found
 
 
 def _checked(names: tuple[str, ...], known: list[str]) -> tuple[str, ...]:

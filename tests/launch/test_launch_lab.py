@@ -60,6 +60,22 @@ def test_a_mistake_is_one_line_and_status_2():
     assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")
 
 
+def test_the_report_shows_what_chose_the_images():
+  words = [
+    "batch_size",
+    "--config",
+    "a.py",
+    "--config.data.dir=a b",
+    "--config.model.scan",
+    "--seeds=1",
+    "--out",
+    "lab",
+    "-config.batch=8",
+  ]
+  found = program._of_config(words)
+  assert found == ["--config", "a.py", "--config.data.dir=a b", "--config.model.scan", "-config.batch=8"]
+
+
 def test_list(capsys):
   assert program.run(values(), "list") == 0
   printed = capsys.readouterr().out
