@@ -41,7 +41,8 @@ def signal(model: Any, images: Array, **arguments: Any) -> dict[str, dict[str, f
   images: pass train=True, or call model.train() before.
 
   Args:
-    model: an nnx.Module, or a Linen module that is bound, `module.bind(variables)`; called as model(images, **arguments).
+    model: an nnx.Module, or a Linen module that is bound, `module.bind(variables)`; called as model(images, **arguments). A
+      `linen.scan` in it needs check_constancy_invariants=False, since newer Flax takes what is looked at for a carried constant.
     images: [batch, height, width, channels], as the model takes them.
     arguments: further ones of the call, such as train=True and rngs; to Linen's `apply` rngs are handed over as such.
 
