@@ -26,6 +26,11 @@ class Interval:
   seeds: int
 
 
+def geometric_mean(values: Sequence[float] | np.ndarray) -> float:
+  """The geometric mean of all values ≥ 0; what is below 1e-30 counts as that."""
+  return float(np.exp(np.mean(np.log(np.maximum(values, 1e-30)))))
+
+
 def rank_correlation(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
   """Spearman's rank correlation, in [-1, 1]; NaN where a number is not finite, or all of one side are the same."""
   import scipy.stats

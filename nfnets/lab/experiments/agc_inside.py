@@ -24,7 +24,7 @@ SMALL, LARGE = 0.1, 1.6  # learning rates; the large one is that of the paper's 
 LAMBDA, THRESHOLD = 0.04, 1.0
 LADDER = 4.0  # by which both are made smaller and larger
 BINS = np.linspace(-5, 2, 29)  # of log10 ‖G‖ / ‖W‖
-# one block a stage; at the scale full as many as in NF-ResNet-26
+# one block a stage; at the scale full as many as in NFNet-F0
 NETWORK: dict[str, Any] = {"depth": (1, 1, 1, 1), "width": (32, 64, 64, 64), "stage_strides": (1, 2, 2, 1)}
 LARGE_NETWORK = {**NETWORK, "depth": (1, 2, 6, 3), "width": (64, 128, 256, 256)}
 STAGES = tuple(f"stage {i + 1}" for i in range(4))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets.lab import drawing, task, users
+from nfnets.lab import drawing, task, users, verdict
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.linear import LinearNetwork
 from nfnets.lab.measures.shift import covariate_shift, layer_numbers
@@ -146,14 +146,9 @@ def relative_shift(run: dict[str, Any]) -> np.ndarray:
   return np.mean(shift[:, 1:] / np.maximum(norm[:, 1:], 1e-30), axis=1)
 
 
-def geometric(values: np.ndarray) -> float:
-  """The geometric mean of all values."""
-  return float(np.exp(np.mean(np.log(np.maximum(values, 1e-30)))))
-
-
 def mean_shift(run: dict[str, Any]) -> float:
   """‖G - G'‖, the geometric mean over steps and layers but the first one."""
-  return geometric(np.array(run["shift"])[:, 1:])
+  return verdict.geometric_mean(np.array(run["shift"])[:, 1:])
 
 
 def unrest(run: dict[str, Any]) -> float:
@@ -164,7 +159,7 @@ def unrest(run: dict[str, Any]) -> float:
 
 def figures(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed."""
-  size = lambda run: geometric(relative_shift(run))
+  size = lambda run: verdict.geometric_mean(relative_shift(run))
   cosine = lambda run: float(np.mean(np.array(run["cosine"])[:, 1:]))
   pairs = lambda kind, one, other: zip(runs[kind, one], runs[kind, other], strict=True)
   return {
@@ -182,7 +177,7 @@ def _row(kind: str, norm: str, values: list[dict[str, Any]]) -> Row:
   return {
     "network": norm if kind == YOURS else f"{kind}, {norm}",
     "test accuracy": [run["accuracy"] for run in values],
-    "relative shift": [geometric(relative_shift(run)) for run in values],
+    "relative shift": [verdict.geometric_mean(relative_shift(run)) for run in values],
     "shift ‖G - G'‖": [mean_shift(run) for run in values],
     "cosine": [np.array(run["cosine"])[:, 1:].mean() for run in values],
     "unrest of a layer's inputs": [unrest(run) for run in values] if kind == "VGG" else None,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nfnets.lab import drawing, norms, task, users
+from nfnets.lab import drawing, norms, task, users, verdict
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.landscape import along_gradient, batch_norm_bound, plane
@@ -145,7 +145,7 @@ def mean(run: dict[str, Any], name: str) -> float:
     "change": np.array(run["change"]) / np.maximum(run["gradient"], 1e-12),
     "range": np.array(run["highest"]) - np.array(run["lowest"]),
   }[name]
-  return float(np.exp(np.mean(np.log(np.maximum(value, 1e-12)))))
+  return verdict.geometric_mean(value)
 
 
 def figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
