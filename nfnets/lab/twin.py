@@ -14,7 +14,6 @@ With BatchNormKit it is the network as it was; with NormFreeKit normalizers do n
 have their gamma, and branches are scaled by alpha and beta, by the rules of Brock et al. 2021 (2101.08692), sections 3 and 4.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -24,9 +23,7 @@ from flax import nnx
 from nfnets import models
 from nfnets.errors import UserError
 from nfnets.models import activations, layers
-from nfnets.models.nf_resnet import NFResNetConfig
 from nfnets.models.norms import make_norm, normalize
-from nfnets.models.resnet import FixupConfig, ResNetConfig
 
 Array = jax.Array
 
@@ -109,26 +106,20 @@ class NormFreeKit(BatchNormKit):
 
 def has_twin(config: Any) -> bool:
   """Whether a row of the variants' table is a ResNet with batch normalization."""
-  return isinstance(config, ResNetConfig) and not isinstance(config, FixupConfig) and config.norm == "batch"
+  return getattr(config, "norm", None) == "batch"
 
 
-def nf_config(config: Any) -> NFResNetConfig:
-  """The row of the normalizer-free twin of a ResNet of the zoo: depth, width, stem, strides, activation and rates are the same.
+def nf_twin(name: str, num_classes: int, *, rngs: Any, **overrides: Any) -> models.Network:
+  """Makes the normalizer-free twin of the zoo's batch-normalized ResNet of that name; arguments as for `models.create`.
+
+  Depth, width, stem, strides, activation and rates are the same.
 
   Raises:
     UserError: the network is none with batch normalization.
   """
-  if not has_twin(config):
-    raise UserError(f"a twin is made of a ResNet with batch normalization, such as resnet50; got {type(config).__name__}")
-  shared = {field.name for field in dataclasses.fields(NFResNetConfig)} & {field.name for field in dataclasses.fields(config)}
-  return NFResNetConfig(**{name: getattr(config, name) for name in shared})
-
-
-def nf_twin(name: str, num_classes: int, *, rngs: Any, **overrides: Any) -> models.Network:
-  """Makes the normalizer-free twin of the zoo's batch-normalized ResNet of that name; arguments as for `models.create`."""
-  row = nf_config(models.variant(name, **overrides))
-  fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-  return models.create("nf_resnet50", num_classes, rngs=rngs, **fields)
+  if not has_twin(models.variant(name, **overrides)):
+    raise UserError(f"a twin is made of a ResNet with batch normalization, such as resnet50; got {name}")
+  return models.create(name, num_classes, rngs=rngs, **{**overrides, "norm": "nf"})
 
 
 def recipe_changes(batch: int) -> list[str]:

@@ -32,8 +32,8 @@ class Description:
 
   name: str
   num_classes: int
-  # of a ResNet, see norms.py; None: a network that has no such field
-  norm: str | None
+  # see norms.py; "nf": normalizer-free, with alpha and beta
+  norm: str
   # pixels a side by use, such as {"train": 192, "test": 256}
   resolutions: dict[str, int]
   stages: list[Stage]
@@ -75,7 +75,7 @@ class Description:
     )
     return "\n".join(
       [
-        f"{self.name}, {self.num_classes} classes" + (f", norm={self.norm}" if self.norm else ""),
+        f"{self.name}, {self.num_classes} classes, norm={self.norm}",
         line(header),
         rule,
         *map(line, rows[:-1]),
@@ -117,7 +117,7 @@ def describe(name: str, num_classes: int = 1000, *, resolutions: dict[str, int] 
     )
     for i, stage in enumerate(names)
   ]
-  norm = getattr(config, "norm", None)
+  norm = getattr(config, "norm", "nf")
   return Description(name=name, num_classes=num_classes, norm=norm, resolutions=resolutions, stages=stages)
 
 

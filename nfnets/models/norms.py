@@ -36,8 +36,13 @@ NUMBERS = {
   "weight_std": "",  # Qiao et al. 2019
   "scaled_weight_std": "",  # P1, with activations that have their gamma, but without alpha and beta
   "none": "",
+  # no normalizer, but branches that are scaled
+  "skipinit": "",  # by a parameter that is 0 at the start (De and Smith, 2002.10444)
+  "skipinit_root": "",  # by one that is 1 / sqrt(blocks) at the start
+  "fixup": "",  # Fixup's scales, biases and initialisation in post-activation blocks (Zhang et al., 1901.09321)
+  "nf": "",  # by alpha and beta, with scaled weight standardization: an NF-ResNet (P1)
 }
-OF_WEIGHTS = ("weight_norm", "weight_std", "scaled_weight_std")
+ON_ACTIVATIONS = ("batch", "noisy_batch", "group", "layer", "instance", "ghost", "lp", "dyt", "derf")
 
 
 class UnknownNormError(UserError):

@@ -26,7 +26,6 @@ _FAMILIES = (
   (nf_resnet.NFResNet, nf_resnet.VARIANTS),
   (nf_regnet.NFRegNet, nf_regnet.VARIANTS),
   (resnet.ResNet, resnet.VARIANTS),
-  (resnet.FixupResNet, resnet.FIXUP_VARIANTS),
 )
 _VARIANTS: dict[str, tuple[Callable[..., Network], Config]] = {
   name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()
@@ -136,7 +135,7 @@ def _lookup(name: str, overrides: dict[str, Any]) -> tuple[Callable[..., Network
       f"{name}: depth={config.depth}, width={config.width} and stage_strides={config.stage_strides} "
       "must have one entry a stage each"
     )
-  return network, config
+  return resnet.of_norm(config) if isinstance(config, resnet.ResNetConfig) else (network, config)
 
 
 def _check(name: str, field: str, value, hint) -> None:

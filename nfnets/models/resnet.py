@@ -1,21 +1,20 @@
-"""The papers' baselines, all of them ResNets: with any normalizer of norms.py or none, SkipInit and Fixup.
+"""The papers' baselines, all of them ResNets: with any normalizer of norms.py, or what stands in its place.
 
-P1 and P2 (see layers.py) compare with pre-activation bottleneck ResNets (He et al., 1603.05027). SkipInit is from De and Smith,
-2002.10444; Fixup, which is post-activation, is from Zhang et al., 1901.09321. Depths are those of the release.
+P1 and P2 (see layers.py) compare with pre-activation bottleneck ResNets (He et al., 1603.05027). Depths are those of the release.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from nfnets.models import activations, layers
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
-from nfnets.models.nf_resnet import DEPTHS
-from nfnets.models.norms import OF_WEIGHTS, activation_of, conv_of, make_norm, normalize
+from nfnets.models.nf_resnet import DEPTHS, NFResNet, NFResNetConfig
+from nfnets.models.norms import ON_ACTIVATIONS, activation_of, conv_of, make_norm, normalize, parse
 
 Array = jax.Array
 
@@ -26,10 +25,8 @@ class ResNetConfig:
 
   # blocks of each stage
   depth: tuple[int, ...]
-  # a name of norms.NUMBERS, such as "batch", "group:8", "dyt", "scaled_weight_std" or "none"
+  # a name of norms.NUMBERS, such as "batch", "group:8", "dyt", "scaled_weight_std", "skipinit", "fixup", "nf" or "none"
   norm: str = "batch"
-  # SkipInit: a scalar on each residual branch, zero at the start
-  skip_init: bool = False
   # output channels of each stage; the stem has a quarter of the first
   width: tuple[int, ...] = (256, 512, 1024, 2048)
   # bottleneck channels / output channels
@@ -54,14 +51,6 @@ class ResNetConfig:
   scan: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FixupConfig(ResNetConfig):
-  """A row of the table of Fixup's variants."""
-
-  norm: Literal["none"] = "none"
-  stochastic_depth: float = 0.1
-
-
 class ResBlock(nnx.Module):
   """A pre-activation bottleneck, three times norm → activation → conv; the shortcut's projection reads the first activation."""
 
@@ -70,7 +59,7 @@ class ResBlock(nnx.Module):
     self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
     self.draws = config.norm == "noisy_batch"  # noise, at each call in training; the normalizer before the classifier has none
-    bias = config.norm == "none" or config.norm in OF_WEIGHTS
+    bias = parse(config.norm)[0] not in ON_ACTIVATIONS
     conv = conv_of(config.norm)
     self.activation = activation_of(config.norm, config.activation)
     self.norm0 = make_norm(config.norm, in_features, dtype=dtype, rngs=rngs)
@@ -81,7 +70,8 @@ class ResBlock(nnx.Module):
     self.conv2 = conv(width, features, 1, use_bias=bias, rngs=rngs)
     transition = strides > 1 or in_features != features
     self.conv_shortcut = conv(in_features, features, 1, strides=strides, use_bias=bias, rngs=rngs) if transition else None
-    self.skip_gain = nnx.Param(layers.full(0)(None, ())) if config.skip_init else None
+    gain = {"skipinit": 0.0, "skipinit_root": sum(config.depth) ** -0.5}.get(config.norm)
+    self.skip_gain = None if gain is None else nnx.Param(layers.full(gain)(None, ()))
 
   def __call__(self, x: Array, key: Array | None, train: bool, tap: Tap = no_tap) -> Array:
     keys = [layers.fold_in(key, i) for i in range(3)] if train and self.draws and key is not None else [None] * 3
@@ -108,7 +98,7 @@ class FixupBlock(nnx.Module):
   (1901.09321, section 3).
   """
 
-  def __init__(self, config: FixupConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
+  def __init__(self, config: ResNetConfig, spec: BlockSpec, *, dtype, rngs: layers.ParamKeys):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
@@ -149,7 +139,7 @@ class FixupBlock(nnx.Module):
 
 
 class ResNet(Network):
-  """A pre-activation ResNet with `config.norm`, or with SkipInit; its classifier starts from zero."""
+  """A pre-activation ResNet with `config.norm`; its classifier starts from zero."""
 
   block: ClassVar[Callable[..., nnx.Module]] = ResBlock
 
@@ -194,7 +184,7 @@ class FixupResNet(ResNet):
 
   block: ClassVar[Callable[..., nnx.Module]] = FixupBlock
 
-  def __init__(self, config: FixupConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
+  def __init__(self, config: ResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     super().__init__(config, num_classes, dtype=dtype, rngs=rngs)
     self.bias1, self.bias2 = nnx.Param(layers.full(0)(None, ())), nnx.Param(layers.full(0)(None, ()))
 
@@ -210,8 +200,15 @@ class FixupResNet(ResNet):
     return self.fc(pool + self.bias2[...])
 
 
+def of_norm(config: ResNetConfig) -> tuple[Callable[..., Network], ResNetConfig | NFResNetConfig]:
+  """The network that a row's `norm` asks for, and its row; with "nf" that is an NF-ResNet with the fields that both have."""
+  if config.norm != "nf":
+    return FixupResNet if config.norm == "fixup" else ResNet, config
+  shared = {field.name for field in dataclasses.fields(NFResNetConfig)} & {field.name for field in dataclasses.fields(config)}
+  return NFResNet, NFResNetConfig(**{name: getattr(config, name) for name in shared})
+
+
 # ---- variants
-_skip_init = functools.partial(ResNetConfig, norm="none", skip_init=True, stochastic_depth=0.1)
 _tiny: dict[str, Any] = {
   "depth": (2, 2, 2),
   "width": (64, 128, 256),
@@ -221,14 +218,15 @@ _tiny: dict[str, Any] = {
   "train_resolution": 32,
   "test_resolution": 32,
 }
+_resnets: dict[str, Callable[..., ResNetConfig]] = {
+  "resnet": ResNetConfig,
+  "skipinit_resnet": functools.partial(ResNetConfig, norm="skipinit"),
+  "fixup_resnet": functools.partial(ResNetConfig, norm="fixup"),
+}
 
 VARIANTS = {
-  **{f"resnet{num_layers}": ResNetConfig(depth=depth) for num_layers, depth in DEPTHS.items()},
-  **{f"skipinit_resnet{num_layers}": _skip_init(depth=depth) for num_layers, depth in DEPTHS.items()},
-  "resnet_tiny": ResNetConfig(**_tiny),  # depth, width and stem are those of nf_resnet_tiny
-  "skipinit_resnet_tiny": _skip_init(**_tiny, stochastic_depth=0.0),
+  f"{name}{num_layers}": row(depth=depth, stochastic_depth=0.0 if name == "resnet" else 0.1)
+  for name, row in _resnets.items()
+  for num_layers, depth in DEPTHS.items()
 }
-FIXUP_VARIANTS = {
-  **{f"fixup_resnet{num_layers}": FixupConfig(depth=depth) for num_layers, depth in DEPTHS.items()},
-  "fixup_resnet_tiny": FixupConfig(**_tiny, stochastic_depth=0.0),
-}
+VARIANTS |= {f"{name}_tiny": row(**_tiny) for name, row in _resnets.items()}  # the shape of nf_resnet_tiny

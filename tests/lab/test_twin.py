@@ -1,7 +1,5 @@
 """Twins without normalization: of the zoo's networks, and of a user's that is built with a kit."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from nfnets import lab, models
 from nfnets.errors import UserError
 from nfnets.lab import twin
 from nfnets.models.network import block_specs
+from nfnets.models.nf_resnet import NFResNet
 
 
 class Net(nnx.Module):
@@ -56,23 +55,22 @@ def test_a_users_network_and_its_twin():
 
 
 def test_the_zoos_twin_has_the_same_shape():
-  network = lab.nf_twin("resnet_tiny", 7, rngs=0, width=(16, 16, 32), depth=(1, 1, 1), activation="silu")
-  row = twin.nf_config(models.variant("resnet_tiny", width=(16, 16, 32), depth=(1, 1, 1), activation="silu"))
-  assert (row.depth, row.width, row.activation, row.stem_kernel) == ((1, 1, 1), (16, 16, 32), "silu", 3)
+  changes = {"width": (16, 16, 32), "depth": (1, 1, 1), "activation": "silu"}
+  network = lab.nf_twin("resnet_tiny", 7, rngs=0, **changes)
+  assert isinstance(network, NFResNet) and network.stem.kernel.shape[0] == 3
   shape = lambda network: [
     leaf.shape
     for path, leaf in jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
     if path[-1].key == "kernel"
   ]
-  changes = {"width": (16, 16, 32), "depth": (1, 1, 1), "activation": "silu"}
   assert shape(network) == shape(models.create("resnet_tiny", 7, **changes))
 
 
 @pytest.mark.parametrize("name", ("nf_resnet50", "fixup_resnet50", "skipinit_resnet50"))
 def test_what_has_no_batch_normalization_has_no_twin(name):
-  with pytest.raises(UserError, match="with batch normalization"):
-    twin.nf_config(models.variant(name))
-  assert not twin.has_twin(dataclasses.replace(models.variant("resnet50"), norm="group"))
+  with pytest.raises(UserError, match=f"with batch normalization, such as resnet50; got {name}"):
+    lab.nf_twin(name, 7, rngs=0)
+  assert not twin.has_twin(models.variant("resnet50", norm="group"))
 
 
 def test_recipe_changes_follow_the_batch():

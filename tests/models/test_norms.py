@@ -61,14 +61,43 @@ def test_kernels(name, length):
     np.testing.assert_allclose(conv.weight(), before, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", (*norms.NUMBERS, "group:4"))
-def test_every_resnet_of_the_zoo_takes_every_name(name):
+SMALL = {"depth": (1, 1), "width": (32, 64), "stage_strides": (1, 1)}
+
+
+@pytest.mark.parametrize("family", ("resnet", "skipinit_resnet", "fixup_resnet"))
+@pytest.mark.parametrize("name", (*(set(norms.NUMBERS) - {"fixup", "nf"}), "group:4"))
+def test_every_resnet_of_the_zoo_takes_every_name(name, family):
   """Abstractly, which costs nothing: parameters, shapes, and one normalizer or none in each place."""
   norm = {"ghost": "ghost:2", "lp": "lp:1"}.get(name, name)
-  network = nnx.eval_shape(lambda: models.create("resnet_tiny", 10, norm=norm, depth=(1,), width=(64,), stage_strides=(1,)))
+  network = nnx.eval_shape(lambda: models.create(f"{family}_tiny", 10, norm=norm, **SMALL))
   block = network.blocks[0]
-  assert (block.norm0 is None) == (norm in (*norms.OF_WEIGHTS, "none")) == (block.conv0.bias is not None)
+  assert (block.norm0 is None) == (name not in (*norms.ON_ACTIVATIONS, "group:4")) == (block.conv0.bias is not None)
   assert type(block.conv1) is norms.conv_of(norm) and (block.activation.gamma != 1) == (norm == "scaled_weight_std")
+  assert (block.skip_gain is not None) == norm.startswith("skipinit")
+
+
+@pytest.mark.parametrize("family", ("resnet", "skipinit_resnet", "fixup_resnet"))
+@pytest.mark.parametrize(
+  ("norm", "same"),
+  [("batch", "resnet_tiny"), ("skipinit", "skipinit_resnet_tiny"), ("fixup", "fixup_resnet_tiny"), ("nf", "nf_resnet_tiny")],
+)
+def test_a_name_makes_the_network_that_is_called_so(norm, same, family):
+  """Every number and the answer are equal; `describe` says which it is."""
+  one, other = models.create(f"{family}_tiny", 4, norm=norm, **SMALL), models.create(same, 4, **SMALL)
+  assert type(one) is type(other)
+  jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(one)), nnx.to_pure_dict(nnx.state(other)))
+  images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  pooled = [nnx.jit(lambda network: network.outputs(images)["pool"])(network) for network in (one, other)]
+  np.testing.assert_array_equal(*pooled)
+  described = str(models.describe(f"{family}_tiny", 4, norm=norm, **SMALL)).splitlines()
+  assert described[0].endswith(f"norm={norm}")
+  assert described[1:] == str(models.describe(same, 4, **SMALL)).splitlines()[1:]
+
+
+def test_skipinits_gains_begin_at_0_or_1_over_the_root_of_the_number_of_blocks():
+  gains = lambda norm: [float(block.skip_gain[...]) for block in models.create("resnet_tiny", 4, norm=norm, **SMALL).blocks]
+  assert gains("skipinit") == [0, 0]
+  np.testing.assert_allclose(gains("skipinit_root"), 0.5**0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ("lp:1", "weight_std", "derf"))
