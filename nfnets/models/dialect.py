@@ -41,8 +41,7 @@ class TimmWSConv(layers.WSConv):
 def _standardize(kernel: layers.Array, gain: layers.Array, gamma: float) -> layers.Array:
   kernel = kernel.astype(jnp.float32)
   fan_in = math.prod(kernel.shape[:-1])
-  mean = jnp.mean(kernel, axis=(0, 1, 2))
-  var = jnp.var(kernel, axis=(0, 1, 2))
+  mean, var = layers.moments(kernel)
   scale = jax.lax.rsqrt((var + 1e-5) * fan_in) * (gamma * gain)
   return (kernel - mean) * scale
 

@@ -158,10 +158,26 @@ class WSConv(Conv):
 def _standardize(kernel: Array, gain: Array) -> Array:
   kernel = kernel.astype(jnp.float32)
   fan_in = math.prod(kernel.shape[:-1])
-  mean = jnp.mean(kernel, axis=(0, 1, 2))
-  var = jnp.var(kernel, axis=(0, 1, 2))
+  mean, var = moments(kernel)
   scale = jax.lax.rsqrt(jnp.maximum(var * fan_in, 1e-4)) * gain
   return kernel * scale - mean * scale
+
+
+@jax.custom_jvp
+def moments(kernel: Array) -> tuple[Array, Array]:
+  """Mean and biased variance of each output channel's numbers: [k, k, in/groups, out] → two of [out].
+
+  Deviations from a mean sum to 0, so that the mean does not change the variance. JAX does not know that, and would add them up for
+  each kernel of the network on the way back.
+  """
+  return jnp.mean(kernel, axis=(0, 1, 2)), jnp.var(kernel, axis=(0, 1, 2))
+
+
+@moments.defjvp
+def _moments_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  (kernel,), (change,) = primals, tangents
+  mean, var = moments(kernel)
+  return (mean, var), (jnp.mean(change, axis=(0, 1, 2)), jnp.mean(2 * (kernel - mean) * change, axis=(0, 1, 2)))
 
 
 def standardize(network: nnx.Module) -> None:
