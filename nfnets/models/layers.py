@@ -167,8 +167,8 @@ def _standardize(kernel: Array, gain: Array) -> Array:
 def moments(kernel: Array) -> tuple[Array, Array]:
   """Mean and biased variance of each output channel's numbers: [k, k, in/groups, out] → two of [out].
 
-  Deviations from a mean sum to 0, so that the mean does not change the variance. JAX does not know that, and would add them up for
-  each kernel of the network on the way back.
+  Deviations from a mean sum to 0, so that the mean does not change the variance. JAX does not know that, and would add them up
+  for each kernel of the network on the way back.
   """
   return jnp.mean(kernel, axis=(0, 1, 2)), jnp.var(kernel, axis=(0, 1, 2))
 
