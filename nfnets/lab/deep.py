@@ -108,13 +108,17 @@ class Deep(nnx.Module):
     self.blocks = nnx.List([_stack(config, jax.random.split(keys.params(), rest)) for _ in range(config.stages if rest else 0)])
     self.norm = norms.make(config.norm, config.width, keys)
     self.activation = norms.activation(config.norm, config.activation)
-    self.fc = layers.linear(config.width, config.num_classes, stddev=config.width**-0.5, rngs=keys)
+    fixup = norms.lookup(config.norm)[0].branch == "fixup"  # whose classifier is 0, and has a scalar bias before it
+    self.bias = nnx.Param(layers.full(0.0)(None, ())) if fixup else None
+    stddev = 0.0 if fixup else config.width**-0.5
+    self.fc = layers.linear(config.width, config.num_classes, stddev=stddev, rngs=keys)
 
   def __call__(self, images: Array, *, key: Array | None = None) -> Array:
     """Computes logits, float32 [batch, classes], of images [batch, height, width, in_features]; `key` is for noise."""
     x, _ = self.run(images, key=key)
     x = self.activation(norms.normalize(self.norm, x, None if key is None else jax.random.fold_in(key, 1 << 20)))
-    return self.fc(layers.global_pool(x))
+    pool = layers.global_pool(x)
+    return self.fc(pool if self.bias is None else pool + self.bias[...])
 
   def run(
     self, images: Array, *, key: Array | None = None, probe: Probe | None = None, rescale: bool = False

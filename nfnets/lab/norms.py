@@ -60,7 +60,8 @@ class Ring(layers.Conv):
   """A convolution over images closed to a ring, with the kernel that the class beside it makes."""
 
   def __call__(self, x: Array) -> Array:
-    return convolve_ring(x, self.weight())
+    out = convolve_ring(x, self.weight())
+    return out if self.bias is None else out + self.bias[...]
 
 
 class Conv(Ring):
@@ -152,12 +153,13 @@ def conv(norm: str, in_features: int, out_features: int, size: int, *, act: str,
     act: the nonlinearity before it; "relu" doubles the variance of plain kernels, which keeps the mean square. Where the
       nonlinearity has its gamma, it does not, and they are N(0, 1 / fan_in).
     factor: by which plain kernels are multiplied at the start.
-    keys: of the parameters.
+    keys: of the parameters. There is a bias, zero at the start, where no normalizer brings one and Fixup has none of its own.
   """
   row, _ = lookup(norm)
   gain = 2.0 if row.weights in ("plain", "weight_norm") and act == "relu" and not row.gamma else 1.0
   init = lambda key, shape: jax.random.normal(key, shape) * (gain * factor**2 / (size * size * in_features)) ** 0.5
-  return CONVS[row.weights](in_features, out_features, size, use_bias=False, kernel_init=init, rngs=keys)
+  bias = row.activations is None and row.branch != "fixup"
+  return CONVS[row.weights](in_features, out_features, size, use_bias=bias, kernel_init=init, rngs=keys)
 
 
 CONVS: dict[str, Callable[..., nnx.Module]] = {

@@ -1,4 +1,8 @@
-"""Trains the purpose-made networks of this room: SGD with Nesterov's momentum, and AGC where a strength is given."""
+"""Trains the networks of this room, and a person's: SGD with Nesterov's momentum, and AGC where a strength is given.
+
+It does not use the step of nfnets.train, which takes networks of nfnets.models and no others, and a step at a time. Here a whole
+training is one program, networks are of any kind, and experiments look at parameters before and after a step.
+"""
 
 import dataclasses
 import math

@@ -122,17 +122,20 @@ def nf_twin(name: str, num_classes: int, *, rngs: Any, **overrides: Any) -> mode
   return models.create(name, num_classes, rngs=rngs, **{**overrides, "norm": "nf"})
 
 
-def recipe_changes(batch: int) -> list[str]:
-  """What to change in the recipe of a batch-normalized network for its twin, a sentence each, for batches of this size.
+def clipping(batch: int) -> float:
+  """AGC's λ for batches of this size, at least 256: 0.01 at 4,096 and above, and in inverse proportion below, to 0.16."""
+  return min(0.16, max(0.01, 0.01 * 4096 / batch))
+
+
+def recipe_changes() -> list[str]:
+  """What to change in the recipe of a batch-normalized network for its twin, a sentence each.
 
   From section 4 of 2102.06171 and section 4 of 2101.08692; the thresholds below batch 4,096 are ours, as in configs/nf_resnet.py.
   """
-  if batch >= 256:
-    clipping = f"Clip: optax.chain(agc({min(0.16, max(0.01, 0.01 * 4096 / batch)):g}), …), without the classifier's weight."
-  else:
-    clipping = "Clip: not needed at batches this small, where AGC gains little and slows short trainings down."
   return [
-    clipping,
+    "Clip: optax.chain(agc(λ), …), without the classifier's weight, λ = "
+    + ", ".join(f"{clipping(batch):g} at batch {batch:,}" for batch in (256, 512, 1024, 2048, 4096))
+    + " and above; at smaller batches AGC gains little and slows short trainings down.",
     "Weight decay: kernels only, not gains, biases and the branches' scalars.",
     "Learning rate: as before, scaled with the batch, with five epochs of warm-up; large batches need AGC for it.",
     "Regularize more: what batch normalization's noise did is left to dropout (0.2 and more), stochastic depth and stronger "

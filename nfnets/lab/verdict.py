@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,18 @@ def rank_correlation(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.nd
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   usable = np.isfinite(x).all() and np.isfinite(y).all() and np.ptp(x) > 0 and np.ptp(y) > 0
   return float(scipy.stats.spearmanr(x, y).statistic) if usable else math.nan
+
+
+def if_learned(figure: Any, accuracy: Any, classes: int) -> Any:
+  """A figure, and NaN where the accuracy of the network that it counts in favour of is below twice that of guessing.
+
+  A network that has not learned would else decide: a frozen one has the smoothest landscape, and all are better than a dead one.
+
+  Args:
+    figure, accuracy: numbers, or arrays of one shape.
+    classes: how many there are to guess from.
+  """
+  return np.where(np.asarray(accuracy) >= 2 / classes, figure, math.nan).tolist()
 
 
 def bootstrap(samples: Sequence[float], level: float = LEVEL) -> Interval:

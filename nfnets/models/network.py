@@ -132,7 +132,7 @@ class Network(nnx.Module):
     """Turns images [B, H, W, 3] into what the first block reads."""
 
   @abc.abstractmethod
-  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+  def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
     """Turns what the last block gives into the features that are pooled."""
 
   def classify(self, pool: Array) -> Array:
@@ -177,7 +177,7 @@ class Network(nnx.Module):
         for i in range(start, stop):
           x = self._run_block(x, key, train, i, tap)
     with jax.named_scope("tail"):
-      features = self.run_tail(x, train, tap)
+      features = self.run_tail(x, key, train, tap)
       pool = dropped = layers.global_pool(features)
     tap("pool", pool)
     if train and self.drop_rate > 0:

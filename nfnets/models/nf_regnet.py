@@ -121,7 +121,7 @@ class NFRegNet(Network):
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
     return self.stem(x)
 
-  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+  def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
     x = self.final_conv(x)
     tap("final_conv", x)
     return self.activation(x)

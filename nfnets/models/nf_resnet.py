@@ -125,7 +125,7 @@ class NFResNet(Network):
     tap("stem/conv", x)
     return layers.max_pool(x, self.stem.padding) if self.pool else x
 
-  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+  def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
     return self.activation(x)
 
 

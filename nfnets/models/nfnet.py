@@ -143,7 +143,7 @@ class NFNet(Network):
       tap(f"stem/{name}", x)
     return x
 
-  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+  def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
     x = self.final_conv(x)
     tap("final_conv", x)
     return self.activation(x)

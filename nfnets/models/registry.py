@@ -122,6 +122,8 @@ def _lookup(name: str, overrides: dict[str, Any]) -> tuple[Callable[..., Network
   """The network's class and its row with overrides; raises as `variant`."""
   name = variant_name(name)
   network, config = _VARIANTS[name]
+  if "norm" in overrides and isinstance(config, nf_resnet.NFResNetConfig):
+    config = resnet.with_norm(config)
   fields = typing.get_type_hints(type(config))
   for field, value in overrides.items():
     if field not in fields:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from nfnets.errors import UserError
 from nfnets.models import activations, layers
 from nfnets.models.network import BlockSpec, Network, Tap, block_specs, no_tap
 from nfnets.models.nf_resnet import DEPTHS, NFResNet, NFResNetConfig
@@ -58,7 +59,7 @@ class ResBlock(nnx.Module):
     in_features, features, strides, self.drop_rate = spec.in_features, spec.features, spec.strides, spec.drop_rate
     self.drops = spec.drop_rate > 0
     width = int(features * config.bottleneck)
-    self.draws = config.norm == "noisy_batch"  # noise, at each call in training; the normalizer before the classifier has none
+    self.draws = config.norm == "noisy_batch"  # noise, at each call in training
     bias = parse(config.norm)[0] not in ON_ACTIVATIONS
     conv = conv_of(config.norm)
     self.activation = activation_of(config.norm, config.activation)
@@ -145,7 +146,7 @@ class ResNet(Network):
 
   def __init__(self, config: ResNetConfig, num_classes: int, *, dtype, rngs: layers.ParamKeys):
     self.activation = activation_of(config.norm, config.activation)
-    self.pool = config.stem_pool
+    self.pool, self.draws = config.stem_pool, config.norm == "noisy_batch"
     features = config.width[0] // 4
     self.stem = conv_of(config.norm)(3, features, config.stem_kernel, strides=config.stem_strides, use_bias=False, rngs=rngs)
     specs = block_specs(
@@ -175,8 +176,9 @@ class ResNet(Network):
     tap("stem/conv", x)
     return layers.max_pool(x) if self.pool else x
 
-  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
-    return self.activation(normalize(self.final_norm, x, train))
+  def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
+    noise_key = layers.fold_in(key, len(self.blocks) + 1) if train and self.draws and key is not None else None
+    return self.activation(normalize(self.final_norm, x, train, noise_key))
 
 
 class FixupResNet(ResNet):
@@ -193,19 +195,35 @@ class FixupResNet(ResNet):
     tap("stem/conv", x)
     return layers.max_pool(x) if self.pool else x
 
-  def run_tail(self, x: Array, train: bool, tap: Tap) -> Array:
+  def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
     return x
 
   def classify(self, pool: Array) -> Array:
     return self.fc(pool + self.bias2[...])
 
 
+def with_norm(config: NFResNetConfig) -> ResNetConfig:
+  """The row of a normalizer-free ResNet as one whose `norm` can be chosen, "nf" so far.
+
+  Raises:
+    UserError: it has a gate, which these networks do not have.
+  """
+  if config.gate is not None:
+    raise UserError(f"norm: a network with gate={config.gate!r} takes none; expected one without a gate, such as nf_resnet50")
+  return ResNetConfig(norm="nf", **_shared(config))
+
+
+def _shared(config: ResNetConfig | NFResNetConfig) -> dict[str, Any]:
+  """The fields that both kinds of rows have."""
+  names = [{field.name for field in dataclasses.fields(kind)} for kind in (ResNetConfig, NFResNetConfig)]
+  return {name: getattr(config, name) for name in names[0] & names[1]}
+
+
 def of_norm(config: ResNetConfig) -> tuple[Callable[..., Network], ResNetConfig | NFResNetConfig]:
   """The network that a row's `norm` asks for, and its row; with "nf" that is an NF-ResNet with the fields that both have."""
   if config.norm != "nf":
     return FixupResNet if config.norm == "fixup" else ResNet, config
-  shared = {field.name for field in dataclasses.fields(NFResNetConfig)} & {field.name for field in dataclasses.fields(config)}
-  return NFResNet, NFResNetConfig(**{name: getattr(config, name) for name in shared})
+  return NFResNet, NFResNetConfig(**_shared(config))
 
 
 # ---- variants

@@ -135,15 +135,23 @@ def test_covariate_shift():
     lambda norm: 0.8 if norm == "none" else 0.95,
     lambda norm: 0.5 if norm == "noisy_batch" else 0.2,
   )
-  parts, whole = verdicts(covariate_shift, covariate_shift.figures(good))
+  parts, whole = verdicts(covariate_shift, covariate_shift.figures(good, 10))
   assert parts.pop("vgg_absolute") == "does not hold" == whole and set(parts.values()) == {
     "holds"
   }  # shorter gradients shift less
-  reduced = shift_runs(lambda kind, norm: 0.3 if norm == "none" else 0.1, lambda norm: 0.9, lambda norm: 0.1, lambda norm: 0.2)
-  parts, whole = verdicts(covariate_shift, covariate_shift.figures(reduced))
+  reduced = shift_runs(lambda kind, norm: 0.3 if norm == "none" else 0.1, lambda norm: 0.9, lambda norm: 0.9, lambda norm: 0.2)
+  parts, whole = verdicts(covariate_shift, covariate_shift.figures(reduced, 10))
   assert whole == "does not hold" == parts["vgg_shift"] == parts["linear_shift"]
   dead = shift_runs(lambda kind, norm: float("nan"), lambda norm: float("nan"), lambda norm: float("nan"), lambda norm: 0.2)
-  assert verdicts(covariate_shift, covariate_shift.figures(dead))[1] == "cannot be told here"
+  assert verdicts(covariate_shift, covariate_shift.figures(dead, 10))[1] == "cannot be told here"
+  still = shift_runs(
+    lambda kind, norm: 0.0 if norm == "none" else 0.3,
+    lambda norm: 0.9,
+    lambda norm: 0.1 if norm == "none" else 0.9,
+    lambda norm: 0.0 if norm == "none" else 0.5,
+  )
+  parts, _ = verdicts(covariate_shift, covariate_shift.figures(still, 10))
+  assert {name for name, found in parts.items() if found == "holds"} == {"noisy_as_batch"}  # the only part without the dead one
 
 
 def landscape_runs(size):
@@ -151,23 +159,26 @@ def landscape_runs(size):
   for name in (*landscape.NETWORKS, *landscape.RESIDUAL):
     value = [size(name)] * 4
     run = {"smoothness": value, "change": value, "gradient": [1.0] * 4, "highest": value, "lowest": [0.0] * 4, "theorem": 1.0}
-    runs[name] = [run] * SEEDS
+    runs[name] = [{**run, "accuracy": 0.9 if size(name) else 0.1}] * SEEDS  # what is frozen has not learned
   return runs
 
 
 def test_landscape():
-  assert verdicts(landscape, landscape.figures(landscape_runs(lambda name: 5.0 if name.endswith("none") else 1.0)))[1] == "holds"
-  rougher = landscape.figures(landscape_runs(lambda name: 1.0 if name.endswith("none") else 5.0))
+  smoother = landscape.figures(landscape_runs(lambda name: 5.0 if name.endswith("none") else 1.0), 10)
+  assert verdicts(landscape, smoother)[1] == "holds"
+  rougher = landscape.figures(landscape_runs(lambda name: 1.0 if name.endswith("none") else 5.0), 10)
   assert verdicts(landscape, rougher)[1] == "does not hold"
   broken = verdicts(landscape, {**rougher, "theorem": [2.0] * SEEDS})[0]
   assert broken["theorem"] == "does not hold"
+  frozen = landscape.figures(landscape_runs(lambda name: 5.0 if name.endswith("none") else 0.0), 10)
+  assert "holds" not in {**verdicts(landscape, frozen)[0], "theorem": ""}.values()
 
 
 def size_runs(value):
   sizes, lambdas = (4, 64, 1024), (0.01, 0.04, 0.16)
   names = batch_size.arms(lambdas)
   accuracy = {name: np.stack([value(name, size) + SPREAD for size in sizes]) for name in names}
-  return batch_size.figures(accuracy, sizes, lambdas)
+  return batch_size.figures(accuracy, sizes, lambdas, 10)
 
 
 def test_batch_size():
@@ -183,6 +194,8 @@ def test_batch_size():
   assert verdicts(batch_size, size_runs(good))[1] == "holds"
   parts, whole = verdicts(batch_size, size_runs(lambda name, size: 0.9 if name == "batch" else 0.1))
   assert whole == "does not hold" and "holds" not in parts.values()
+  parts, _ = verdicts(batch_size, size_runs(lambda name, size: 0.1 if name == "batch" else good(name, size)))
+  assert parts["small"] == parts["middle"] == "cannot be told here"  # batch normalization that learns at no size is broken
   parts, whole = verdicts(batch_size, size_runs(lambda name, size: float("nan")))
   assert "holds" not in parts.values()
 
@@ -191,10 +204,13 @@ def test_train_test():
   batch = {"running": 0.95, "batches": 0.94, "one class": 0.2, "single": 0.1, "shifted, running": 0.3, "shifted, batches": 0.9}
   free = {**dict.fromkeys(batch, 0.9), "difference": 0.0}
   good = {"batch": [{**batch, "difference": 0.2}] * SEEDS, "NF": [free] * SEEDS}
-  assert verdicts(train_test, train_test.figures(good))[1] == "holds"
-  parts, whole = verdicts(train_test, train_test.figures({"batch": good["batch"], "NF": good["batch"]}))
+  assert verdicts(train_test, train_test.figures(good, 10))[1] == "holds"
+  parts, whole = verdicts(train_test, train_test.figures({"batch": good["batch"], "NF": good["batch"]}, 10))
   assert parts["nf_same"] == parts["nf_mix"] == "does not hold" == whole
-  assert verdicts(train_test, train_test.figures({"batch": good["NF"], "NF": good["NF"]}))[0]["single"] == "does not hold"
+  assert verdicts(train_test, train_test.figures({"batch": good["NF"], "NF": good["NF"]}, 10))[0]["single"] == "does not hold"
+  constant = [{**dict.fromkeys(batch, 0.1), "difference": 0.0}] * SEEDS
+  parts, whole = verdicts(train_test, train_test.figures({**good, "NF": constant}, 10))
+  assert whole == parts["nf_same"] == parts["nf_mix"] == "cannot be told here"
 
 
 def test_agc_and_optimizers():
@@ -227,18 +243,24 @@ def test_the_length_of_a_step_is_relative_to_the_unit():
 def test_nfify():
   good = {"power": [1.0, 1.04], "gradient": [1.0, 2.0], "cosine": 0.5}
   accuracy = {"batch": 0.95 + SPREAD, "NF": 0.95 + SPREAD}
-  assert verdicts(nfify, nfify.figures({"batch": [good] * SEEDS, "NF": [good] * SEEDS}, accuracy))[1] == "holds"
+  assert verdicts(nfify, nfify.figures({"batch": [good] * SEEDS, "NF": [good] * SEEDS}, accuracy, 10))[1] == "holds"
   exploding = {"power": [1.0, 1024.0], "gradient": [1.0, 1e6], "cosine": 1.0}
   runs = {"batch": [good] * SEEDS, "NF": [exploding] * SEEDS}
-  parts, _ = verdicts(nfify, nfify.figures(runs, {"batch": 0.95 + SPREAD, "NF": 0.1 + SPREAD}))
+  parts, _ = verdicts(nfify, nfify.figures(runs, {"batch": 0.95 + SPREAD, "NF": 0.1 + SPREAD}, 10))
   assert set(parts.values()) == {"does not hold"}
+  without = {"batch": [good] * SEEDS, "NF": [{**good, "gradient": [0.0, 0.0]}] * SEEDS}
+  parts, _ = verdicts(nfify, nfify.figures(without, {"batch": 0.1 + SPREAD, "NF": 0.1 + SPREAD}, 10))
+  assert parts["backward"] == parts["accuracy"] == "cannot be told here"
 
 
 def test_without_norm():
   good = dict.fromkeys(without_norm.NETWORKS, 0.95 + SPREAD) | {"DyT": 0.85 + SPREAD, "Derf": 0.86 + SPREAD}
-  assert verdicts(without_norm, without_norm.figures(good))[1] == "holds"
-  parts, whole = verdicts(without_norm, without_norm.figures({**good, "NF": 0.1 + SPREAD, "DyT": 0.95 + SPREAD}))
+  assert verdicts(without_norm, without_norm.figures(good, 10))[1] == "holds"
+  parts, whole = verdicts(without_norm, without_norm.figures({**good, "NF": 0.1 + SPREAD, "DyT": 0.95 + SPREAD}, 10))
   assert whole == "does not hold" == parts["nf"] == parts["dyt"] == parts["nf_dyt"]
+  guessing = {**good, "DyT": 0.1 + SPREAD, "Derf": 0.1 + SPREAD}
+  parts, whole = verdicts(without_norm, without_norm.figures(guessing, 10))
+  assert whole == parts["dyt"] == parts["nf_dyt"] == parts["derf"] == "cannot be told here"
   assert without_norm.best_rate(np.array([[0.5, 0.5], [np.nan, 0.9], [0.6, 0.6]])) == 2
 
 

@@ -73,6 +73,6 @@ def test_what_has_no_batch_normalization_has_no_twin(name):
   assert not twin.has_twin(models.variant("resnet50", norm="group"))
 
 
-def test_recipe_changes_follow_the_batch():
-  assert "agc(0.01)" in twin.recipe_changes(4096)[0] and "agc(0.04)" in twin.recipe_changes(1024)[0]
-  assert "not needed" in twin.recipe_changes(64)[0]
+def test_recipe_changes_name_a_threshold_for_each_batch():
+  assert [twin.clipping(batch) for batch in (256, 1024, 4096, 8192)] == [0.16, 0.04, 0.01, 0.01]
+  assert "0.16 at batch 256" in twin.recipe_changes()[0] and "0.01 at batch 4,096 and above" in twin.recipe_changes()[0]

@@ -61,10 +61,11 @@ def test_kernels(name, length):
     np.testing.assert_allclose(conv.weight(), before, rtol=1e-5)
 
 
+FAMILIES = ("resnet", "skipinit_resnet", "fixup_resnet", "nf_resnet")
 SMALL = {"depth": (1, 1), "width": (32, 64), "stage_strides": (1, 1)}
 
 
-@pytest.mark.parametrize("family", ("resnet", "skipinit_resnet", "fixup_resnet"))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", (*(set(norms.NUMBERS) - {"fixup", "nf"}), "group:4"))
 def test_every_resnet_of_the_zoo_takes_every_name(name, family):
   """Abstractly, which costs nothing: parameters, shapes, and one normalizer or none in each place."""
@@ -76,7 +77,7 @@ def test_every_resnet_of_the_zoo_takes_every_name(name, family):
   assert (block.skip_gain is not None) == norm.startswith("skipinit")
 
 
-@pytest.mark.parametrize("family", ("resnet", "skipinit_resnet", "fixup_resnet"))
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
   ("norm", "same"),
   [("batch", "resnet_tiny"), ("skipinit", "skipinit_resnet_tiny"), ("fixup", "fixup_resnet_tiny"), ("nf", "nf_resnet_tiny")],
@@ -132,6 +133,20 @@ def test_noise_behind_batch_normalization_is_drawn_in_training_alone():
     network(images, train=True)
   noised = norms.noise(jnp.zeros((64, 4, 4, 6)), jax.random.key(0))
   assert np.abs(noised.mean(axis=0)).max() > 0.3 and noised.std(axis=0).max() < 0.2  # its mean moves places, not images
+
+
+def test_the_normalizer_before_the_classifier_has_noise_too():
+  """Without blocks' noise, which is behind their own normalizers, the answer would not change with the key."""
+  network = models.create("resnet_tiny", 4, norm="noisy_batch", depth=(1,), width=(32,), stage_strides=(1,))
+  network.blocks[0].draws = False
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  pooled = [np.asarray(nnx.clone(network).outputs(images, train=True, rngs=jax.random.key(seed))["pool"]) for seed in (0, 1)]
+  assert np.abs(pooled[0] - pooled[1]).max() > 0.01
+
+
+def test_gates_do_not_go_with_a_normalizer():
+  with pytest.raises(UserError, match="gate='se'"):
+    models.variant("nf_seresnet50", norm="batch")
 
 
 def test_numbers_must_divide():

@@ -16,7 +16,7 @@ from nfnets import models
 from nfnets.agc import agc, agc_metrics, explain_entries, named_leaves, unit_norm
 from nfnets.config import DataConfig
 from nfnets.lab import drawing, task, training, users
-from nfnets.lab.experiment import Criterion, Experiment, Measured, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
 
 BATCH, WARMUP = 256, 10
@@ -24,6 +24,7 @@ SMALL, LARGE = 0.1, 1.6  # learning rates; the large one is that of the paper's 
 LAMBDA, THRESHOLD = 0.04, 1.0
 LADDER = 4.0  # by which both are made smaller and larger
 BINS = np.linspace(-5, 2, 29)  # of log10 ‖G‖ / ‖W‖
+PARTS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "last")  # of the steps, equally many each
 # one block a stage; at the scale full as many as in NFNet-F0
 NETWORK: dict[str, Any] = {"depth": (1, 1, 1, 1), "width": (32, 64, 64, 64), "stage_strides": (1, 2, 2, 1)}
 LARGE_NETWORK = {**NETWORK, "depth": (1, 2, 6, 3), "width": (64, 128, 256, 256)}
@@ -108,30 +109,43 @@ def run(settings: Settings, progress: Progress) -> Measured:
   steps = settings.of_scale(80, 1000)
   shape = settings.of_scale(NETWORK, LARGE_NETWORK)
   make = lambda seed: models.create("nf_resnet_tiny", task.classes(settings.data), rngs=seed, **shape)
-  trainer = Trainer(make(0), {"train": True}, 8, settings.data)
-  theirs = _user(settings)
+  trainer = Trainer(make(0), 8, {"train": True}, settings.data)
+  theirs = lambda name, seed: users.labelled_model(name, seed=seed, classes=task.classes(settings.data))
+  guests = {name: Trainer(*theirs(name, 0), settings.data) for name in settings.models}
 
   def job(name: str, seed: int) -> dict[str, Any]:
     accuracy, log = trainer.train(trainer.split(make(seed)), ARMS[name], trainer.batches(steps, seed), shape["depth"])
     return {"accuracy": accuracy, **(summary(log, list(trainer.units.values())) if name == "AGC" else {})}
 
-  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in ARMS for seed in range(settings.seeds)}
-  found = progress.parts(jobs)
-  accuracy = {name: np.array([found[f"{name}, seed {seed}"]["accuracy"] for seed in range(settings.seeds)]) for name in ARMS}
-  logs = [found[f"AGC, seed {seed}"] for seed in range(settings.seeds)]
-  rows = [{"training": name, "test accuracy, or share": values} for name, values in accuracy.items()]
+  def visit(name: str, seed: int) -> dict[str, Any]:
+    guest, network = guests[name], theirs(name, seed)[0]  # AGC leaves its classifier out if that is called fc
+    accuracy, log = guest.train(guest.split(network), ARMS["AGC"], guest.batches(settings.of_scale(20, 1000), seed))
+    return {"accuracy": accuracy, **summary(log, list(guest.units.values()))}
+
+  seeds = range(settings.seeds)
+  jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in ARMS for seed in seeds}
+  visits = {f"{name}, seed {seed}": functools.partial(visit, name, seed) for name in guests for seed in seeds}
+  found = progress.parts({**jobs, **visits})
+  runs = {name: [found[f"{name}, seed {seed}"] for seed in seeds] for name in guests}
+  accuracy = {name: np.array([found[f"{name}, seed {seed}"]["accuracy"] for seed in seeds]) for name in ARMS}
+  logs = [found[f"AGC, seed {seed}"] for seed in seeds]
+  rows = [_row(name, values) for name, values in accuracy.items()] + _layer_rows("AGC", list(trainer.units), logs)
+  for name, of_seeds in runs.items():
+    rows += [_row(f"{name}, AGC", [run["accuracy"] for run in of_seeds]), *_layer_rows(name, list(guests[name].units), of_seeds)]
   return Measured(
     samples=figures(accuracy),
-    rows=rows + theirs,
-    draw=lambda figure: draw(figure, accuracy, logs, list(trainer.units)),
+    rows=rows,
+    draw=lambda figure: draw(figure, accuracy, logs, list(trainer.units), runs),
     caption=f"NF-ResNet with four stages on {task.name(settings.data)}, batch {BATCH}, {steps} steps. Left: test accuracy by "
     "what is clipped, squares without AGC, lines from the lowest to the highest seed. Then the share of units clipped by "
     "layer and step, mean over seeds. Below: ‖G‖ / ‖W‖ of the units whose gradient is not 0, by layer, in the first and the last "
-    "third of the steps; dotted: λ.",
+    "eighth of the steps; dotted: λ.",
     notes=(
       f"AGC has λ = {LAMBDA}, global clipping the threshold {THRESHOLD}. Differences are taken between trainings with the same "
       "weights at the start and the same batches.",
       f"Training is short: what only slows it down, as clipping does at the learning rate {SMALL}, shows as a lower accuracy.",
+      "The last column has the medians of log10 ‖G‖ / ‖W‖ in each eighth of the steps, of histograms whose bins are a quarter "
+      "wide, over the units of a layer whose gradient is not 0 and all seeds.",
       "After a first run the part on both at their best thresholds was added, and later a fourth one of global clipping, since "
       "the lowest of three had been the best.",
       "The paper trained NF-ResNets on ImageNet with batches of 4,096; here a small network sees a thousand images.",
@@ -142,7 +156,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
 class Trainer:
   """Trains copies of one network by SGD with Nesterov's momentum; what an Arm says is an argument of one compiled run."""
 
-  def __init__(self, network: nnx.Module, arguments: dict[str, Any], side: int, config: DataConfig | None):
+  def __init__(self, network: nnx.Module, side: int, arguments: dict[str, Any], config: DataConfig | None):
     self._graph, params, self._rest = nnx.split(network, nnx.Param, ...)
     self._arguments, self._template = arguments, params
     self.entries = explain_entries(nnx.to_pure_dict(params))
@@ -233,28 +247,31 @@ def figures(accuracy: dict[str, np.ndarray]) -> dict[str, list[float]]:
   }
 
 
-def _user(settings: Settings) -> list[dict[str, Any]]:
-  """The share of units that AGC clips in each kernel of the user's own network, over some steps with the first seed.
+def _row(training: str, value: Any, medians: str = "") -> Row:
+  return {"training": training, "test accuracy, or share": value, "medians of eighths": medians}
 
-  A classifier is left out if it is called fc.
-  """
-  if settings.model is None:
-    return []
-  network, side, arguments = users.labelled_model(settings.model, seed=0, classes=task.classes(settings.data))
-  trainer = Trainer(network, arguments, side, settings.data)
-  accuracy, log = trainer.train(trainer.split(network), ARMS["AGC"], trainer.batches(settings.of_scale(20, 1000), 0))
-  rows = [{"training": f"{settings.model}, AGC", "test accuracy, or share": accuracy}]
-  for name, share in zip(trainer.kernels, log["clipped"].mean(axis=0), strict=True):
-    rows.append({"training": f"{settings.model}: {name}, units clipped", "test accuracy, or share": float(share)})
-  return rows
+
+def _layer_rows(name: str, layers: list[str], logs: list[dict[str, Any]]) -> list[Row]:
+  """The share of units that AGC clips in each layer, a number a seed, and the medians of the eighths of the steps."""
+  clipped = np.array([np.mean(log["clipped"], axis=0) for log in logs])  # [seeds, layers]
+  by_part = np.array([medians(np.mean([log[part] for log in logs], axis=0)) for part in PARTS])  # [parts, layers]
+  texts = [", ".join(f"{value:.1f}" for value in layer) for layer in by_part.T]
+  return [_row(f"{name}: {layer}, units clipped", clipped[:, i], texts[i]) for i, layer in enumerate(layers)]
 
 
 def summary(log: dict[str, np.ndarray], units: list[int]) -> dict[str, list]:
-  """What the picture needs of a training's log: "clipped" [steps, kernels]; "first" and "last", histograms [kernels, bins]."""
+  """What is kept of a training's log: "clipped" [steps, kernels], and for each of PARTS a histogram [kernels, bins]."""
   logged = np.log10(np.maximum(log["ratios"], 1e-30))  # [steps, units]
-  third = max(1, len(logged) // 3)
-  parts = {"first": logged[:third], "last": logged[-third:]}
+  ends = [i * len(logged) // len(PARTS) for i in range(len(PARTS) + 1)]
+  parts = {name: logged[start : max(end, start + 1)] for name, start, end in zip(PARTS, ends[:-1], ends[1:], strict=True)}
   return {"clipped": log["clipped"].tolist(), **{name: by_layer(part, units).tolist() for name, part in parts.items()}}
+
+
+def medians(histograms: np.ndarray) -> np.ndarray:
+  """The middle of the bin in which the median lies, of [layers, bins]; NaN where the bins are empty."""
+  below = np.cumsum(histograms, axis=1)
+  middle = (BINS[:-1] + BINS[1:])[np.argmax(below >= below[:, -1:] / 2, axis=1)] / 2
+  return np.where(below[:, -1] > 0, middle, math.nan)
 
 
 def by_layer(logged: np.ndarray, units: list[int]) -> np.ndarray:
@@ -268,10 +285,16 @@ def by_layer(logged: np.ndarray, units: list[int]) -> np.ndarray:
   return np.stack([np.histogram(part, BINS)[0] / part.size for part in parts])
 
 
-def draw(figure: Any, accuracy: dict[str, np.ndarray], logs: list[dict[str, Any]], layers: list[str]) -> None:
-  """Draws four panels; `logs` are those of `summary`, one a seed."""
-  figure.set_size_inches(9.0, 7.2)
-  (arms, clipped), below = figure.subplots(2, 2)
+def draw(
+  figure: Any,
+  accuracy: dict[str, np.ndarray],
+  logs: list[dict[str, Any]],
+  layers: list[str],
+  theirs: dict[str, list[dict[str, Any]]],
+) -> None:
+  """Draws four panels, and two for a network of the user's own; `logs` and those of `theirs` are of `summary`, one a seed."""
+  figure.set_size_inches(9.0, 7.2 + 3.0 * len(theirs))
+  (arms, clipped), below, *more = figure.subplots(2 + len(theirs), 2)
   names = list(accuracy)[::-1]
   for i, name in enumerate(names):
     values = accuracy[name]
@@ -291,9 +314,18 @@ def draw(figure: Any, accuracy: dict[str, np.ndarray], logs: list[dict[str, Any]
     image = axis.imshow(mean(part), aspect="auto", interpolation="nearest", cmap="gray_r", vmin=0, vmax=0.3, extent=extent)
     axis.set_yticks(range(len(labels)), labels if part == "first" else [""] * len(labels), fontsize=8)
     axis.axvline(np.log10(LAMBDA), color="#d55e00", ls=":", lw=1.5)
-    drawing.name_axes(axis, "log10 ‖G‖ / ‖W‖", "", f"{part} third of the steps")
+    drawing.name_axes(axis, "log10 ‖G‖ / ‖W‖", "", f"{part} eighth of the steps")
     axis.grid(False)
   figure.colorbar(image, ax=below[1], label="share of the layer's units")
+  for (shares, ratios), (name, runs) in zip(more, theirs.items(), strict=True):
+    kernels = np.arange(len(runs[0]["first"]))
+    drawing.line(shares, kernels, [np.mean(run["clipped"], axis=0) for run in runs], name.rpartition("/")[2], 0)
+    for style, part in enumerate((PARTS[0], PARTS[-1])):
+      drawing.line(ratios, kernels, [medians(run[part]) for run in runs], f"{part} eighth of the steps", style)
+    drawing.name_axes(shares, "kernel, in order", "share of units clipped by AGC", "your model")
+    drawing.name_axes(ratios, "kernel, in order", "median of log10 ‖G‖ / ‖W‖", "your model")
+    for axis in (shares, ratios):
+      drawing.legend(axis)
 
 
 EXPERIMENT = Experiment(

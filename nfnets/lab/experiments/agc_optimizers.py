@@ -22,6 +22,8 @@ BATCH, LAMBDA = 256, 0.04
 RATES = {"SGD": (0.1, 0.4, 1.6), "AdamW": (0.01, 0.05, 0.25), "Lion": (0.002, 0.012, 0.06), "LARS": (4.0, 16.0, 64.0)}
 WAYS = ("none", "before", "behind")  # where AGC stands
 OURS = "normalizer-free ResNet"
+SAMPLE = 4096  # weights, at most, whose updates are compared from step to step
+ByWay = dict[tuple[str, str], np.ndarray]  # (optimizer, way) → numbers
 
 CRITERIA = (
   Criterion(
@@ -88,13 +90,14 @@ def run(settings: Settings, progress: Progress) -> Measured:
   def trainer(network: str, name: str, where: str) -> Trainer:
     if network != OURS:
       return users.UserTrainer(network, task.whole(data), recipe, optimizer=optimizer(name, where))
-    return Trainer(lambda key: Deep(config, key), data, recipe, optimizer=optimizer(name, where), watch=step_length)
+    return Trainer(lambda key: Deep(config, key), data, recipe, optimizer=optimizer(name, where), watch=look)
 
   def job(network: str, name: str, where: str, rate: float, seed: int) -> list[float]:
     made = trainer(network, name, "before" if where == "none" else where)
     order = batches(len(data.train[1]), made.recipe, seed)
-    params, _, lengths = made.train(made.init(seed), order, rate, math.inf if where == "none" else LAMBDA)
-    return [made.test(params)[0], *(np.full(steps, np.nan) if lengths is None else lengths).tolist()]
+    params, _, seen = made.train(made.init(seed), order, rate, math.inf if where == "none" else LAMBDA)
+    lengths, updates = (np.full(steps, np.nan), np.zeros((0, 1))) if seen is None else seen
+    return [made.test(params)[0], consecutive(updates), *lengths.tolist()]
 
   jobs = {
     f"{network}, {name}, AGC {where}, rate {rate:g}, seed {seed}": functools.partial(job, network, name, where, rate, seed)
@@ -105,25 +108,28 @@ def run(settings: Settings, progress: Progress) -> Measured:
     for seed in range(settings.seeds)
   }
   values = np.array(list(progress.parts(jobs).values()), np.float64)
-  found = values.reshape(len(networks), len(RATES), len(WAYS), -1, settings.seeds, 1 + steps)
+  found = values.reshape(len(networks), len(RATES), len(WAYS), -1, settings.seeds, 2 + steps)
   by_way = lambda found: {(name, where): found[i, j] for i, name in enumerate(RATES) for j, where in enumerate(WAYS)}
   accuracy = by_way(found[0, ..., 0])  # [rates, seeds] each
-  lengths = by_way(found[0, :, :, -1, :, 1:])  # [seeds, steps] each, at the large rate
+  lengths = by_way(found[0, :, :, -1, :, 2:])  # [seeds, steps] each, at the large rate
+  theirs = {name: by_way(found[i, ..., 0]) for i, name in enumerate(networks) if name != OURS}
   return Measured(
     samples=figures(accuracy, lengths),
     rows=[
       _row(network, name, where, rate, values[i])
-      for network, of_network in zip(networks, found[..., 0], strict=True)
+      for network, of_network in zip(networks, found, strict=True)
       for (name, where), values in by_way(of_network).items()
       for i, rate in enumerate(RATES[name])
     ],
-    draw=lambda figure: draw(figure, accuracy, lengths),
+    draw=lambda figure: draw(figure, accuracy, lengths, theirs),
     caption=f"Normalizer-free residual networks of {depth} blocks on {data.name}, batch {BATCH}, {steps} steps: test accuracy by "
     f"learning rate without AGC, with AGC (λ = {LAMBDA}) of the gradient, and of the optimizer's update; below, at the "
     "large rate, the median ‖ΔW‖ / ‖W‖ of the units of all kernels but the classifier's, and λ in grey. Shades: all seeds.",
     notes=(
       "Where AGC of the gradient changes nothing it may still be of use against single large gradients, whose trace in Adam's "
       "second moment it shortens; such are rare in these short trainings.",
+      "The cosine is that of the updates of two consecutive steps, over all kernels but the classifier's, in the median over the "
+      f"steps at which it is finite; at most {SAMPLE:,} weights, evenly chosen, are looked at.",
       "Of a person's network the accuracy alone is measured; its dropout, if it has any, is on in tests.",
       "An update that is clipped behind the optimizer has the learning rate in it: λ then bounds the relative change of a step.",
       "After a first run the large learning rates became larger, since at the first ones nothing failed.",
@@ -133,23 +139,41 @@ def run(settings: Settings, progress: Progress) -> Measured:
   )
 
 
-def step_length(before: Params, after: Params, *_: Any) -> jax.Array:
+def look(before: Params, after: Params, *_: Any) -> tuple[jax.Array, jax.Array]:
+  """`step_length`, and the update of every n-th weight of the same kernels: float32 [at most SAMPLE]."""
+  update = jnp.concatenate([(new - old).ravel() for old, new, _ in _kernels(before, after)])
+  return step_length(before, after), update[:: -(-update.size // SAMPLE)]
+
+
+def step_length(before: Params, after: Params) -> jax.Array:
   """The median ‖ΔW‖ / max(‖W‖, 1e-3) of the units of all kernels but the classifier's: float32 []."""
-  weights = {path: leaf for path, leaf, _ in named_leaves(before)}
-  moved = {path: leaf for path, leaf, _ in named_leaves(after)}
-  kernels = [
-    (entry.path, entry.unit_axes)
-    for entry in explain_entries(before, unit_axes=units_of(before))
-    if entry.path.endswith("kernel") and not re.search(CLASSIFIER, entry.path)
-  ]
   ratios = [
-    (unit_norm(moved[path] - weights[path], axes) / jnp.maximum(unit_norm(weights[path], axes), 1e-3)).ravel()
-    for path, axes in kernels
+    (unit_norm(new - old, axes) / jnp.maximum(unit_norm(old, axes), 1e-3)).ravel() for old, new, axes in _kernels(before, after)
   ]
   return jnp.median(jnp.concatenate(ratios))
 
 
-def figures(accuracy: dict[tuple[str, str], np.ndarray], lengths: dict[tuple[str, str], np.ndarray]) -> dict[str, list[float]]:
+def _kernels(before: Params, after: Params) -> list[tuple[jax.Array, jax.Array, Any]]:
+  """All kernels but the classifier's, before a step and after it, with the axes of a unit."""
+  old, new = ({path: leaf for path, leaf, _ in named_leaves(params)} for params in (before, after))
+  return [
+    (old[entry.path], new[entry.path], entry.unit_axes)
+    for entry in explain_entries(before, unit_axes=units_of(before))
+    if entry.path.endswith("kernel") and not re.search(CLASSIFIER, entry.path)
+  ]
+
+
+def consecutive(updates: Any) -> float:
+  """The median cosine of an update and the one before, of [steps, weights], where it is finite; NaN without any."""
+  updates = np.asarray(updates, np.float64)
+  with np.errstate(all="ignore"):
+    lengths = np.linalg.norm(updates, axis=1)
+    cosines = np.sum(updates[1:] * updates[:-1], axis=1) / (lengths[1:] * lengths[:-1])
+  finite = cosines[np.isfinite(cosines)]
+  return float(np.median(finite)) if finite.size else math.nan
+
+
+def figures(accuracy: ByWay, lengths: ByWay) -> dict[str, list[float]]:
   """The criteria's figures, from accuracies [rates, seeds], and lengths of steps [seeds, steps] at the large learning rates."""
   ratio = lambda name: [shortened(*pair) for pair in zip(lengths[name, "before"], lengths[name, "none"], strict=True)]
   best = lambda name, where: accuracy[name, where][np.argmax(accuracy[name, where].mean(axis=1))]
@@ -168,15 +192,15 @@ def figures(accuracy: dict[tuple[str, str], np.ndarray], lengths: dict[tuple[str
   }
 
 
-def _row(network: str, name: str, where: str, rate: float, accuracy: np.ndarray) -> Row:
+def _row(network: str, name: str, where: str, rate: float, found: np.ndarray) -> Row:
+  """A row of what was found, [seeds, 2 + steps]."""
   return {
     "network": network,
     "optimizer": name,
     "AGC": where,
     "learning rate": rate,
-    "test accuracy": float(accuracy.mean()),
-    "lowest": float(accuracy.min()),
-    "highest": float(accuracy.max()),
+    "test accuracy": found[:, 0],
+    "cosine of consecutive updates": found[:, 1] if network == OURS else "",
   }
 
 
@@ -187,32 +211,42 @@ def shortened(clipped: np.ndarray, plain: np.ndarray) -> float:
   return float(np.median(clipped[early][both] / plain[early][both])) if both.any() else math.nan
 
 
-def draw(figure: Any, accuracy: dict[tuple[str, str], np.ndarray], lengths: dict[tuple[str, str], np.ndarray]) -> None:
-  """Draws two panels for each optimizer."""
-  figure.set_size_inches(9.0, 6.0)
-  axes, below = figure.subplots(2, len(RATES), sharey="row")
-  for axis, lower, (name, rates) in zip(axes, below, RATES.items(), strict=True):
+def draw(figure: Any, accuracy: ByWay, lengths: ByWay, theirs: dict[str, ByWay]) -> None:
+  """Draws two panels for each optimizer, and a third for a network of the user's own, whose accuracies are `theirs`."""
+  figure.set_size_inches(9.0, 6.0 + 3.0 * len(theirs))
+  axes, below, *more = figure.subplots(2 + len(theirs), len(RATES), sharey="row")
+  _draw_accuracy(axes, accuracy)
+  for row, (network, values) in zip(more, theirs.items(), strict=True):
+    _draw_accuracy(row, values, title=network.rpartition("/")[2])
+  for lower, (name, rates) in zip(below, RATES.items(), strict=True):
     for style, where in enumerate(WAYS):
-      drawing.line(axis, rates, accuracy[name, where].T, f"AGC {where}" if where != "none" else "no AGC", style, markers=True)
       steps = np.arange(1, 1 + lengths[name, where].shape[1])
       drawing.line(lower, steps, np.maximum(lengths[name, where], 1e-8), "", style)
     lower.axhline(LAMBDA, color="0.6", lw=4, alpha=0.5, zorder=0)
     lower.set_yscale("log")
     lower.set_ylim(1e-6, 1e2)
     drawing.name_axes(lower, "step", "‖ΔW‖ / ‖W‖" if lower is below[0] else "", f"rate {rates[-1]:g}")
+
+
+def _draw_accuracy(axes: Any, accuracy: ByWay, title: str | None = None) -> None:
+  """Draws the accuracy by learning rate, a panel an optimizer."""
+  for axis, (name, rates) in zip(axes, RATES.items(), strict=True):
+    for style, where in enumerate(WAYS):
+      drawing.line(axis, rates, accuracy[name, where].T, f"AGC {where}" if where != "none" else "no AGC", style, markers=True)
     axis.set_xscale("log")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
     axis.set_ylim(0, 1.02)
     drawing.name_axes(axis, "learning rate", "test accuracy" if axis is axes[0] else "", name)
-  drawing.legend(axes[0], loc="lower left")
+  drawing.legend(axes[0], loc="lower left", title=title)
 
 
 EXPERIMENT = Experiment(
   name="agc_optimizers",
   title="Adaptive gradient clipping and other optimizers",
   paper="Brock et al. 2021 (2102.06171), You et al. 2017 (1708.03888), Chen et al. 2023 (2302.06675)",
-  section="Brock: section 4, which uses SGD alone and compares with LARS; public reports about AdamW and Lion",
+  section="Brock: section 4, which uses SGD alone and compares with LARS, no figure; You and Chen: the optimizers LARS and Lion "
+  "alone, no section or figure; public reports about AdamW and Lion",
   claim="AGC of the gradient helps SGD at large learning rates and does nothing for AdamW, Lion and LARS, which rescale the "
   "gradient themselves; AGC of their updates helps.",
   criteria=CRITERIA,

@@ -68,26 +68,32 @@ def run(settings: Settings, progress: Progress) -> Measured:
   """Measures every network at every depth with every seed."""
   images, labels = task.images(settings.data, settings.of_scale(32, 256))
   scale = settings.of_scale(1, 4)  # of widths; groups get as many channels more
-  theirs: dict[str, Any] = {}
-  if settings.model is not None:
-    model, side, arguments = users.labelled_model(settings.model, seed=0, classes=task.classes(settings.data))
-    theirs = gradient_norms(model, *task.images(settings.data, len(images), side=side), **arguments)
+  seeds, classes = range(settings.seeds), task.classes(settings.data)
+  for name in settings.models:
+    users.labelled_model(name, seed=0, classes=classes)  # an error comes before anything is measured
 
   def job(name: str, depth: int) -> list:
-    config = DeepConfig(depth=depth, width=WIDTH * scale, num_classes=task.classes(settings.data), **NETWORKS[name])
+    config = DeepConfig(depth=depth, width=WIDTH * scale, num_classes=classes, **NETWORKS[name])
     return block_gradients(config, images, labels, settings.seeds).tolist()
+
+  def look(name: str, seed: int) -> dict[str, float]:
+    model, side, arguments = users.labelled_model(name, seed=seed, classes=classes)
+    return gradient_norms(model, *task.images(settings.data, len(images), side=side), **arguments)
 
   names = [(name, depth) for depth in DEPTHS for name in NETWORKS]
   jobs = {f"{name}, {depth} blocks": functools.partial(job, name, depth) for name, depth in names}
-  found = progress.parts(jobs).values()
-  measured = {key: np.array(values) for key, values in zip(names, found, strict=True)}  # (network, depth) → [seeds, depth]
+  looks = {f"{name}, seed {seed}": functools.partial(look, name, seed) for name in settings.models for seed in seeds}
+  found = progress.parts({**jobs, **looks})
+  measured = {key: np.array(found[part]) for key, part in zip(names, jobs, strict=True)}  # (network, depth) → [seeds, depth]
+  theirs = {name: [found[f"{name}, seed {seed}"] for seed in seeds] for name in settings.models}
   deepest = {name: measured[name, DEPTHS[-1]] for name in NETWORKS}
   return Measured(
     samples=figures(deepest),
     rows=[_row(name, depth, values) for (name, depth), values in measured.items()]
     + [
-      {"network": f"{settings.model}: {path}", "blocks": "", "factor a block": "", "first / last": norm}
-      for path, norm in theirs.items()
+      {"network": f"{name}: {path}", "blocks": "", "factor a block": "", "first / last": [run[path] for run in runs]}
+      for name, runs in theirs.items()
+      for path in runs[0]
     ],
     draw=lambda figure: draw(figure, deepest, theirs),
     caption=f"Squared gradient of the kernels of each of {DEPTHS[-1]} blocks, over that of the last one (left); the factor by "
@@ -149,7 +155,7 @@ def _row(name: str, depth: int, squared: np.ndarray) -> Row:
   return {"network": name, "blocks": depth, "factor a block": factors(squared), "first / last": squared[:, 0] / squared[:, -1]}
 
 
-def draw(figure: Any, deepest: dict[str, np.ndarray], theirs: dict[str, float]) -> None:
+def draw(figure: Any, deepest: dict[str, np.ndarray], theirs: dict[str, list[dict[str, float]]]) -> None:
   """Draws two panels, and a third for a network of the user's own."""
   layers, groups, *more = np.atleast_1d(figure.subplots(1, 3 if theirs else 2, width_ratios=(1.3, 1, 1)[: 3 if theirs else 2]))
   shown = ("batch", INSTANCE, LAYER, "none", "batch, residual", "alpha/beta, residual")
@@ -173,17 +179,20 @@ def draw(figure: Any, deepest: dict[str, np.ndarray], theirs: dict[str, float]) 
   drawing.name_axes(groups, "channels in a group", "factor a block", "")
   groups.set_ylim(top=1.25 * groups.get_ylim()[1])  # room for the legend
   drawing.legend(groups, loc="upper right")
-  if theirs:
-    drawing.line(more[0], np.arange(len(theirs)), [[max(norm, 1e-12) for norm in theirs.values()]], "", 0)
-    more[0].set_yscale("log")
-    drawing.name_axes(more[0], "parameter, in order", "norm of its gradient", "your model")
+  for axis, (name, runs) in zip(more, theirs.items(), strict=True):
+    norms = [[max(norm, 1e-12) for norm in run.values()] for run in runs]
+    drawing.line(axis, np.arange(len(runs[0])), norms, name.rpartition("/")[2], 0)
+    axis.set_yscale("log")
+    drawing.name_axes(axis, "parameter, in order", "norm of its gradient", "your model")
+    drawing.legend(axis)
 
 
 EXPERIMENT = Experiment(
   name="backward",
   title="Stable backward propagation",
   paper="Yang et al. 2019 (1902.08129), Lubana et al. 2021 (2106.05956)",
-  section="Yang: the theorems on gradient explosion; Lubana: section 5, the speed-stability trade-off of group normalization",
+  section="Yang: the theorems on gradient explosion, no figure; Lubana: section 5, the speed-stability trade-off of group "
+  "normalization, no figure",
   claim="At initialization gradients of plain networks explode towards the input with batch and with instance normalization, "
   "less so the larger the groups that are normalized, and not at all in residual networks with alpha/beta and scaled weight "
   "standardization.",

@@ -49,7 +49,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every batch size, learning rate and seed, for the same number of epochs."""
   sizes = settings.of_scale((4, 32, 256, 1024), (4, 16, 64, 256, 1024))
   width, depth, epochs = settings.of_scale((16, 2, 16), (16, 2, 4))
-  lambdas, tried = settings.of_scale(((0.01, 0.04, 0.16), 3), (LAMBDAS, 4))
+  lambdas, tried = LAMBDAS, settings.of_scale(3, 4)
   data, ways = task.data(settings.data, small=settings.small), arms(lambdas, settings.models)
 
   @functools.cache
@@ -81,7 +81,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     name: np.stack([grid[i, j, best[i, j]] for i in range(len(sizes))]) for j, name in enumerate(ways)
   }  # [sizes, seeds] each
   return Measured(
-    samples=figures(accuracy, sizes, lambdas),
+    samples=figures(accuracy, sizes, lambdas, data.classes),
     rows=_rows(accuracy, sizes, best, tried),
     draw=lambda figure: draw(figure, accuracy, sizes, lambdas),
     caption=f"Test accuracy after {epochs} epochs of {data.name} by batch size, each at its best of {grid.shape[2]} "
@@ -99,17 +99,20 @@ def run(settings: Settings, progress: Progress) -> Measured:
   )
 
 
-def figures(accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], lambdas: tuple[float, ...]) -> dict[str, list[float]]:
+def figures(
+  accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], lambdas: tuple[float, ...], classes: int
+) -> dict[str, list[float]]:
   """The criteria's figures from accuracies [sizes, seeds] at the best learning rate."""
+  over = lambda figure, other: verdict.if_learned(figure, accuracy[other].max(axis=0), classes)  # at some size it must learn
   clipped = np.stack([accuracy[f"NF + AGC {strength:g}"] for strength in lambdas])  # [λ, sizes, seeds]
   best = clipped[np.argmax(clipped.mean(axis=-1), axis=0), np.arange(len(sizes))]  # [sizes, seeds]
   middle = len(sizes) // 2
   small = np.maximum(best[0].mean(), accuracy["NF"][0].mean())
   without_norm = best[0] if small == best[0].mean() else accuracy["NF"][0]
   return {
-    "small": list(without_norm - accuracy["batch"][0]),
-    "middle": list(best[middle] - accuracy["batch"][middle]),
-    "large": list(best[-1] - accuracy["NF"][-1]),
+    "small": over(without_norm - accuracy["batch"][0], "batch"),
+    "middle": over(best[middle] - accuracy["batch"][middle], "batch"),
+    "large": over(best[-1] - accuracy["NF"][-1], "NF"),
     "falls": [correlation(clipped[:, :, seed]) for seed in range(clipped.shape[-1])],
   }
 
@@ -129,9 +132,7 @@ def _rows(accuracy: dict[str, np.ndarray], sizes: tuple[int, ...], best: np.ndar
         {
           "network": name,
           "batch": batch,
-          "test accuracy": float(values[i].mean()),
-          "lowest": float(values[i].min()),
-          "highest": float(values[i].max()),
+          "test accuracy": values[i],
           "best learning rate": float(grid[best[i, j]]),
           "at the grid's end": "yes" if best[i, j] in (0, len(grid) - 1) else "no",
         }

@@ -108,12 +108,15 @@ def run(settings: Settings, progress: Progress) -> Measured:
 
   names = [(name, depth) for depth in DEPTHS for name in NETWORKS]
   jobs = {f"{name}, {depth} blocks": functools.partial(job, name, depth) for name, depth in names}
+  seeds = range(settings.seeds)
+  looks = {f"{name}, seed {seed}": functools.partial(_user, settings, batch, seed) for name in settings.models for seed in seeds}
+  found = progress.parts({**jobs, **looks})
   # (network, depth) → [seeds, depth, 4]
-  measured = {key: np.array(values) for key, values in zip(names, progress.parts(jobs).values(), strict=True)}
+  measured = {key: np.array(found[part]) for key, part in zip(names, jobs, strict=True)}
+  theirs = {name: [found[f"{name}, seed {seed}"] for seed in seeds] for name in settings.models}
   samples = figures({name: measured[name, 1000] for name in NETWORKS})
   rows = [_row(name, depth, values) for (name, depth), values in measured.items()]
-  theirs = _user(settings, images.shape[0])
-  rows += [_user_row(settings.model, path, values) for path, values in theirs.items()]
+  rows += [_user_row(name, path, [run[path] for run in runs]) for name, runs in theirs.items() for path in runs[0]]
   return Measured(
     samples=samples,
     rows=rows,
@@ -152,7 +155,7 @@ def profile(config: DeepConfig, images: jax.Array, seeds: int, *, rescale: bool)
   def look(state: nnx.State) -> Any:
     network = nnx.merge(graph, state, copy=True)
     unit = images / jnp.sqrt(jnp.mean(network.stem(images) ** 2))  # the stem is linear
-    probe = lambda out, branch: (moments(out), moments(branch))
+    probe = lambda out, branch: tuple(tuple(moments(x).values()) for x in (out, branch))
     return network.run(unit, key=jax.random.key(1), probe=probe, rescale=rescale)[1]
 
   found = []
@@ -203,28 +206,28 @@ def _row(name: str, depth: int, values: np.ndarray) -> Row:
   }
 
 
-def _user(settings: Settings, batch: int) -> dict[str, dict[str, float]]:
-  """The signal in the user's own network, with the first seed."""
+def _user(settings: Settings, batch: int, seed: int = 0) -> dict[str, dict[str, float]]:
+  """The signal in the user's own network."""
   if settings.model is None:
     return {}
-  model, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
+  model, side, arguments = users.user_model(settings.model, seed=seed, classes=task.classes(settings.data))
   return signal(model, task.images(settings.data, batch, side=side)[0], **arguments)
 
 
-def _user_row(model: str | None, path: str, values: dict[str, float]) -> Row:
-  power = values["var"] + values["mean_sq"]
+def _user_row(model: str, path: str, values: list[dict[str, float]]) -> Row:
+  power = np.maximum([value["var"] + value["mean_sq"] for value in values], 1e-300)
   return {
     "network": f"{model}: {path or 'output'}",
     "blocks": "",
     "log2 mean square, first": "",
-    "last": float(np.log2(max(power, 1e-300))),
+    "last": np.log2(power),
     "log2 of the branch, first": "",
     "of the branch, last": "",
-    "share of squared means, last": values["mean_sq"] / max(power, 1e-300),
+    "share of squared means, last": np.array([value["mean_sq"] for value in values]) / power,
   }
 
 
-def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, dict[str, float]]) -> None:
+def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, list[dict[str, dict[str, float]]]]) -> None:
   """Draws six panels, of which the last one is that of a user's own network where there is one."""
   figure.set_size_inches(9.0, 9.6)
   (growth, others), (branch, stages), (means, last) = figure.subplots(3, 2)
@@ -262,11 +265,12 @@ def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, dict[st
     drawing.name_axes(panel, "block", "squared channel mean / mean square", title)
     panel.set_xscale("log")
     panel.set_ylim(0, 1.05)
-  if theirs:
-    values = [[value["var"] + value["mean_sq"] for value in theirs.values()]]
-    drawing.line(last, np.arange(len(theirs)), values, "", 0)
+  for style, (name, runs) in enumerate(theirs.items()):
+    values = [[value["var"] + value["mean_sq"] for value in run.values()] for run in runs]
+    drawing.line(last, np.arange(len(runs[0])), values, name.rpartition("/")[2], style)
     last.set_yscale("log")
     drawing.name_axes(last, "submodule, in order", "mean square", "your model")
+    drawing.legend(last)
 
 
 EXPERIMENT = Experiment(

@@ -1,6 +1,7 @@
 """Informative forward propagation: how alike random networks make different images, by depth, width and group size."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ LAST, RATE = 20, 0.05  # steps whose loss is averaged
 MEASURES = ("cosine", "stable_rank", "orthogonality_gap")  # of networks with groups
 Linears = dict[tuple[str, int], dict[str, np.ndarray]]  # (normalizer, width) → measures [seeds, layers]
 Groups = dict[tuple[int, int], dict[str, np.ndarray]]  # (width, groups) → MEASURES [seeds]
+Theirs = dict[str, list[dict[str, dict[str, float]]]]  # a person's network → for each seed: place → "width" and measures
 
 CRITERIA = (
   Criterion(
@@ -93,7 +95,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
     return float(made.train(made.init(seed), batches(len(data.train[1]), TRAINING, seed), RATE)[1][-LAST:].mean())
 
   trained = {f"groups {groups}, seed {seed}": functools.partial(loss, groups, seed) for groups in GROUPS for seed in seeds}
-  found = progress.parts({**wide, **square, **grouped, **trained})
+  looks = {f"{name}, seed {seed}": functools.partial(_user, name, seed, settings) for name in settings.models for seed in seeds}
+  found = progress.parts({**wide, **square, **grouped, **trained, **looks})
   arrays = lambda part: {name: np.array(values) for name, values in part.items()}
   gaps = np.stack([np.array(found[name]["orthogonality_gap"]) for name in wide], axis=1)  # [seeds, widths, layers]
   linears = {
@@ -101,10 +104,11 @@ def run(settings: Settings, progress: Progress) -> Measured:
   }
   groups = {(width, count): arrays(found[f"width {width}, groups {count}"]) for width, count in pairs}
   losses = np.array([[found[f"groups {count}, seed {seed}"] for count in GROUPS] for seed in seeds])  # [seeds, sizes]
+  theirs = {name: [found[f"{name}, seed {seed}"] for seed in seeds] for name in settings.models}
   return Measured(
     samples=figures(gaps, linears, groups, losses),
-    rows=_rows(gaps, linears, groups, losses) + _user(settings),
-    draw=lambda figure: draw(figure, gaps, linears, groups, losses),
+    rows=_rows(gaps, linears, groups, losses) + _user_rows(theirs),
+    draw=lambda figure: draw(figure, gaps, linears, groups, losses, theirs),
     caption=f"Random networks on {task.name(settings.data)}. Above, linear ones: orthogonality gap of {SAMPLES} samples by "
     f"layer; cosine and stable rank of {SHOWN} samples by layer at width {SHOWN}; gap and ranks by width, averaged over layers "
     f"{BURN_IN} to {depth}. Below, group normalization with ReLU: {GROUP_DEPTH} layers of {GROUP_WIDTHS[1]} channels by group "
@@ -203,35 +207,61 @@ def _rows(gaps: np.ndarray, linears: Linears, groups: Groups, losses: np.ndarray
     rows += [row(name, width, key.replace("_", " "), settled(value)) for key, value in values.items()]
   for (width, count), values in groups.items():
     rows += [row(f"ReLU, groups of {width // count}", width, key.replace("_", " "), value) for key, value in values.items()]
-  middle, cosines = GROUP_WIDTHS[1], by_size(groups, "cosine")
+  middle = GROUP_WIDTHS[1]
   rows += [row(f"ReLU, groups of {middle // count}", middle, "training loss", losses[:, i]) for i, count in enumerate(GROUPS)]
-  return [
-    *rows,
-    row("ReLU, all groups", middle, "rank correlation of cosine and training loss", correlations(cosines, losses)),
-    row("ReLU, all groups", "all", "exponent of stable rank over width / group size", exponents(groups)),
-  ]
+  for key in MEASURES:
+    measure = f"rank correlation of {key.replace('_', ' ')} and training loss"
+    rows.append(row("ReLU, all groups", middle, measure, correlations(by_size(groups, key), losses)))
+  return [*rows, row("ReLU, all groups", "all", "exponent of stable rank over width / group size", exponents(groups))]
 
 
-def _user(settings: Settings) -> list[dict[str, Any]]:
-  """How alike the user's own network makes images: its logits, and the pooled features of a network of nfnets.models."""
-  if settings.model is None:
-    return []
-  network, side, arguments = users.user_model(settings.model, seed=0, classes=task.classes(settings.data))
-  images, _ = task.images(settings.data, GROUP_SAMPLES, side=side)
+def _user(name: str, seed: int, settings: Settings) -> dict[str, dict[str, float]]:
+  """How alike the user's own network makes images: its logits, and the features of a network of nfnets.models."""
+  network, side, arguments = users.user_model(name, seed=seed, classes=task.classes(settings.data))
+  images, _ = task.images(settings.data, GROUP_SAMPLES, seed=seed, side=side)
   outputs = getattr(network, "outputs", None)
   model: Any = nnx.clone(network)
   features = {"logits": model(images, **arguments)} if outputs is None else model.outputs(images, **arguments)
+  measured = lambda value: {key: float(number) for key, number in similarity(value).items()}
+  return {place: {"width": value.shape[-1], **measured(value)} for place, value in features.items()}
+
+
+def _user_rows(theirs: Theirs) -> list[dict[str, Any]]:
   return [
-    {"network": f"{settings.model}: {place}", "width": int(value.shape[-1]), "measure": name, "value": float(measured)}
-    for place, value in features.items()
-    for name, measured in similarity(value).items()
+    {
+      "network": f"{name}: {place}",
+      "width": values["width"],
+      "measure": key.replace("_", " "),
+      "value": [run[place][key] for run in runs],
+    }
+    for name, runs in theirs.items()
+    for place, values in runs[0].items()
+    for key in values
+    if key != "width"
   ]
 
 
-def draw(figure: Any, gaps: np.ndarray, linears: Linears, groups: Groups, losses: np.ndarray) -> None:
-  """Draws six panels."""
-  figure.set_size_inches(9.0, 6.6)
-  (by_depth, alike, by_width), (sizes_panel, ratios, speed) = figure.subplots(2, 3)
+def _draw_measures(axis: Any, x: Sequence[float], measures: dict[str, np.ndarray]) -> None:
+  """Draws MEASURES, [seeds, points] each, over x."""
+  drawing.line(axis, x, measures["cosine"], "cosine", 0, markers=True)
+  drawing.line(axis, x, 1 / measures["stable_rank"], "1 / stable rank", 1, markers=True)
+  drawing.line(axis, x, measures["orthogonality_gap"], "orthogonality gap", 2, markers=True)
+  axis.set_ylim(0, 1.6)
+
+
+def draw(figure: Any, gaps: np.ndarray, linears: Linears, groups: Groups, losses: np.ndarray, theirs: Theirs) -> None:
+  """Draws six panels, and a seventh for a network of the user's own."""
+  figure.set_size_inches(12.0 if theirs else 9.0, 6.6)
+  (by_depth, alike, by_width, *more), (sizes_panel, ratios, speed, *empty) = figure.subplots(2, 4 if theirs else 3)
+  for axis in empty:
+    axis.remove()
+  for axis, (name, runs) in zip(more, theirs.items(), strict=True):
+    places = list(runs[0])
+    values = {key: np.array([[run[place][key] for place in places] for run in runs]) for key in MEASURES}
+    _draw_measures(axis, range(len(places)), values)
+    axis.set_xticks(range(len(places)), places)
+    drawing.name_axes(axis, "place", "cosine, 1 / rank, or gap", "your model")
+    drawing.legend(axis, loc="upper left", title=name.rpartition("/")[2])
   layers = np.arange(1, gaps.shape[-1] + 1)
   for style, width in enumerate((16, 64, 512)):
     drawing.line(by_depth, layers, gaps[:, WIDTHS.index(width)], f"batch, width {width}", style)
@@ -263,12 +293,9 @@ def draw(figure: Any, gaps: np.ndarray, linears: Linears, groups: Groups, losses
   drawing.name_axes(by_width, "width (channels)", "gap, or rank", "linear, by width")
   drawing.legend(by_width, loc="upper right")
   sizes = [GROUP_WIDTHS[1] // count for count in GROUPS]
-  drawing.line(sizes_panel, sizes, by_size(groups, "cosine"), "cosine", 0, markers=True)
-  drawing.line(sizes_panel, sizes, 1 / by_size(groups, "stable_rank"), "1 / stable rank", 1, markers=True)
-  drawing.line(sizes_panel, sizes, by_size(groups, "orthogonality_gap"), "orthogonality gap", 2, markers=True)
+  _draw_measures(sizes_panel, sizes, {key: by_size(groups, key) for key in MEASURES})
   sizes_panel.set_xscale("log", base=2)
   sizes_panel.set_xticks(sizes, list(map(str, sizes)))
-  sizes_panel.set_ylim(0, 1.6)
   drawing.name_axes(sizes_panel, "channels in a group", "cosine, 1 / rank, or gap", "ReLU, by group size")
   drawing.legend(sizes_panel, loc="upper left")
   for style, width in enumerate(GROUP_WIDTHS):

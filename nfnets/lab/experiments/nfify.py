@@ -1,6 +1,7 @@
 """Makes the normalizer-free twin of a batch-normalized ResNet and compares both: signal, gradients, likeness, training."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.errors import UserError
-from nfnets.lab import drawing, task, twin, users
+from nfnets.lab import drawing, task, twin, users, verdict
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.measures.geometry import similarity
 from nfnets.lab.measures.signals import gradient_norms, signal
@@ -78,19 +79,19 @@ def run(settings: Settings, progress: Progress) -> Measured:
   }
   best = {kind: values[np.argmax(values.mean(axis=1))] for kind, values in accuracy.items()}
   return Measured(
-    samples=figures(runs, best),
+    samples=figures(runs, best, data.classes),
     rows=[_row(kind, runs[kind], best[kind]) for kind in kinds],
     draw=lambda figure: draw(figure, runs, best),
     caption=f"{name} and its normalizer-free twin on {task.name(settings.data)}, at initialization: mean square behind each "
-    "block, share of it that lies in the channels' means, length of the gradient of each block's kernels; test accuracy after "
-    f"{steps} steps. Shades: all seeds.",
+    "block, share of it that lies in the channels' means, length of the gradient of each block's kernels, cosine and stable rank "
+    f"of different images' features behind each block; test accuracy after {steps} steps. Shades: all seeds.",
     notes=(
       *(
         ()
         if settings.model in (None, name)
         else (f"{settings.model} has no twin: see nfnets.lab.twin; {name} stands in its place.",)
       ),
-      *twin.recipe_changes(BATCH),
+      *twin.recipe_changes(),
       "These changes are for trainings of many epochs and large batches. Here both train alike, with batches of "
       f"{BATCH}, the better of the learning rates {RATES[0]:g} and {RATES[1]:g}, and without clipping.",
       "After a first run the part on the signal, which had asked for a mean square near 1, became one on its spread.",
@@ -124,11 +125,11 @@ def pair(settings: Settings) -> tuple[str, int, Callable[[str, jax.Array, bool],
 def look(network: nnx.Module, images: jax.Array, labels: jax.Array) -> dict[str, Any]:
   """Measures a network at initialization.
 
-  Returns "power" (mean square), "share" of the channels' squared means in it and "gradient" by block, and of its output what
-  `similarity` gives.
+  Returns "power" (mean square), "share" of the channels' squared means in it, "gradient", "cosines" of different images and
+  "ranks" (stable ones) by block, and of its output what `similarity` gives.
   """
   seen, norms = signal(network, images, train=True), gradient_norms(network, images, labels, train=True)
-  places = block_paths(network)
+  places, likeness = block_paths(network), signal(network, images, measure=similarity, train=True)
   power = [seen[path]["var"] + seen[path]["mean_sq"] for path in places]
   share = [seen[path]["mean_sq"] / max(total, 1e-30) for path, total in zip(places, power, strict=True)]
   of_block = lambda path: [norm for name, norm in norms.items() if name.startswith(f"{path}/") and name.endswith("kernel")]
@@ -140,7 +141,15 @@ def look(network: nnx.Module, images: jax.Array, labels: jax.Array) -> dict[str,
     return copy.outputs(images, train=True)["pool"] if isinstance(copy, models.Network) else copy(images, train=True)
 
   alike = {name: float(value) for name, value in similarity(jax.jit(features)(images)).items()}
-  return {"power": power, "share": share, "gradient": gradient, **alike}
+  by_block = lambda name: [likeness[path][name] for path in places]
+  return {
+    "power": power,
+    "share": share,
+    "gradient": gradient,
+    "cosines": by_block("cosine"),
+    "ranks": by_block("stable_rank"),
+    **alike,
+  }
 
 
 def block_paths(network: nnx.Module) -> list[str]:
@@ -157,13 +166,14 @@ def block_paths(network: nnx.Module) -> list[str]:
   return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in path.split("/")])
 
 
-def figures(runs: dict[str, list[dict[str, Any]]], best: dict[str, np.ndarray]) -> dict[str, list[float]]:
-  """The criteria's figures, a number a seed."""
+def figures(runs: dict[str, list[dict[str, Any]]], best: dict[str, np.ndarray], classes: int) -> dict[str, list[float]]:
+  """The criteria's figures, a number a seed; NaN where no block has a gradient."""
+  spread = lambda gradient: max(gradient) / max(min(gradient), 1e-30) if max(gradient) > 0 else math.nan
   return {
     "forward": [float(np.ptp(np.log2(run["power"]))) for run in runs["NF"]],
-    "backward": [max(run["gradient"]) / max(min(run["gradient"]), 1e-30) for run in runs["NF"]],
+    "backward": [spread(run["gradient"]) for run in runs["NF"]],
     "alike": [nf["cosine"] - batch["cosine"] for nf, batch in zip(runs["NF"], runs["batch"], strict=True)],
-    "accuracy": list(best["NF"] - best["batch"]),
+    "accuracy": verdict.if_learned(best["NF"] - best["batch"], best["batch"], classes),
   }
 
 
@@ -183,14 +193,14 @@ def _row(kind: str, values: list[dict[str, Any]], accuracy: np.ndarray) -> Row:
 
 
 def draw(figure: Any, runs: dict[str, list[dict[str, Any]]], best: dict[str, np.ndarray]) -> None:
-  """Draws four panels."""
+  """Draws six panels."""
   figure.set_size_inches(9.0, 6.0)
-  (power, share), (gradient, accuracy) = figure.subplots(2, 2)
+  (power, share, gradient), (cosine, rank, accuracy) = figure.subplots(2, 3)
+  panels = {"power": power, "share": share, "gradient": gradient, "cosines": cosine, "ranks": rank}
   for style, (kind, values) in enumerate(runs.items()):
     blocks = np.arange(1, 1 + len(values[0]["power"]))
-    drawing.line(power, blocks, [run["power"] for run in values], kind, style, markers=True)
-    drawing.line(share, blocks, [run["share"] for run in values], kind, style, markers=True)
-    drawing.line(gradient, blocks, [run["gradient"] for run in values], kind, style, markers=True)
+    for name, axis in panels.items():
+      drawing.line(axis, blocks, [run[name] for run in values], kind, style, markers=True)
     accuracy.bar(style, best[kind].mean(), color=("0.25", "0.75")[style], edgecolor="k")
     accuracy.plot([style, style], [best[kind].min(), best[kind].max()], color="#d55e00", lw=2)
   for axis, name in ((power, "mean square"), (gradient, "‖gradient‖ of the kernels")):
@@ -198,6 +208,8 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]], best: dict[str, np.
     drawing.name_axes(axis, "block", name)
   share.set_ylim(0, 1)
   drawing.name_axes(share, "block", "share of squared means")
+  drawing.name_axes(cosine, "block", "cosine of different images")
+  drawing.name_axes(rank, "block", "stable rank")
   drawing.legend(power)
   accuracy.set_xticks(range(len(best)), list(best))
   drawing.name_axes(accuracy, "", "test accuracy")
@@ -207,7 +219,7 @@ EXPERIMENT = Experiment(
   name="nfify",
   title="The normalizer-free twin of a network",
   paper="Brock et al. 2021 (2101.08692, 2102.06171)",
-  section="2101.08692: sections 3 and 4; 2102.06171: section 4",
+  section="2101.08692: sections 3 and 4, figures 1 and 2; 2102.06171: section 4, no figure",
   claim="A batch-normalized ResNet has a normalizer-free twin of the same shape whose signal and gradients are as stable, and "
   "that trains as well.",
   criteria=CRITERIA,

@@ -200,7 +200,8 @@ EXPERIMENT = Experiment(
   name="stability_edge",
   title="Edge of stability",
   paper="Cohen et al. 2021 (2103.00065), Edge of Stochastic Stability 2024 (2412.20553)",
-  section="Cohen: section 3 and figures 1 and 5; networks with batch normalization in its appendix",
+  section="Cohen: section 3 and figures 1 and 5; networks with batch normalization in its appendix; 2412.20553: its definition "
+  "of batch sharpness, no figure",
   claim="Under full-batch gradient descent the largest eigenvalue of the Hessian rises to 2 / learning rate and hovers there, "
   "in plain networks, with batch normalization, and with alpha/beta; with small batches the batch sharpness does.",
   criteria=CRITERIA,

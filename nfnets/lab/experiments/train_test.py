@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from nfnets import models
-from nfnets.lab import drawing, task, users
+from nfnets.lab import drawing, task, users, verdict
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
@@ -74,7 +74,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   found = progress.parts(jobs)
   runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in names}
   return Measured(
-    samples=figures(runs),
+    samples=figures(runs, data.classes),
     rows=[_row(name, values) for name, values in runs.items()],
     draw=lambda figure: draw(figure, runs),
     caption=f"Test accuracy on {data.name} of a small ResNet with batch normalization and of its twin without, by the statistics "
@@ -124,11 +124,12 @@ class Ways:
     return jnp.concatenate([self._in_batches(state, part) for part in parts if len(part)])
 
 
-def figures(runs: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
+def figures(runs: dict[str, list[dict[str, float]]], classes: int) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed."""
-  difference = lambda name, one, other: [run[one] - run[other] for run in runs[name]]
+  learned = lambda name, values: verdict.if_learned(values, [run["running"] for run in runs[name]], classes)
+  difference = lambda name, one, other: learned(name, [run[one] - run[other] for run in runs[name]])
   return {
-    "nf_same": [run["difference"] for run in runs["NF"]],
+    "nf_same": learned("NF", [run["difference"] for run in runs["NF"]]),
     "single": difference("batch", "running", "single"),
     "mix": difference("batch", "batches", "one class"),
     "shift": difference("batch", "shifted, batches", "shifted, running"),
@@ -159,7 +160,8 @@ EXPERIMENT = Experiment(
   name="train_test",
   title="Training and evaluation",
   paper="Brock et al. 2021 (2101.08692), Ioffe 2017 (1702.03275), Schneider et al. 2020 (2006.16971)",
-  section="Brock: section 1; Ioffe: sections 1 and 4, minibatches that are not independent; Schneider: sections 1 and 2",
+  section="Brock: section 1; Ioffe: sections 1 and 4, minibatches that are not independent; Schneider: sections 1 and 2; no "
+  "figures",
   claim="What a batch-normalized network answers depends on the images beside an image and on whose statistics are used; a "
   "normalizer-free network answers the same.",
   criteria=CRITERIA,

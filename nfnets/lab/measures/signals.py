@@ -18,8 +18,8 @@ from nfnets.models import Network
 Array = jax.Array
 
 
-def moments(x: Array) -> tuple[Array, Array, Array]:
-  """Computes (mean, variance, squared channel mean) of an activation, float32 [] each (Brock et al. 2021a, section 3).
+def moments(x: Array) -> dict[str, Array]:
+  """Computes "mean", "var" and "mean_sq", the squared channel mean, of an activation, float32 [] (Brock et al. 2021a, section 3).
 
   Args:
     x: [batch, …, channels]. The mean is over everything; the variance and the squared mean are those of each channel, over batch
@@ -29,10 +29,12 @@ def moments(x: Array) -> tuple[Array, Array, Array]:
   x = x.astype(jnp.float32)
   others = tuple(range(x.ndim - 1))
   channel_mean = jnp.mean(x, axis=others)
-  return jnp.mean(channel_mean), jnp.mean(jnp.var(x, axis=others)), jnp.mean(channel_mean**2)
+  return {"mean": jnp.mean(channel_mean), "var": jnp.mean(jnp.var(x, axis=others)), "mean_sq": jnp.mean(channel_mean**2)}
 
 
-def signal(model: Any, images: Array, **arguments: Any) -> dict[str, dict[str, float]]:
+def signal(
+  model: Any, images: Array, *, measure: Callable[[Array], dict[str, Array]] = moments, **arguments: Any
+) -> dict[str, dict[str, float]]:
   """Measures the output of every submodule of any Flax module while it looks at some images.
 
   A copy of the model is watched; the model itself stays as it is. Each call of a submodule is seen, also under jit, remat and
@@ -44,24 +46,26 @@ def signal(model: Any, images: Array, **arguments: Any) -> dict[str, dict[str, f
     model: an nnx.Module, or a Linen module that is bound, `module.bind(variables)`; called as model(images, **arguments). A
       `linen.scan` in it needs check_constancy_invariants=False, since newer Flax takes what is looked at for a carried constant.
     images: [batch, height, width, channels], as the model takes them.
+    measure: turns an output, [batch, …, channels], into figures by name, float32 [] each; `lab.similarity` is another one.
     arguments: further ones of the call, such as train=True and rngs; to Linen's `apply` rngs are handed over as such.
 
   Returns:
-    {path of the submodule, "" for the model itself, with ":2" behind it for a second call: {"mean", "var", "mean_sq"}} of
-    `moments`, in the order in which the outputs arise. What returns no floating array of at least two axes is left out.
+    {path of the submodule, "" for the model itself, with ":2" behind it for a second call: figures of `measure`, {"mean", "var",
+    "mean_sq"} of `moments`}, in the order in which the outputs arise. What returns no floating array of at least two axes is left
+    out.
 
   Raises:
     TypeError: the model is neither.
   """
   order: list[str] = []
-  seen: dict[str, list[np.ndarray]] = {}
+  seen: dict[str, list[dict[str, Any]]] = {}
 
   def note(name: str, x: Any) -> None:
     """Is called while the model is traced; the numbers come when it runs, which scan and remat make another time and place."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2:
       return
     order.append(name)
-    jax.debug.callback(lambda values: seen.setdefault(name, []).append(np.asarray(values)), jnp.stack(moments(x)))
+    jax.debug.callback(lambda figures: seen.setdefault(name, []).append(figures), measure(x))
 
   if not isinstance(model, nnx.Module):
     state, forward = _linen(model, arguments, note)
@@ -77,8 +81,8 @@ def signal(model: Any, images: Array, **arguments: Any) -> dict[str, dict[str, f
 
   jax.block_until_ready(jax.jit(forward)(state, images))
   jax.effects_barrier()
-  means = _numbered({name: np.mean(seen[name], axis=0) for name in dict.fromkeys(order) if name in seen})
-  return {name: dict(zip(("mean", "var", "mean_sq"), map(float, values), strict=True)) for name, values in means.items()}
+  mean = lambda calls: {figure: float(np.mean([call[figure] for call in calls])) for figure in calls[0]}
+  return _numbered({name: mean(seen[name]) for name in dict.fromkeys(order) if name in seen})
 
 
 def _numbered(found: dict[str, Any]) -> dict[str, Any]:
