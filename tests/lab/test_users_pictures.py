@@ -77,7 +77,7 @@ def pictured(experiment, model):
   """The table, how many panels the picture has, and all words in its legends."""
   measured = experiment.run(Brief(seeds=SEEDS, model=model), MadeUp(MADE_UP[experiment], model))
   measured.draw(figure := Figure())
-  legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+  legends = filter(None, [axis.get_legend() for axis in figure.axes])
   words = [text.get_text() for legend in legends for text in (legend.get_title(), *legend.get_texts())]
   return measured.rows, len(figure.axes), words
 
