@@ -109,7 +109,7 @@ class Deep(nnx.Module):
     self.norm = norms.make(config.norm, config.width, keys)
     self.activation = norms.activation(config.norm, config.activation)
     fixup = norms.lookup(config.norm)[0].branch == "fixup"  # whose classifier is 0, and has a scalar bias before it
-    self.bias = nnx.Param(layers.full(0.0)(None, ())) if fixup else None
+    self.fixup_bias = nnx.Param(layers.full(0.0)(None, ())) if fixup else None
     stddev = 0.0 if fixup else config.width**-0.5
     self.fc = layers.linear(config.width, config.num_classes, stddev=stddev, rngs=keys)
 
@@ -118,7 +118,7 @@ class Deep(nnx.Module):
     x, _ = self.run(images, key=key)
     x = self.activation(norms.normalize(self.norm, x, None if key is None else jax.random.fold_in(key, 1 << 20)))
     pool = layers.global_pool(x)
-    return self.fc(pool if self.bias is None else pool + self.bias[...])
+    return self.fc(pool if self.fixup_bias is None else pool + self.fixup_bias[...])
 
   def run(
     self, images: Array, *, key: Array | None = None, probe: Probe | None = None, rescale: bool = False

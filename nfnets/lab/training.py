@@ -30,6 +30,7 @@ MOMENTUM = 0.9
 AVERAGED = 50
 CLASSIFIER = r"(^|/)(fc|head|classifier)/kernel$"  # its weight, in a person's network by these names
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
+_FIXUP = r"(^|/)(fixup_bias|biases/\d+|gain)$"  # its scalars, in networks of lab.deep
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
 
 
@@ -186,8 +187,13 @@ def clip(strength: Array, params: Params) -> optax.GradientTransformation:
 
 
 def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:
-  """AGC → Nesterov's momentum → learning rate."""
-  return optax.chain(clip(strength, params), optax.sgd(schedule, momentum=MOMENTUM, nesterov=True))
+  """AGC → Nesterov's momentum → learning rate, a tenth of it for Fixup's scalars, as its authors train them."""
+  descent = optax.chain(clip(strength, params), optax.sgd(schedule, momentum=MOMENTUM, nesterov=True))
+  if "fixup_bias" not in params:
+    return descent
+  paths = iter([path for path, _, _ in named_leaves(params)])
+  scalars = jax.tree.map(lambda _: re.search(_FIXUP, next(paths)) is not None, params)
+  return optax.chain(descent, optax.masked(optax.scale(0.1), scalars))
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
