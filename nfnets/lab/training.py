@@ -187,7 +187,7 @@ def clip(strength: Array, params: Params) -> optax.GradientTransformation:
 
 
 def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:
-  """AGC → Nesterov's momentum → learning rate, a tenth of it for Fixup's scalars, as its authors train them."""
+  """AGC → Nesterov's momentum → learning rate, a tenth of it for Fixup's scalars, as in their code (from memory)."""
   descent = optax.chain(clip(strength, params), optax.sgd(schedule, momentum=MOMENTUM, nesterov=True))
   if "fixup_bias" not in params:
     return descent

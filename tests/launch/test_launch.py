@@ -133,7 +133,7 @@ def test_the_main_job(tmp_path, monkeypatch):
     return done.stdout
 
   trained = run("train", DIGITS, f"--workdir={tmp_path}", "--config.epochs=11")
-  for words in ("  config.optim.base_lr = 0.8\n", "kernels, unclipped", "images/s", "  clip ", "123/123", "curves.png"):
+  for words in ("  config.optim.base_lr = 0.4\n", "kernels, unclipped", "images/s", "  clip ", "123/123", "curves.png"):
     assert words in trained
   evaluated = json.loads(
     run("evaluate", DIGITS, f"--checkpoint={tmp_path}/checkpoints/123", "--config.eval_batch=77").splitlines()[-1]
