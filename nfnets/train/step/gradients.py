@@ -63,8 +63,17 @@ def batch_loss(
     mix_labels=batch.get("mix_label"),
     ratio=batch.get("ratio"),
   )
-  sums = losses.metric_sums(outputs["logits"], batch["label"], image_losses)
+  sums = losses.metric_sums(outputs["logits"], heavier_label(batch), image_losses)
   return jnp.mean(image_losses), (nnx.state(network, nnx.BatchStat), sums)
+
+
+def heavier_label(batch: Batch) -> jax.Array:
+  """The label that an image has for the larger part, of which top-1 and top-5 count; where images are not mixed, its label."""
+  labels = batch["label"]
+  if "mix_label" not in batch:
+    return labels
+  first = (batch["ratio"] >= 0.5).reshape(-1, *[1] * (labels.ndim - 1))
+  return jnp.where(first, labels, batch["mix_label"])
 
 
 def row_keys(key: jax.Array, rows: int, axis: str | None = None) -> jax.Array:

@@ -146,7 +146,7 @@ def metric_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: j
 
   Args:
     logits: float [batch, num_classes].
-    labels: int [batch]; the first label where labels are mixed.
+    labels: int [batch]; where labels are mixed, `gradients.heavier_label`.
     losses: float [batch], as `cross_entropy` returns them.
     mask: bool or 0/1 [batch]; images where it is False do not count. None = all count.
 

@@ -17,7 +17,7 @@ from nfnets.data.batches.training import TrainBatches
 from nfnets.data.sources.open import open_source
 from nfnets.train import evaluate
 from nfnets.train.step import sharding
-from nfnets.train.step.gradients import batch_loss, normalise, row_keys
+from nfnets.train.step.gradients import batch_loss, heavier_label, normalise, row_keys
 from nfnets.train.step.state import build_network, init_state, split_network
 from nfnets.train.step.step import _compiler_options, all_finite, eval_step_over, is_bad, train_step_over
 
@@ -186,6 +186,14 @@ def test_mixed_labels_reach_the_loss():
   mixed = loss(mix_label=other, ratio=jnp.full(8, 0.3))
   assert mixed == pytest.approx(0.3 * loss() + 0.7 * loss(label=other), rel=1e-5)
   assert isinstance(nnx.merge(graph, params, stats), nnx.Module)
+
+
+def test_top_1_counts_the_label_that_an_image_has_for_the_larger_part():
+  batch = {"label": jnp.array([1, 2, 3]), "mix_label": jnp.array([4, 5, 6]), "ratio": jnp.array([0.9, 0.5, 0.2])}
+  np.testing.assert_array_equal(heavier_label(batch), [1, 2, 6])
+  spread = batch | {name: jax.nn.one_hot(batch[name], 8) for name in ("label", "mix_label")}
+  np.testing.assert_array_equal(heavier_label(spread), jax.nn.one_hot(jnp.array([1, 2, 6]), 8))
+  assert heavier_label({"label": batch["label"]}) is batch["label"]
 
 
 @pytest.mark.parametrize("count", [1000, 4095, 4096, 1_000_000], ids=str)
