@@ -87,7 +87,7 @@ def _override_model(config: Config, arguments: list[str]) -> None:
     config.model.overrides = {**config.model.overrides, field: value} if field else value
   fields = sorted(field.name for field in dataclasses.fields(models.variant(config.model.name)))
   for field in config.model.overrides:
-    if field not in fields:
+    if field not in fields and field != "norm":  # which a normalizer-free ResNet takes, too; `variant` knows
       raise UserError(f"--{OVERRIDES}.{field}: {config.model.name} has no field {field!r}; its fields: {', '.join(fields)}")
   try:
     models.variant(config.model.name, **config.model.all_overrides())

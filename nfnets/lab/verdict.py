@@ -41,15 +41,17 @@ def rank_correlation(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.nd
 
 
 def if_learned(figure: Any, accuracy: Any, classes: int) -> Any:
-  """A figure, and NaN where the accuracy of the network that it counts in favour of is below twice that of guessing.
+  """A figure, and NaN where the network whose failure would by itself make the figure good has not learned.
 
-  A network that has not learned would else decide: a frozen one has the smoothest landscape, and all are better than a dead one.
+  A frozen network has the smoothest landscape, and all are better than a dead one. Learned is what reaches twice the accuracy of
+  guessing or, with few classes, half of the way from guessing to 1.
 
   Args:
     figure, accuracy: numbers, or arrays of one shape.
     classes: how many there are to guess from.
   """
-  return np.where(np.asarray(accuracy) >= 2 / classes, figure, math.nan).tolist()
+  least = min(2 / classes, (1 + 1 / classes) / 2)
+  return np.where(np.asarray(accuracy) >= least, figure, math.nan).tolist()
 
 
 def bootstrap(samples: Sequence[float], level: float = LEVEL) -> Interval:

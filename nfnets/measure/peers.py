@@ -302,7 +302,7 @@ def timm_network(config: Config) -> Match:
       words = "as the recipe says" if same else f"in timm's dialect {row_words(known.overrides)}"
       job = {"network": theirs, "overrides": rates}
       return Match(overrides=known.overrides, words=f"{words}, which is timm's {theirs}", job=job)
-  if not named and isinstance(row, NFResNetConfig) and (built := _of_timms_blocks(row)):
+  if not named and "norm" not in overrides and isinstance(row, NFResNetConfig) and (built := _of_timms_blocks(row)):
     job = {"network": "NormFreeNet", "built": built, "overrides": rates}
     return Match(overrides={"dialect": "timm"}, words="in timm's dialect, built of timm's blocks", job=job)
   changed = f" with {row_words(overrides)}" if named else ""

@@ -53,7 +53,8 @@ def convert(stored: Stored, framework: str) -> Converted:
   dialect = getattr(row, "dialect", "official")
   wanted = {"timm": "timm_dm", "haiku": "official"}[framework]
   remark = ""
-  if {dialect, wanted} == {"official", "timm_dm"} and getattr(row, "activation", "").startswith("gelu"):
+  other = "norm" not in model.overrides and {dialect, wanted} == {"official", "timm_dm"}
+  if other and getattr(row, "activation", "").startswith("gelu"):
     gelu = "gelu_erf" if framework == "timm" else "gelu"
     row = models.variant(model.name, **{**model.all_overrides(), "dialect": wanted, "activation": gelu})
     remark = (
@@ -72,7 +73,7 @@ def convert(stored: Stored, framework: str) -> Converted:
   if (
     family is None
     or getattr(row, "dialect", "official") != "official"
-    or getattr(row, "norm", "batch") in ("group", "layer", "instance")
+    or getattr(row, "norm", "nf") != getattr(models.variant(model.name), "norm", "nf")  # the name says which network it is
   ):
     raise WeightsError(f"{stored.source} is {described(stored)}, which the release (Haiku) has no equal of")
   arrays = formats.flat(haiku.to_theirs(stored.arrays, family.network))

@@ -147,3 +147,9 @@ def test_the_table_of_experiments():
       assert math.isfinite(criterion.low) or math.isfinite(criterion.high)
     for settings in (Settings(), Settings(data=DataConfig(name="digits"))):
       assert records.agrees(json.loads(json.dumps(records.identity(made, settings))), made, settings)
+
+
+def test_what_has_not_learned_decides_nothing():
+  assert np.array_equal(verdict.if_learned([1.0, 2.0], [0.19, 0.21], 10), [math.nan, 2.0], equal_nan=True)
+  assert np.array_equal(verdict.if_learned([1.0, 2.0], [0.7, 0.8], 2), [math.nan, 2.0], equal_nan=True)  # guessing gives a half
+  assert math.isnan(verdict.if_learned(1.0, math.nan, 10))

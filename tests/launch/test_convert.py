@@ -98,6 +98,9 @@ def read_config(name: str, **overrides):
     ("nf_resnet50", {"dialect": "timm"}, "haiku"),
     ("eca_nfnet_l0", {}, "haiku"),
     ("resnet50", {"norm": "group"}, "haiku"),
+    ("resnet50", {"norm": "nf"}, "haiku"),
+    ("nf_resnet50", {"norm": "batch"}, "haiku"),
+    ("resnet50", {"norm": "nf", "activation": "gelu"}, "timm"),
   ],
 )
 def test_what_a_framework_has_no_equal_of_is_said(name, overrides, framework):

@@ -42,6 +42,12 @@ def test_any_field_of_the_models_variant_can_be_overridden(flag, field, value, m
   assert getattr(models.variant(config.model.name, **config.model.all_overrides()), field) == value
 
 
+def test_a_normalizer_free_resnet_takes_a_norm_on_the_command_line(monkeypatch):
+  config = read(monkeypatch, "--config=configs/nf_resnet.py", "--config.model.overrides.norm=group:8")
+  row = models.variant(config.model.name, **config.model.all_overrides())
+  assert type(row) is type(models.variant("resnet50")) and row.norm == "group:8"
+
+
 def test_overrides_add_to_those_of_the_recipe(monkeypatch, tmp_path):
   file = tmp_path / "recipe.py"
   file.write_text(
@@ -62,6 +68,7 @@ def test_overrides_add_to_those_of_the_recipe(monkeypatch, tmp_path):
       [DIGITS, "--config.model.overrides.width=2"],
       "config.model.overrides: nfnet_digits: width=2, expected a tuple of positive ints",
     ),
+    ([DIGITS, "--config.model.overrides.norm=batch"], "config.model.overrides: nfnet_digits has no field 'norm'"),
     (
       [DIGITS, "--config.model.overrides.widht=2"],
       "config.model.overrides.widht: nfnet_digits has no field 'widht'; its fields: act",
