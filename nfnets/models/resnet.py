@@ -177,7 +177,7 @@ class ResNet(Network):
     return layers.max_pool(x) if self.pool else x
 
   def run_tail(self, x: Array, key: Array | None, train: bool, tap: Tap) -> Array:
-    noise_key = layers.fold_in(key, len(self.blocks) + 1) if train and self.draws and key is not None else None
+    noise_key = layers.fold_in(key, len(self.blocks) + 1) if self.draws and key is not None else None
     return self.activation(normalize(self.final_norm, x, train, noise_key))
 
 
