@@ -7,7 +7,7 @@ from launch import cli
 
 def define(values: flags.FlagValues) -> None:
   flags.DEFINE_integer("num_classes", 1000, "Classes of the classifier.", flag_values=values)
-  flags.DEFINE_string("norm", None, "The normalizer of a ResNet, such as group:8, dyt or nf; the one of its name without it.", flag_values=values)
+  flags.DEFINE_string("norm", None, "The normalizer of a ResNet, such as group:8, dyt or nf.", flag_values=values)
 
 
 def run(values: flags.FlagValues, *names: str) -> int:
