@@ -238,7 +238,7 @@ def _draw_accuracy(axes: Any, accuracy: ByWay, title: str | None = None) -> None
     axis.minorticks_off()
     axis.set_ylim(0, 1.02)
     drawing.name_axes(axis, "learning rate", "test accuracy" if axis is axes[0] else "", name)
-  drawing.legend(axes[0], loc="lower left", title=title)
+  drawing.legend(axes[0], loc="best", title=title)
 
 
 EXPERIMENT = Experiment(
