@@ -29,7 +29,7 @@ from nfnets.measure import hlo, plan_report, program, traffic
 from nfnets.measure.chips import Chip, chip
 from nfnets.train import resolve
 from nfnets.train.step import sharding
-from nfnets.train.step.state import build_network, split_network, state_shapes
+from nfnets.train.step.state import build_network, split_for_training, state_shapes
 
 # The slices that can be rented. libtpu also accepts other slices of the same kinds, if they consist of whole hosts.
 _FLAT, _CUBES = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(), "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16".split()
@@ -183,7 +183,7 @@ def counted_flops(config: Config, macs: int, devices: int) -> float:
 
 def lower(config: Config, mesh: Mesh, size: int, classes: int) -> jax.stages.Lowered:
   """Lowers the training loop's own step for the platform of `mesh`, from the shapes of the state and the batch alone."""
-  graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, classes)))
+  graph, params, stats = nnx.eval_shape(lambda: split_for_training(build_network(config.model, classes), config))
   optimizer = program.make_optimizer(config, params)
   return program.lower(config, graph, state_shapes(params, stats, optimizer, config), mesh, size)
 

@@ -19,7 +19,7 @@ from nfnets.measure import program
 from nfnets.measure.step_report import AgcOverhead, Spread
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import Batch, Metrics
-from nfnets.train.step.state import TrainState, build_network, first_state, split_network, state_shapes
+from nfnets.train.step.state import TrainState, build_network, first_state, split_for_training, state_shapes
 
 AGC_PAIRS = 10  # pairs of blocks of steps, one with and one without AGC; each pair gives one ratio
 
@@ -104,7 +104,7 @@ class Run:
 
 def initial_state(config: Config, classes: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
   """Builds the network, and the state before the first step."""
-  graph, params, stats = split_network(build_network(config.model, classes, seed=config.seed))
+  graph, params, stats = split_for_training(build_network(config.model, classes, seed=config.seed), config)
   return graph, _state(config, params, stats, mesh)
 
 

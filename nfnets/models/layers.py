@@ -151,7 +151,8 @@ class WSConv(Conv):
     return self.kernel[...] if self.standardized else self.standardize()
 
   def standardize(self) -> Array:
-    return _standardize(self.kernel[...], self.gain[...])
+    kernel, gain = self.kernel[...], self.gain[...]
+    return _standardize(kernel, gain) if kernel.ndim == 4 else jax.vmap(_standardize)(kernel, gain)  # of stacked blocks
 
 
 @jax.jit  # so that it is traced once for each shape

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from nfnets.models import layers
+from nfnets.models import layers, loops
 
 Array = jax.Array
 Tap = Callable[[str, Array], None]  # is called with a layer's name ("stem", "blocks/3/conv1", "blocks/3", …) and its output
@@ -76,29 +77,12 @@ def _run_again(block: nnx.Module, x: Array, key: Array | None, train: bool) -> A
   return block(x, key, train)
 
 
-_NUMBERS = ("beta", "drop_rate")  # in which equal blocks of a stage differ
-
-
-def _runs(blocks: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-  """Divides the blocks into stretches [start, stop) of equal ones, but for their `_NUMBERS` and the values of parameters.
-
-  Blocks with running statistics, which a loop would have to hand out again, stay alone.
-  """
-
-  def kind(block: Any) -> tuple[Any, ...] | None:
-    numbers = {name: getattr(block, name) for name in _NUMBERS if hasattr(block, name)}
-    for name in numbers:
-      setattr(block, name, 0.0)
-    graph, state = nnx.split(block)
-    for name, value in numbers.items():
-      setattr(block, name, value)
-    if jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat)):
-      return None
-    return graph, tuple(leaf.shape for leaf in jax.tree.leaves(state))
-
-  kinds = [kind(block) for block in blocks]
-  starts = [i for i in range(len(blocks)) if i == 0 or kinds[i] is None or kinds[i] != kinds[i - 1]]
-  return tuple(zip(starts, [*starts[1:], len(blocks)], strict=True))
+def _with_numbers(graph: nnx.GraphDef, state: nnx.State, numbers: dict[str, Array]) -> Any:
+  """The block of a graph, with a loop's numbers where the graph holds those of one block, or of all."""
+  block = nnx.merge(graph, state)
+  for name, value in numbers.items():
+    object.__setattr__(block, name, value)
+  return block
 
 
 class Network(nnx.Module):
@@ -121,11 +105,27 @@ class Network(nnx.Module):
     dtype,
     rngs: layers.ParamKeys,
   ):
-    self.blocks = nnx.List(blocks)
+    self.blocks: nnx.List[Any] = nnx.List(blocks)
     self.num_classes, self.drop_rate, self.remat, self.dtype = num_classes, drop_rate, remat, jnp.dtype(dtype)
-    self.runs = _runs(blocks) if scan else tuple((i, i + 1) for i in range(len(blocks)))
+    self.runs = loops.equal_blocks(blocks) if scan else tuple((i, i + 1) for i in range(len(blocks)))
+    self.stacked = False
     self.fc = layers.linear(features, num_classes, stddev=fc_stddev, rngs=rngs)
     self.fc.kernel.set_metadata(agc=False)  # P2, section 4.1: the classifier's weight is not clipped
+
+  def stack(self) -> None:
+    """Stacks the parameters of equal blocks (`loops.stack`), in place: the first block of a run has those of all of it.
+
+    Names and shapes are other than those of the variant then: this is for training, which says what is whose at its doors.
+    """
+    state = loops.stack(nnx.state(self, nnx.Param), self.runs)
+    for start, stop in self.runs:
+      if stop - start > 1:
+        blocks = self.blocks[start:stop]
+        for name, numbers in loops.numbers(blocks).items():
+          setattr(blocks[0], name, numbers)
+        self.blocks[start] = nnx.merge(nnx.split(blocks[0])[0], state["blocks"][start])
+        self.blocks[start + 1 : stop] = [None] * (stop - start - 1)
+    self.stacked = True
 
   @abc.abstractmethod
   def run_stem(self, x: Array, train: bool, tap: Tap) -> Array:
@@ -190,7 +190,7 @@ class Network(nnx.Module):
     return {"features": features, "pool": pool, "logits": logits}
 
   def _run_block(self, x: Array, key: Array | None, train: bool, i: int, tap: Tap) -> Array:
-    block, block_key = self.blocks[i], None if key is None else layers.fold_in(key, i)
+    block, block_key = self._block(i), None if key is None else layers.fold_in(key, i)
     with jax.named_scope(f"blocks/{i}"):
       if self.remat and tap is no_tap:
         x = _run_again(block, x, block_key, train)
@@ -199,28 +199,42 @@ class Network(nnx.Module):
     tap(f"blocks/{i}", x)
     return x
 
+  def _block(self, i: int) -> Any:
+    """The block `i`, which is taken out of its stack where it is in one."""
+    start, stop = next(run for run in self.runs if run[0] <= i < run[1])
+    if not self.stacked or stop - start == 1:
+      return self.blocks[i]
+    graph, state, numbers = self._stack_of(start, stop)
+    return _with_numbers(graph, *jax.tree.map(lambda x: x[i - start], (state, numbers)))
+
+  def _stack_of(self, start: int, stop: int) -> tuple[nnx.GraphDef, nnx.State, dict[str, Array]]:
+    """What the blocks [start, stop) are merged of: the graph of each, and their parameters and numbers, stacked."""
+    blocks = self.blocks[start:stop]
+    graph, state = nnx.split(blocks[0])
+    if self.stacked:
+      numbers = {name: getattr(blocks[0], name) for name in loops.numbers(blocks[:1])}
+    else:
+      numbers = loops.numbers(blocks)
+      state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.split(block)[1] for block in blocks))
+    return graph, state, {name: jnp.asarray(values) for name, values in numbers.items()}
+
   def _run_in_a_loop(self, x: Array, key: Array | None, train: bool, start: int, stop: int) -> Array:
-    """Runs the blocks [start, stop), which differ in parameters and in the numbers `beta` and `drop_rate` alone, in one loop."""
-    blocks = [self.blocks[i] for i in range(start, stop)]
-    graph = nnx.split(blocks[0])[0]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.split(block)[1] for block in blocks))
-    numbers = {name: jnp.asarray([getattr(block, name) for block in blocks]) for name in _NUMBERS if hasattr(blocks[0], name)}
+    """Runs the blocks [start, stop), which differ in parameters and in `loops.numbers` alone, in one loop."""
+    graph, state, numbers = self._stack_of(start, stop)
 
     def body(x, inputs):
       state, index, numbers = inputs
-      block = nnx.merge(graph, state)
-      for name, value in numbers.items():
-        object.__setattr__(block, name, value)  # a number of the loop's, where the graph holds one for all
+      block = _with_numbers(graph, state, numbers)
       return block(x, None if key is None else layers.fold_in(key, index), train), None
 
     body = jax.checkpoint(body) if self.remat else body
-    return jax.lax.scan(body, x, (stacked, jnp.arange(start, stop), numbers))[0]
+    return jax.lax.scan(body, x, (state, jnp.arange(start, stop), numbers))[0]
 
   def _key(self, rngs: nnx.Rngs | Array | None) -> Array | None:
     """The key, or the keys of the images, of a training pass; raises ValueError where one is needed and missing."""
     if isinstance(rngs, nnx.Rngs):
       return rngs.dropout()
-    draws = lambda block: getattr(block, "drop_rate", 0) > 0 or getattr(block, "draws", False)
+    draws = lambda block: np.max(getattr(block, "drop_rate", 0)) > 0 or getattr(block, "draws", False)
     if rngs is None and (self.drop_rate > 0 or any(map(draws, self.blocks))):
       raise ValueError(
         "train=True draws dropout, stochastic depth or noise, but rngs is None: pass rngs=nnx.Rngs(seed) or a jax.random key, "

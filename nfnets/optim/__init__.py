@@ -3,6 +3,7 @@
   ParameterGroup, default_groups   which parameters decay, which AGC clips, which are frozen; zero_frozen: their gradients
   parameter_groups                 assigns every parameter to one group; describe_groups prints them as a table
   peak_lr, make_schedule           compute the learning rate; layer_rates: its factors by layer
+  are_alike                        says whether equal blocks are updated alike, so that they can be stacked
   make_optimizer                   chains AGC, weight decay, momentum (or Adam, or LARS) and the learning rate
   ema_update                       updates the parameters' exponential moving average (EMA)
 
@@ -17,6 +18,7 @@ Normalization", 2102.06171): AGC, then weight decay into the gradient, then Nest
 average.
 """
 
+from nfnets.optim.blocks import are_alike
 from nfnets.optim.depth import layer_rates
 from nfnets.optim.ema import ema_update
 from nfnets.optim.groups import ParameterGroup, default_groups, parameter_groups, zero_frozen
@@ -26,6 +28,7 @@ from nfnets.optim.table import describe_groups
 
 __all__ = [
   "ParameterGroup",
+  "are_alike",
   "default_groups",
   "describe_groups",
   "ema_update",

@@ -12,6 +12,7 @@ import optax
 from nfnets.agc import agc
 from nfnets.config import OptimConfig
 from nfnets.errors import UserError
+from nfnets.optim.blocks import by_block
 from nfnets.optim.depth import layer_rates
 from nfnets.optim.groups import ParameterGroup, by_path, clips, default_groups, leaves, listing, parameter_groups
 from nfnets.optim.schedule import make_schedule
@@ -73,7 +74,9 @@ def _agc(config: OptimConfig, owners: Mapping[str, ParameterGroup]) -> dict[str,
   if config.clipping is None or not clips(config):
     return {}
   unclipped = {path for path, group in owners.items() if not group.clip}
-  return {"agc": agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track)}
+  return {
+    "agc": by_block(agc(config.clipping, config.agc_eps, exclude=lambda path, _: path in unclipped, track=config.agc_track))
+  }
 
 
 def _momentum(config: OptimConfig, owners: Mapping[str, ParameterGroup]) -> dict[str, optax.GradientTransformation]:

@@ -12,6 +12,7 @@ from nfnets import distributed
 from nfnets.agc import named_leaves
 from nfnets.config import Config
 from nfnets.distributed.watchdog import FIRST_STEP_S
+from nfnets.models import loops
 from nfnets.train.logs.window import Metrics
 from nfnets.train.run import Run
 from nfnets.train.step import sharding
@@ -112,7 +113,7 @@ def first_nonfinite(config: Config, graph: nnx.GraphDef, state: TrainState, make
 
     weights = ascended(config, graph, params, stats, batch) if config.optim.sam_rho else params
     (value, outputs), grads = jax.value_and_grad(loss, has_aux=True)(weights)
-    all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+    all_finite = lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), loops.unstack(tree))
     return value, outputs, all_finite(grads), all_finite(params)
 
   program: Callable[..., Any] | None = None

@@ -28,6 +28,7 @@ from nfnets.distributed.signals import StopRequest
 from nfnets.distributed.watchdog import FIRST_STEP_S, Watchdog
 from nfnets.errors import UserError
 from nfnets.files import write_file
+from nfnets.models import loops
 from nfnets.train import resolve
 from nfnets.train.checkpoints.compatibility import RunFacts, check_same_data, check_same_order, check_same_run, to_json
 from nfnets.train.checkpoints.reader import CheckpointReader
@@ -40,7 +41,7 @@ from nfnets.train.logs.logbook import Logbook
 from nfnets.train.logs.window import Metrics
 from nfnets.train.step import sharding
 from nfnets.train.step.gradients import rows_ascended, rows_normalized
-from nfnets.train.step.state import TrainState, build_network, first_state, split_network, state_shapes
+from nfnets.train.step.state import TrainState, build_network, first_state, split_for_training, state_shapes
 from nfnets.train.step.step import eval_step_over, train_step_over
 
 STEPS_UNDER_WAY = 3  # the devices keep two steps of work; more would only hold their batches
@@ -170,15 +171,25 @@ class Run:
     """Saves the state in the background. results: its evaluation, if there was one."""
     self.log.sync()
     digest = self.batches.order_digest(self.step + self.passed_over)
-    self.writer.save(self.state, results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
+    self.writer.save(loops.unstack(self.state), results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
     self.watchdog.expect(f"the step after {self.step}")
 
   def restore(self, step: int, **changes: Any) -> None:
     """Goes on from a checkpoint; changes: fields of the state to take instead of the saved ones."""
-    self.state = dataclasses.replace(self.reader.restore(step, self.like), **changes)
+    self.state = dataclasses.replace(restored(self.reader, step, self.mesh, self.like, self.config), **changes)
     self.writer.go_on_from(step)
     self.step, self.passed_over = int(self.state.step), int(self.state.passed_over)
     self.under_way.clear()
+
+
+def restored(reader: CheckpointReader, step: int, mesh: Mesh, like: TrainState, config: Config) -> TrainState:
+  """The state saved at `step` as training takes it: checkpoints hold every block by itself, whatever config.model.scan says."""
+  runs = loops.runs_of(like.params)
+  if not runs:
+    return reader.restore(step, like)
+  apart = sharding.place(mesh, jax.eval_shape(loops.unstack, like), shard=config.shard)
+  places = jax.tree.map(lambda x: x.sharding, like)
+  return jax.jit(lambda state: loops.stack(state, runs), out_shardings=places)(reader.restore(step, apart))
 
 
 # ---- opening a run
@@ -206,7 +217,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   steps_per_epoch = len(data) / config.batch
   total_steps = max(1, round(config.epochs * steps_per_epoch))
   lengths = {"batch": config.batch, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
-  graph, params, stats = split_network(nnx.eval_shape(lambda: build_network(config.model, data.num_classes)))
+  graph, params, stats = nnx.eval_shape(lambda: split_for_training(build_network(config.model, data.num_classes), config))
   optimizer = optim.make_optimizer(config.optim, params, **lengths)
   like = sharding.place(mesh, state_shapes(params, stats, optimizer, config), shard=config.shard)
   facts = _facts(config, data, shuffle_block(data_config, data), stats, mesh)
@@ -231,9 +242,9 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
   opened.callback(test_batches.close)
   if last is None:
     network = initial_network(config, data.num_classes, log.warn)
-    state = first_state(*split_network(network)[1:], optimizer, config, like)
+    state = first_state(*split_for_training(network, config)[1:], optimizer, config, like)
   else:
-    state = reader.restore(last, like)
+    state = restored(reader, last, mesh, like, config)
     writer.go_on_from(last)
 
   run = Run(
@@ -261,7 +272,7 @@ def _opened_run(config: Config, workdir: str, opened: contextlib.ExitStack) -> R
     passed_over=int(state.passed_over),
     corrupt=set(meta.get("data", {}).get("corrupt", ())),
   )
-  _announce(run, params)
+  _announce(run, jax.eval_shape(loops.unstack, params))
   return run
 
 

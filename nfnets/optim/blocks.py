@@ -1,0 +1,91 @@
+"""Networks whose equal blocks are stacked (nfnets.models.loops): AGC of each block, and whether all can be updated at once."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nfnets.agc import AGCState, named_leaves
+from nfnets.config import OptimConfig
+from nfnets.optim.groups import default_groups, parameter_groups
+
+Run = tuple[int, int]  # blocks [start, stop)
+
+
+def are_alike(params: Any, runs: Iterable[Run], config: OptimConfig) -> bool:
+  """Whether the optimizer does the same to all blocks of each run, parameter by parameter, so that they can be stacked.
+
+  Args:
+    params: tree of arrays or of `jax.ShapeDtypeStruct`, not stacked, with the names of `nfnets.models`.
+    runs: of the network.
+    config: `layer_decay`, `frozen` and `agc_exclude` can tell blocks apart. LARS's trust ratios are those of whole arrays.
+  """
+  owners = parameter_groups(params, default_groups(params, config))
+  first = lambda path, start, i: path.replace(f"blocks/{i}/", f"blocks/{start}/")
+  return (
+    config.name != "lars"
+    and config.layer_decay == 1
+    and all(
+      owners[path] is owners[first(path, start, i)]
+      for start, stop in runs
+      for i in range(start + 1, stop)
+      for path in owners
+      if path.startswith(f"blocks/{i}/")
+    )
+  )
+
+
+def by_block(agc: optax.GradientTransformation) -> optax.GradientTransformation:
+  """AGC, without a schedule, for a tree of which blocks may be stacked: its state is that for the tree that is not stacked."""
+
+  begin: Callable[..., Any] = agc.init  # optax has no type for the state of a link
+
+  def clip(grads: Any, params: Any) -> tuple[Any, Any]:
+    return agc.update(grads, begin(params), params)
+
+  def init(params: Any) -> Any:
+    parts = _parts(params)
+    return _joined({run: (_along(begin) if run else begin)(part) for run, part in parts.items()})
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    parts = _parts(params)
+    if params is None or parts.keys() == {None}:
+      return agc.update(updates, state, params)
+    grads = {path: leaf for path, leaf, _ in named_leaves(updates)}
+    states = {}
+    for run, part in parts.items():
+      clipped, states[run] = (_along(clip) if run else clip)({path: grads[path] for path in part}, part)
+      grads |= clipped
+    return jax.tree.unflatten(jax.tree.structure(updates), list(grads.values())), _joined(states)
+
+  return optax.GradientTransformation(init, update)
+
+
+_along = jax.vmap  # over the blocks of a stack
+
+
+def _parts(params: Any) -> dict[Run | None, dict[str, Any]]:
+  """The parameters of each stack, by path, and under None those of none."""
+  parts: dict[Run | None, dict[str, Any]] = {None: {}}
+  for path, leaf, metadata in named_leaves(params):
+    parts.setdefault(metadata.get("blocks"), {})[path] = leaf
+  return parts
+
+
+def _joined(states: dict[Run | None, AGCState]) -> AGCState:
+  """The state for the tree that is not stacked, of the states of the parts; those of stacks have an axis of blocks."""
+  whole = states[None]
+  if whole.paths is None:
+    return whole
+  paths = [*whole.paths]
+  for run, state in states.items():
+    for start, i in ((run[0], i) for i in range(*run)) if run else ():
+      paths += [path.replace(f"blocks/{start}/", f"blocks/{i}/") for path in state.paths or ()]
+  order = sorted(range(len(paths)), key=paths.__getitem__)
+  columns = [
+    jnp.concatenate([getattr(state, field).ravel() for state in states.values()])[jnp.array(order)]
+    for field in AGCState._fields[2:]
+  ]
+  return AGCState(None, dict.fromkeys(paths[i] for i in order), *columns)
