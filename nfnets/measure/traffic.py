@@ -19,6 +19,9 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _LEAF = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?")
 _LAYER = re.compile(r"\b(stem|blocks/\d+|tail|fc)\b")
 
+Shapes = dict[str, str]  # of a computation's instructions, by name
+Computations = dict[str, tuple[dict[str, re.Match], Shapes]]  # by name: the instructions by name, and their shapes
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
@@ -27,7 +30,7 @@ class Operation:
   Attributes:
     name, kind: as the compiler calls it, such as "fusion.12" and "fusion".
     layer: "stem", "blocks/3", "tail", "fc", with " (backward)" in the backward pass; "step" for what belongs to no layer.
-    bytes: what it reads and writes in one run of the program, if every operand is read once and whole.
+    bytes: what it reads and writes in one run of the program, if every operand is read once, and whole but for `_used`.
     flops: of its convolutions and matrix products, two for a multiply-add; everything else is not counted.
     times: how often the program runs it.
   """
@@ -43,7 +46,8 @@ class Operation:
 def operations(text: str) -> list[Operation]:
   """Lists the operations of an HLO text (`compiled.as_text()`), those with the most traffic first.
 
-  A slice is charged its operand whole, so that the sum is above what the compiler's own cost analysis says.
+  An operand of which a part alone is read is charged whole, so that the sum is above what the compiler's own cost analysis says;
+  but of a stack that a loop takes a layer from, or puts one into, that layer alone counts.
   """
   computations, entry = _computations(text)
   times = _times(computations, entry)
@@ -54,7 +58,7 @@ def operations(text: str) -> list[Operation]:
     for line in lines.values():
       if line["kind"] in _FREE or line["kind"] in _CONTROL or line["kind"].endswith(("-done", "-update")):
         continue
-      size = _moved(line, shapes)
+      size = _moved(line, computations, shapes)
       called = [callee for callee in _callees(line["rest"]) if callee in flops]
       work = _flops(line, shapes) + (sum(flops[callee] for callee in called) if line["kind"] == "fusion" else 0)
       found.append(
@@ -86,15 +90,58 @@ def table(found: Iterable[Operation], top: int) -> rich.table.Table:
   return result
 
 
-def _moved(line: re.Match, shapes: dict[str, str]) -> int:
+def _moved(line: re.Match, computations: Computations, shapes: Shapes) -> int:
   """Bytes that an operation reads from and writes to the device's main memory; what lies in a faster one, S(1), costs nothing."""
-  if line["kind"].endswith("-start") and not line["kind"].startswith(hlo.KINDS):
+  kind = line["kind"]
+  if kind.endswith("-start") and not kind.startswith(hlo.KINDS):
     # A copy ahead of its use has the shape (there, here, …), a slice ahead of its use ((here, …), there, …).
     there, here, *_ = [*hlo.elements(line["shape"]), ""]
-    there, here = (there, here) if line["kind"] == "copy-start" else (here, here)
-    return _main_bytes(there) + (_main_bytes(here) if line["kind"] == "copy-start" else hlo.shape_bytes(there))
-  operands = [shapes[name] for name in _OPERAND.findall(_arguments(line["rest"])) if name in shapes]
-  return sum(map(_main_bytes, (line["shape"], *operands)))
+    there, here = (there, here) if kind == "copy-start" else (here, here)
+    return _main_bytes(there) + (_main_bytes(here) if kind == "copy-start" else hlo.shape_bytes(there))
+  called = _callees(line["rest"])[0] if kind == "fusion" else ""
+  total = _written(called, computations) if called in computations else None
+  if total is None:
+    total = _result_bytes(line, shapes)
+  for place, name in enumerate(_operands(line)):
+    if name in shapes and _main_bytes(shapes[name]):
+      part = _used(line, place, computations, shapes)
+      total += _main_bytes(shapes[name]) if part is None else part
+  return total
+
+
+def _used(line: re.Match, place: int, computations: Computations, shapes: Shapes) -> int | None:
+  """How many bytes of an operand are read where that is a part of it: a layer of a stack; None where it is all of it."""
+  if line["kind"] == "dynamic-slice" and place == 0:
+    return hlo.shape_bytes(line["shape"])
+  if line["kind"] == "dynamic-update-slice" and place == 0:
+    return 0  # it is changed in place
+  called = _callees(line["rest"])[:1] if line["kind"] == "fusion" else []
+  if not called or called[0] not in computations:
+    return None
+  lines, inner = computations[called[0]]
+  name = next(
+    (name for name, line in lines.items() if line["kind"] == "parameter" and line["rest"].startswith(f"{place})")), None
+  )
+  parts = [_used(user, i, computations, inner) for user in lines.values() for i, x in enumerate(_operands(user)) if x == name]
+  return None if name is None or None in parts else sum(filter(None, parts))
+
+
+def _written(name: str, computations: Computations) -> int | None:
+  """How many bytes a fusion writes to main memory, those of one layer where it puts that into a stack; None if it has no root."""
+  lines, shapes = computations[name]
+  root = next((line for line in lines.values() if line.string.lstrip().startswith("ROOT")), None)
+  if root is None:
+    return None
+  results = [lines[x] for x in _operands(root) if x in lines] if root["kind"] == "tuple" else [root]
+  return sum(_result_bytes(result, shapes) for result in results)
+
+
+def _result_bytes(line: re.Match, shapes: Shapes) -> int:
+  """The bytes of an operation's result that it writes to main memory."""
+  operands = _operands(line)
+  if line["kind"] == "dynamic-update-slice" and len(operands) > 1 and _main_bytes(line["shape"]):
+    return hlo.shape_bytes(shapes.get(operands[1], ""))
+  return _main_bytes(line["shape"])
 
 
 def _main_bytes(shape: str) -> int:
@@ -116,9 +163,9 @@ def _layer(rest: str) -> str:
 # ---- the text
 
 
-def _computations(text: str) -> tuple[dict[str, tuple[dict[str, re.Match], dict[str, str]]], str]:
+def _computations(text: str) -> tuple[Computations, str]:
   """Splits the text: by computation (its instructions by name, their shapes by name); and the name of the entry."""
-  computations: dict[str, tuple[dict[str, re.Match], dict[str, str]]] = {}
+  computations: Computations = {}
   entry, current = "", ({}, {})
   for line in text.splitlines():
     if line[:1] in (" ", "\t"):
@@ -130,7 +177,7 @@ def _computations(text: str) -> tuple[dict[str, tuple[dict[str, re.Match], dict[
   return computations, entry
 
 
-def _times(computations: dict[str, tuple[dict[str, re.Match], dict[str, str]]], entry: str) -> dict[str, int]:
+def _times(computations: Computations, entry: str) -> dict[str, int]:
   """How often each computation runs whose operations stand for themselves, those in fusions and reductions left out."""
   kept = {
     name: [line.string for line in lines.values() if line["kind"] in _CONTROL or line["kind"] == "constant"]
@@ -153,11 +200,15 @@ def _callees(rest: str) -> list[str]:
   return re.findall(r"\bcalls=%?([\w.\-]+)", rest)
 
 
-def _flops(line: re.Match, shapes: dict[str, str]) -> float:
+def _operands(line: re.Match) -> list[str]:
+  return _OPERAND.findall(_arguments(line["rest"]))
+
+
+def _flops(line: re.Match, shapes: Shapes) -> float:
   """Twice the multiply-adds of a convolution or a matrix product, padding included; 0 for everything else."""
   if line["kind"] not in ("convolution", "dot"):
     return 0.0
-  operands = [shapes.get(name, "") for name in _OPERAND.findall(_arguments(line["rest"]))]
+  operands = [shapes.get(name, "") for name in _operands(line)]
   out = math.prod(_sizes(line["shape"]))
   if line["kind"] == "dot":
     axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line["rest"])

@@ -54,6 +54,46 @@ def test_what_a_loop_does_counts_as_often_as_it_runs():
   assert (double.times, double.bytes, double.layer) == (5, 5 * 4 * 192, "fc")
 
 
+def test_of_a_stack_in_a_loop_the_layer_that_is_read_or_written_counts_alone():
+  lines = """
+%inner (param_0: f32[5,100], param_1: s32[]) -> f32[1,100] {
+  %param_0 = f32[5,100]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,100]{1,0} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,100}
+}
+
+%outer (param_2: f32[5,100], param_3: f32[5,100], param_4: s32[], param_5: f32[7]) -> (f32[5,100], f32[1,100]) {
+  %param_2 = f32[5,100]{1,0} parameter(0)
+  %param_3 = f32[5,100]{1,0} parameter(1)
+  %param_4 = s32[] parameter(2)
+  %param_5 = f32[7]{0} parameter(3)
+  %layer = f32[1,100]{1,0} fusion(%param_3, %param_4), kind=kLoop, calls=%inner
+  %none = s32[] constant(0)
+  %stack = f32[5,100]{1,0} dynamic-update-slice(%param_2, %layer, %param_4, %none)
+  ROOT %both = (f32[5,100]{1,0}, f32[1,100]{1,0}) tuple(%stack, %layer)
+}
+
+ENTRY %main (a: f32[5,100], b: f32[5,100], i: s32[], c: f32[7]) -> f32[5,100] {
+  %a = f32[5,100]{1,0} parameter(0)
+  %b = f32[5,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %c = f32[7]{0} parameter(3)
+  %both.1 = (f32[5,100]{1,0}, f32[1,100]{1,0}) fusion(%a, %b, %i, %c), kind=kLoop, calls=%outer
+  %one = f32[1,100]{1,0} fusion(%b, %i), kind=kLoop, calls=%inner
+  %whole = f32[5,100]{1,0} add(%a, %b)
+  ROOT %in_place = f32[5,100]{1,0} dynamic-update-slice(%whole, %one, %i, %i)
+}
+"""
+  index, layer, unused = 4, 400, 0
+  assert {operation.name: operation.bytes for operation in traffic.operations(lines)} == {
+    "both.1": layer + index + unused + 2 * layer,  # a layer is read, and two are written, one of them into a stack
+    "one": layer + index + layer,
+    "whole": 3 * 5 * layer,
+    "in_place": layer + 2 * index + layer,
+  }
+
+
 def test_what_lies_in_fast_memory_costs_nothing_and_a_copy_ahead_counts_once():
   lines = """
 ENTRY %main (a: f32[1000], b: f32[8,100]) -> f32[1000] {
