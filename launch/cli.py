@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import pathlib
+import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -108,12 +109,13 @@ def main(
         raise
       raise mistake from error
     if values.help:
-      print(f"{usage}\n\n{values.get_help()}{recipe.help_text(values)}")
+      print(f"{usage}\n\n{values.get_help()}{recipe.help_text(values)}", flush=True)
       sys.exit(0)
     if len(rest) > 1 and not arguments:
       raise UsageError(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     with prompt_interrupts():
       status = program(values, *rest[1:])
+      sys.stdout.flush()
       distributed.shutdown()
   except LostPeer as error:
     fail(error, distributed.LOST)
@@ -124,6 +126,9 @@ def main(
   except KeyboardInterrupt:
     _end_interrupted()
   except Exception as error:
+    if isinstance(error, BrokenPipeError) and _reader_has_gone():
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds
+      sys.exit(1)
     _fail_with_traceback(error)
     raise
   sys.exit(status or 0)
@@ -175,6 +180,13 @@ def fail(error: object, status: int) -> None:
   distributed.fail(error, status, text)
   sys.stderr.write(text)
   sys.exit(status)
+
+
+def _reader_has_gone() -> bool:
+  """Whether nobody reads the output any more, as after `… | head`."""
+  poll = select.poll()
+  poll.register(sys.stdout, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _end_interrupted() -> None:

@@ -78,6 +78,27 @@ def test_a_bug_ends_the_program_with_its_traceback_and_status_1():
   assert ended.returncode == 1 and ended.stderr.startswith("Traceback") and 'return int("x")' in ended.stderr
 
 
+def write_much(values):
+  for _ in range(10_000):
+    print("a line")
+
+
+def lose_another_pipe(values):
+  raise BrokenPipeError("not that of the output")
+
+
+@pytest.mark.parametrize("program, said", [(write_much, ""), (lose_another_pipe, "BrokenPipeError: not that of the output\n")])
+def test_a_program_whose_reader_has_gone_ends_without_a_word(program, said):
+  """As in `… | head -1`; a broken pipe between other programs is a bug."""
+  source = f"from launch import cli; import {__name__} as t; cli.main(t.{program.__name__}, lambda values: None, '')"
+  environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{pathlib.Path(__file__).parent}", "JAX_PLATFORMS": "cpu"}
+  with subprocess.Popen([sys.executable, "-c", source], env=environment, stdout=-1, stderr=-1, text=True) as running:
+    if not said:
+      running.stdout.close()
+    errors = running.stderr.read()
+    assert (errors.endswith(said) if said else errors == "") and running.wait(60) == 1
+
+
 @pytest.mark.parametrize(
   "error, status",
   [
