@@ -247,6 +247,23 @@ def test_slopes_of_activations_share_nothing_with_them_on_gpus_alone(name, ours,
     assert (f"stablehlo.{ours}" in text) == (platform == "cuda") and (f"stablehlo.{derived}" in text) == (platform != "cuda")
 
 
+def test_gelu_by_erf_has_its_values_and_derivatives_and_no_erfc_on_cpus():
+  fn, x = activations.ACTIVATIONS["gelu_erf"].fn, np.linspace(-12, 12, 2001)
+  second = lambda fn: jax.grad(jax.grad(fn))
+  with jax.enable_x64(True):
+    exact = functools.partial(jax.nn.gelu, approximate=False)
+    for ours, theirs in ((fn, exact), (jax.grad(fn), jax.grad(exact)), (second(fn), second(exact))):
+      np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), rtol=1e-12, atol=1e-14)
+    values, slopes = exact(x), jax.vmap(jax.grad(exact))(x)
+  np.testing.assert_allclose(fn(np.float32(x)), values, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(jax.vmap(jax.grad(fn))(np.float32(x)), slopes, rtol=1e-6, atol=1e-6)
+  half = jnp.asarray(x, jnp.bfloat16)
+  np.testing.assert_allclose(np.float64(fn(half)), np.float64(exact(np.float64(half))), rtol=2**-8, atol=1e-6)
+  program = jax.jit(jax.grad(lambda x: jnp.sum(fn(x)))).trace(jnp.ones(4, jnp.bfloat16))
+  texts = {platform: program.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
+  assert {platform for platform, text in texts.items() if "erfc" in text} == {"cuda", "tpu"}
+
+
 @pytest.mark.parametrize("height, width", [(4, 6), (5, 6), (4, 3), (1, 1)])
 def test_average_pooling_counts_real_pixels_alone(height, width):
   x = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
