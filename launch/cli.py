@@ -115,7 +115,8 @@ def main(
       raise UsageError(f"unexpected argument {rest[1]!r}; flags look like --name=value")
     with prompt_interrupts():
       status = program(values, *rest[1:])
-      sys.stdout.flush()
+      if sys.stdout is not None:  # it is None where the output is closed from the start
+        sys.stdout.flush()
       distributed.shutdown()
   except LostPeer as error:
     fail(error, distributed.LOST)
@@ -127,6 +128,7 @@ def main(
     _end_interrupted()
   except Exception as error:
     if isinstance(error, BrokenPipeError) and _reader_has_gone():
+      distributed.fail(error, 1, "")  # the other processes end too
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds
       sys.exit(1)
     _fail_with_traceback(error)
@@ -185,7 +187,10 @@ def fail(error: object, status: int) -> None:
 def _reader_has_gone() -> bool:
   """Whether nobody reads the output any more, as after `… | head`."""
   poll = select.poll()
-  poll.register(sys.stdout, 0)
+  try:
+    poll.register(sys.stdout, 0)
+  except (TypeError, ValueError, OSError):  # it has no file descriptor
+    return False
   return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

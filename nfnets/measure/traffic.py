@@ -99,49 +99,55 @@ def _moved(line: re.Match, computations: Computations, shapes: Shapes) -> int:
     there, here = (there, here) if kind == "copy-start" else (here, here)
     return _main_bytes(there) + (_main_bytes(here) if kind == "copy-start" else hlo.shape_bytes(there))
   called = _callees(line["rest"])[0] if kind == "fusion" else ""
-  total = _written(called, computations) if called in computations else None
-  if total is None:
-    total = _result_bytes(line, shapes)
+  results = _results(computations[called][0]) if called in computations else [(line["shape"], line)]
+  inner = computations[called][1] if called in computations else shapes
+  total = sum(_result_bytes(shape, result, inner) for shape, result in results)
   for place, name in enumerate(_operands(line)):
     if name in shapes and _main_bytes(shapes[name]):
-      part = _used(line, place, computations, shapes)
+      part = _used(line, place, computations)
       total += _main_bytes(shapes[name]) if part is None else part
   return total
 
 
-def _used(line: re.Match, place: int, computations: Computations, shapes: Shapes) -> int | None:
+def _used(line: re.Match, place: int, computations: Computations, is_result: bool = True) -> int | None:
   """How many bytes of an operand are read where that is a part of it: a layer of a stack; None where it is all of it."""
   if line["kind"] == "dynamic-slice" and place == 0:
     return hlo.shape_bytes(line["shape"])
-  if line["kind"] == "dynamic-update-slice" and place == 0:
+  if line["kind"] == "dynamic-update-slice" and place == 0 and is_result:
     return 0  # it is changed in place
   called = _callees(line["rest"])[:1] if line["kind"] == "fusion" else []
   if not called or called[0] not in computations:
     return None
-  lines, inner = computations[called[0]]
-  name = next(
-    (name for name, line in lines.items() if line["kind"] == "parameter" and line["rest"].startswith(f"{place})")), None
-  )
-  parts = [_used(user, i, computations, inner) for user in lines.values() for i, x in enumerate(_operands(user)) if x == name]
+  lines = computations[called[0]][0]
+  is_parameter = lambda line: line["kind"] == "parameter" and line["rest"].startswith(f"{place})")
+  name = next((name for name, line in lines.items() if is_parameter(line)), None)
+  results = {result["name"] for _, result in _results(lines)}
+  users = [(user, i) for user in lines.values() for i, operand in enumerate(_operands(user)) if operand == name]
+  parts = [_used(user, i, computations, user["name"] in results) for user, i in users]
   return None if name is None or None in parts else sum(filter(None, parts))
 
 
-def _written(name: str, computations: Computations) -> int | None:
-  """How many bytes a fusion writes to main memory, those of one layer where it puts that into a stack; None if it has no root."""
-  lines, shapes = computations[name]
+def _results(lines: dict[str, re.Match]) -> list[tuple[str, re.Match]]:
+  """What a computation gives back: the shape, with the memory that it lies in, and the instruction that computes it, of each."""
   root = next((line for line in lines.values() if line.string.lstrip().startswith("ROOT")), None)
   if root is None:
-    return None
-  results = [lines[x] for x in _operands(root) if x in lines] if root["kind"] == "tuple" else [root]
-  return sum(_result_bytes(result, shapes) for result in results)
+    return []
+  found = [lines[name] for name in _operands(root) if name in lines] if root["kind"] == "tuple" else [root]
+  return [(line["shape"], _behind_bitcasts(line, lines)) for line in found]
 
 
-def _result_bytes(line: re.Match, shapes: Shapes) -> int:
-  """The bytes of an operation's result that it writes to main memory."""
+def _behind_bitcasts(line: re.Match, lines: dict[str, re.Match]) -> re.Match:
+  while line["kind"] == "bitcast" and _operands(line)[0] in lines:
+    line = lines[_operands(line)[0]]
+  return line
+
+
+def _result_bytes(shape: str, line: re.Match, shapes: Shapes) -> int:
+  """The bytes of a result of that shape that are written to main memory: of a stack that gets a layer, the layer's."""
   operands = _operands(line)
-  if line["kind"] == "dynamic-update-slice" and len(operands) > 1 and _main_bytes(line["shape"]):
+  if line["kind"] == "dynamic-update-slice" and len(operands) > 1 and _main_bytes(shape):
     return hlo.shape_bytes(shapes.get(operands[1], ""))
-  return _main_bytes(line["shape"])
+  return _main_bytes(shape)
 
 
 def _main_bytes(shape: str) -> int:

@@ -41,24 +41,19 @@ def _with_slope(
 
   JAX's shares what is costly, the tanh or the sigmoid, with fn, and XLA's GPU backend then writes it to memory on the way forward
   and reads it on the way back, beside x. A slope that is written otherwise is computed from x alone where it is needed. XLA for
-  TPUs plans less traffic with JAX's, and on CPUs there is no difference (docs/speed.md).
+  TPUs plans less traffic with JAX's, and on CPUs there is no difference for the tanh and the sigmoid (docs/speed.md).
 
   Args:
     there: the same function as it is computed on that platform; None where it is `fn` too.
   """
-  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  forward = (
-    fn
-    if there is None
-    else lambda x: jax.lax.platform_dependent(x, default=fn, **{platform: lambda x: there(wide(x)).astype(x.dtype)})
-  )
-  function = jax.custom_jvp(forward)
+  wide = lambda function: lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+  choose = lambda x, other, own: jax.lax.platform_dependent(x, default=other, **{platform: wide(own)})
+  function = jax.custom_jvp(fn if there is None else lambda x: choose(jnp.asarray(x, jnp.result_type(x, 0.0)), fn, there))
   derived = lambda x: jax.jvp(fn, (x,), (jnp.ones_like(x),))[1]
-  written = lambda x: slope(wide(x)).astype(x.dtype)
 
   @jax.jit  # so that it is traced once for each shape
   def derivative(x: Array) -> Array:
-    return jax.lax.platform_dependent(x, default=derived, **{platform: written})
+    return choose(x, derived, slope)
 
   @function.defjvp
   def tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:

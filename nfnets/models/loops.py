@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Runs = tuple[tuple[int, int], ...]  # a network's blocks in stretches [start, stop)
@@ -85,14 +86,25 @@ def _run_of(block: Any) -> tuple[int, int] | None:
 
 
 def _joined(run: tuple[int, int], *variables: nnx.Variable) -> nnx.Variable:
-  joined = variables[0].copy(jnp.stack([variable[...] for variable in variables]))
+  """The stack of one variable of each block. A value may also be an empty tree, which an optimizer puts where it has nothing."""
+  joined = variables[0].copy(jax.tree.map(_stacked, *(variable.get_value() for variable in variables)))
   joined.set_metadata(blocks=run)
   return joined
 
 
 def _parts(stacked: nnx.Variable) -> list[nnx.Variable]:
   metadata = {name: value for name, value in stacked.get_metadata().items() if name != "blocks"}
-  return [type(stacked)(row, **metadata) for row in _rows(stacked[...])]
+  start, stop = stacked.get_metadata()["blocks"]
+  rows = jax.tree.map(_rows, stacked.get_value())
+  part = lambda i: jax.tree.map(operator.itemgetter(i), rows, is_leaf=lambda node: isinstance(node, list))
+  return [type(stacked)(part(i), **metadata) for i in range(stop - start)]
+
+
+def _stacked(*arrays: Any) -> jax.Array:
+  """The arrays as one; on the host where they are there, so that no program is compiled for each shape."""
+  if any(isinstance(x, jax.core.Tracer) for x in arrays):
+    return jnp.stack(arrays)
+  return jnp.asarray(np.stack(arrays))
 
 
 @jax.jit  # so that it is compiled once for each shape

@@ -176,7 +176,7 @@ class WeightStdConv(layers.WSConv):
   """Weight standardization (1903.10520): kernels have the variance 1, where the scaled form has 1 / fan_in."""
 
   def standardize(self) -> Array:
-    return super().standardize() * math.prod(self.kernel.shape[:-1]) ** 0.5
+    return super().standardize() * math.prod(self.kernel.shape[-4:-1]) ** 0.5  # four axes also where blocks are stacked
 
 
 def make_norm(norm: str, features: int, *, dtype: Any, rngs: layers.ParamKeys) -> nnx.Module | None:

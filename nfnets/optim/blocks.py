@@ -1,5 +1,6 @@
 """Networks whose equal blocks are stacked (nfnets.models.loops): AGC of each block, and whether all can be updated at once."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,21 +21,18 @@ def are_alike(params: Any, runs: Iterable[Run], config: OptimConfig) -> bool:
   Args:
     params: tree of arrays or of `jax.ShapeDtypeStruct`, not stacked, with the names of `nfnets.models`.
     runs: of the network.
-    config: `layer_decay`, `frozen` and `agc_exclude` can tell blocks apart. LARS's trust ratios are those of whole arrays.
+    config: `layer_decay`, `frozen` and `agc_exclude` can tell blocks apart (the groups are `default_groups`). LARS's trust
+      ratios are those of whole arrays.
   """
+  if config.name == "lars" or config.layer_decay != 1:
+    return False
   owners = parameter_groups(params, default_groups(params, config))
-  first = lambda path, start, i: path.replace(f"blocks/{i}/", f"blocks/{start}/")
-  return (
-    config.name != "lars"
-    and config.layer_decay == 1
-    and all(
-      owners[path] is owners[first(path, start, i)]
-      for start, stop in runs
-      for i in range(start + 1, stop)
-      for path in owners
-      if path.startswith(f"blocks/{i}/")
-    )
-  )
+  first = {f"blocks/{i}/": f"blocks/{start}/" for start, stop in runs for i in range(start + 1, stop)}
+  there = lambda path: "/".join(path.split("/")[:2]) + "/"  # "blocks/3/" of a parameter of that block
+  stacked = [path for path in owners if there(path) not in first]
+  return all(
+    owners[path] is owners[path.replace(there(path), first[there(path)], 1)] for path in owners if there(path) in first
+  ) and all(any(re.search(pattern, path) for path in stacked) for pattern in (*config.frozen, *config.agc_exclude))
 
 
 def by_block(agc: optax.GradientTransformation) -> optax.GradientTransformation:

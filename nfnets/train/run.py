@@ -171,7 +171,7 @@ class Run:
     """Saves the state in the background. results: its evaluation, if there was one."""
     self.log.sync()
     digest = self.batches.order_digest(self.step + self.passed_over)
-    self.writer.save(loops.unstack(self.state), results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
+    self.writer.save(self.state, results=results, order_digest=digest, corrupt=tuple(sorted(self.corrupt)))
     self.watchdog.expect(f"the step after {self.step}")
 
   def restore(self, step: int, **changes: Any) -> None:
@@ -183,7 +183,7 @@ class Run:
 
 
 def restored(reader: CheckpointReader, step: int, mesh: Mesh, like: TrainState, config: Config) -> TrainState:
-  """The state saved at `step` as training takes it: checkpoints hold every block by itself, whatever config.model.scan says."""
+  """The state saved at `step` as training takes it: checkpoints hold every block by itself, and training may hold stacks."""
   runs = loops.runs_of(like.params)
   if not runs:
     return reader.restore(step, like)

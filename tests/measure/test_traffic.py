@@ -74,6 +74,22 @@ def test_of_a_stack_in_a_loop_the_layer_that_is_read_or_written_counts_alone():
   ROOT %both = (f32[5,100]{1,0}, f32[1,100]{1,0}) tuple(%stack, %layer)
 }
 
+%copied (param_6: f32[5,100], param_7: f32[1,100], param_8: s32[]) -> f32[5,100] {
+  %param_6 = f32[5,100]{1,0} parameter(0)
+  %param_7 = f32[1,100]{1,0} parameter(1)
+  %param_8 = s32[] parameter(2)
+  %changed = f32[5,100]{1,0} dynamic-update-slice(%param_6, %param_7, %param_8, %param_8)
+  ROOT %twice = f32[5,100]{1,0} add(%changed, %changed)
+}
+
+%cast (param_9: f32[5,100], param_10: f32[1,100], param_11: s32[]) -> f32[500] {
+  %param_9 = f32[5,100]{1,0} parameter(0)
+  %param_10 = f32[1,100]{1,0} parameter(1)
+  %param_11 = s32[] parameter(2)
+  %placed = f32[5,100]{1,0} dynamic-update-slice(%param_9, %param_10, %param_11, %param_11)
+  ROOT %flat = f32[500]{0} bitcast(%placed)
+}
+
 ENTRY %main (a: f32[5,100], b: f32[5,100], i: s32[], c: f32[7]) -> f32[5,100] {
   %a = f32[5,100]{1,0} parameter(0)
   %b = f32[5,100]{1,0} parameter(1)
@@ -82,6 +98,8 @@ ENTRY %main (a: f32[5,100], b: f32[5,100], i: s32[], c: f32[7]) -> f32[5,100] {
   %both.1 = (f32[5,100]{1,0}, f32[1,100]{1,0}) fusion(%a, %b, %i, %c), kind=kLoop, calls=%outer
   %one = f32[1,100]{1,0} fusion(%b, %i), kind=kLoop, calls=%inner
   %whole = f32[5,100]{1,0} add(%a, %b)
+  %copy.1 = f32[5,100]{1,0} fusion(%a, %one, %i), kind=kLoop, calls=%copied
+  %cast.1 = f32[500]{0} fusion(%b, %one, %i), kind=kLoop, calls=%cast
   ROOT %in_place = f32[5,100]{1,0} dynamic-update-slice(%whole, %one, %i, %i)
 }
 """
@@ -90,6 +108,8 @@ ENTRY %main (a: f32[5,100], b: f32[5,100], i: s32[], c: f32[7]) -> f32[5,100] {
     "both.1": layer + index + unused + 2 * layer,  # a layer is read, and two are written, one of them into a stack
     "one": layer + index + layer,
     "whole": 3 * 5 * layer,
+    "copy.1": 5 * layer + layer + index + 5 * layer,  # what is added up is not changed in place
+    "cast.1": layer + index + layer,
     "in_place": layer + 2 * index + layer,
   }
 

@@ -259,6 +259,8 @@ def test_gelu_by_erf_has_its_values_and_derivatives_and_no_erfc_on_cpus():
   np.testing.assert_allclose(jax.vmap(jax.grad(fn))(np.float32(x)), slopes, rtol=1e-6, atol=1e-6)
   half = jnp.asarray(x, jnp.bfloat16)
   np.testing.assert_allclose(np.float64(fn(half)), np.float64(exact(np.float64(half))), rtol=2**-8, atol=1e-6)
+  for numbers in (1.0, np.arange(3)):
+    np.testing.assert_allclose(fn(numbers), jax.nn.gelu(numbers, approximate=False), rtol=1e-6)
   program = jax.jit(jax.grad(lambda x: jnp.sum(fn(x)))).trace(jnp.ones(4, jnp.bfloat16))
   texts = {platform: program.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")}
   assert {platform for platform, text in texts.items() if "erfc" in text} == {"cuda", "tpu"}

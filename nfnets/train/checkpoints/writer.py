@@ -18,7 +18,7 @@ from nfnets import distributed
 from nfnets.train.checkpoints import arrays, compatibility, manifest, retention
 from nfnets.train.checkpoints.compatibility import RunFacts
 from nfnets.train.checkpoints.errors import CheckpointError, SaveError
-from nfnets.train.step.state import TrainState
+from nfnets.train.step.state import TrainState, unstacked
 
 _WRITE_SECONDS = 600  # until a process gives up waiting for the others' part of a write
 
@@ -102,7 +102,7 @@ class CheckpointWriter:
     if distributed.broadcast_from_first(already_saved):
       return
     config = self._facts.config
-    trees = arrays.split(state)
+    trees = arrays.split(unstacked(state))
     summary = {
       "step": step,
       "epoch": step * config.batch / self._facts.records,

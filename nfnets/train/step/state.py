@@ -10,6 +10,7 @@ from flax import nnx
 
 from nfnets import models
 from nfnets.config import Config, ModelConfig
+from nfnets.models import loops
 from nfnets.optim import are_alike
 from nfnets.train.step import sharding
 
@@ -56,12 +57,17 @@ def split_network(network: models.Network) -> tuple[nnx.GraphDef, nnx.State, nnx
 def split_for_training(network: models.Network, config: Config) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   """`split_network`, with equal blocks stacked, in place, where loops run them (config.model.scan) and updates are alike.
 
-  A step then takes a stack for one array, so that it compiles sooner and no loop begins by stacking. `loops.unstack` of a state
-  is what checkpoints hold.
+  A step then takes a stack for one array, so that it compiles sooner and no loop begins by stacking. The optimizer must be
+  that of `config.optim` with its default groups.
   """
   if config.model.scan and are_alike(nnx.state(network, nnx.Param), network.runs, config.optim):
     network.stack()
   return split_network(network)
+
+
+def unstacked(state: TrainState) -> TrainState:
+  """The state with every block by itself, as checkpoints hold it: of stacks, a second copy on the devices."""
+  return loops.unstack(state)
 
 
 def init_state(params: nnx.State, stats: nnx.State, optimizer: optax.GradientTransformation, config: Config) -> TrainState:

@@ -1,5 +1,6 @@
 """Where loops run equal blocks, training holds these stacked; that changes no number, no name and no checkpoint."""
 
+import contextlib
 import dataclasses
 
 import chex
@@ -11,7 +12,7 @@ from flax import nnx
 from nfnets import optim
 from nfnets.agc import agc_metrics
 from nfnets.config import Config, DataConfig, ModelConfig, OptimConfig
-from nfnets.models import loops
+from nfnets.models import layers, loops
 from nfnets.train import recovery
 from nfnets.train.run import open_run
 from nfnets.train.step import sharding
@@ -19,6 +20,7 @@ from nfnets.train.step.state import build_network, init_state, split_for_trainin
 from nfnets.train.step.step import train_step_over
 
 RUNS = ((0, 1), (1, 4), (4, 5), (5, 7))
+LENGTHS = {"batch": 32, "steps_per_epoch": 20, "total_steps": 40}
 SGD = OptimConfig(base_lr=0.8, warmup_epochs=0.1, clipping=0.05, agc_track=True, ema_decay=0.9)
 
 
@@ -36,12 +38,17 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
   return {"image": image.astype(np.uint8), "label": label}
 
 
+def prepare(config: Config):
+  """Returns (graph, optimizer, state) as training has them."""
+  graph, params, stats = split_for_training(build_network(config.model, 10), config)
+  optimizer = optim.make_optimizer(config.optim, params, **LENGTHS)
+  return graph, optimizer, init_state(params, stats, optimizer, config)
+
+
 def train(config: Config, devices: int, steps: int = 6):
   """Takes some steps: (the state, the losses)."""
-  graph, params, stats = split_for_training(build_network(config.model, 10), config)
-  lengths = {"batch": config.batch, "steps_per_epoch": 20, "total_steps": 40}
-  optimizer = optim.make_optimizer(config.optim, params, **lengths)
-  mesh, state = sharding.make_mesh(jax.devices()[:devices]), init_state(params, stats, optimizer, config)
+  graph, optimizer, state = prepare(config)
+  mesh = sharding.make_mesh(jax.devices()[:devices])
   like = sharding.place(mesh, state, shard=config.shard)
   step, state, losses = train_step_over(config, mesh, graph, optimizer, like), sharding.put(state, like), []
   for i in range(steps):
@@ -85,6 +92,29 @@ def test_blocks_are_stacked_only_where_they_are_updated_alike(changes, alike):
   assert loops.runs_of(params) == (RUNS[1::2] if alike else ())
 
 
+@pytest.mark.parametrize("patterns", [("blocks/1/", "blocks/2/", "blocks/3/"), ("blocks/5/", "blocks/6/", "stem/")])
+def test_a_pattern_for_each_block_is_as_good_with_loops_as_without(patterns):
+  for scan in (True, False):
+    prepare(make_config(scan, optim=dataclasses.replace(SGD, agc_exclude=patterns)))
+
+
+@pytest.mark.parametrize(
+  "norm", ["nf", "none", "skipinit", "fixup", "weight_norm", "weight_std", "scaled_weight_std", "layer", "dyt"]
+)
+def test_standardized_stacks_are_those_of_single_blocks(norm):
+  config = make_config(True)
+  config.model.name, config.model.overrides = "resnet_tiny", {**config.model.overrides, "norm": norm}
+  images, features = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), []
+  for stack in (True, False):
+    network = build_network(config.model, 10)
+    assert network.runs == RUNS
+    if stack:
+      network.stack()
+    layers.standardize(network)
+    features.append(network.outputs(images)["features"])
+  np.testing.assert_allclose(*features, rtol=1e-5, atol=1e-5)
+
+
 def test_stacking_can_be_undone_to_the_bit():
   network = build_network(make_config(True).model, 10)
   params = nnx.state(network, nnx.Param)
@@ -97,29 +127,41 @@ def test_stacking_can_be_undone_to_the_bit():
   chex.assert_trees_all_equal(loops.stack(params, RUNS), stacked)
 
 
-def test_a_checkpoint_has_every_block_by_its_name_and_comes_back_stacked(tmp_path):
-  with open_run(make_config(True), str(tmp_path)) as run:
+@pytest.mark.parametrize("frozen", [(), ("conv0",)])
+def test_a_run_stopped_and_resumed_in_loops_equals_one_that_never_stopped(frozen, tmp_path):
+  """Frozen parameters have no moments. A checkpoint has every block by its name."""
+  config = make_config(True, optim=dataclasses.replace(SGD, frozen=frozen))
+
+  def go_on(run, steps):
+    with contextlib.closing(run.batches_from_here()) as batches:
+      for _, batch in zip(range(steps), batches, strict=False):
+        run.take_step(batch)
+    return jax.device_get(run.state)
+
+  with open_run(config, str(tmp_path)) as run:
     assert loops.runs_of(run.state.params) == RUNS[1::2]
-    saved = jax.device_get(run.state)
+    saved = go_on(run, 3)
     run.save()
     run.writer.wait()
-    run.restore(0)
+    uninterrupted = go_on(run, 2)
+    step = run.train_step  # compiled once
+  with open_run(config, str(tmp_path)) as run:
+    assert run.step == 3 and jax.tree.map(lambda x: x.sharding, run.state) == jax.tree.map(lambda x: x.sharding, run.like)
     chex.assert_trees_all_equal(jax.device_get(run.state), saved)
-    assert jax.tree.map(lambda x: x.sharding, run.state) == jax.tree.map(lambda x: x.sharding, run.like)
-    shapes = run.reader.meta(0)["shapes"]
-    assert shapes["model"]["params/blocks/3/conv1/kernel"] == shapes["model"]["params/blocks/2/conv1/kernel"]
-    assert "ema" in shapes and "opt_state/momentum/trace/blocks/6/conv1/kernel" in str(shapes["training"])
-  network = build_network(make_config(False).model, 10)
-  params, stats = nnx.state(network, nnx.Param), nnx.state(network, nnx.BatchStat)
-  restored, _ = run.reader.restore_model(0, params, stats)["params"]
-  chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(params))
+    run.train_step = step
+    chex.assert_trees_all_equal(go_on(run, 2), uninterrupted)
+    shapes = run.reader.meta(3)["shapes"]
+  name = "blocks/3/conv1/kernel"
+  assert shapes["model"][f"params/{name}"] == shapes["ema"][f"params/{name}"] == shapes["model"]["params/blocks/2/conv1/kernel"]
+  assert f"opt_state/momentum/trace/{name}" in str(shapes["training"]) or frozen
+  params = nnx.state(build_network(make_config(False).model, 10), nnx.Param)
+  restored, _ = run.reader.restore_model(3, params, nnx.State({}))["params"]
+  chex.assert_trees_all_equal(jax.device_get(restored), loops.unstack(saved.params))
 
 
 def test_the_layer_of_a_number_that_is_not_finite_is_found_within_a_stack():
   config = make_config(True)
-  graph, params, stats = split_for_training(build_network(config.model, 10), config)
-  kernel = params["blocks"][1]["conv1"]["kernel"]
+  graph, _, state = prepare(config)
+  kernel = state.params["blocks"][1]["conv1"]["kernel"]
   kernel[...] = kernel[...].at[2].set(np.nan)
-  optimizer = optim.make_optimizer(config.optim, params, batch=32, steps_per_epoch=20, total_steps=40)
-  state = init_state(params, stats, optimizer, config)
   assert "blocks/3/conv1/kernel" in recovery.first_nonfinite(config, graph, state, lambda: batch_of(0))
