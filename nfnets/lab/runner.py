@@ -90,7 +90,10 @@ def run(
 def _compute(
   experiment: Experiment, settings: Settings, file: pathlib.Path, progress: Callable[[float], None], again: bool, options: str
 ) -> dict[str, Any]:
-  """Runs an experiment and writes its picture, then its record, which says that it is done; parts lie in NAME.parts till then."""
+  """Runs an experiment and writes its picture, then its record, which says that it is done.
+
+  Till then its parts lie in NAME.parts, from which a stopped run goes on, and afterwards in NAME.jsonl, for who wants to see them.
+  """
   began = time.monotonic()
   parts, identity = file.with_suffix(".parts"), json.dumps(records.identity(experiment, settings))
   if again or not parts.is_file() or parts.read_text(encoding="utf-8").split("\n", 1)[0] != identity:
@@ -100,7 +103,7 @@ def _compute(
   write_file(file.with_suffix(".png"), drawing.render(measured.draw))
   record = records.record(result, time.monotonic() - began, options)
   write_file(file, json.dumps(record, indent=1, ensure_ascii=False).encode())
-  parts.unlink()
+  parts.replace(file.with_suffix(".jsonl"))
   return record
 
 

@@ -374,6 +374,8 @@ def test_other_settings_begin_anew(tmp_path):
   assert seen == [1] and (tmp_path / "made_up.parts").is_file()
   runner.run([made], Settings(seeds=2), tmp_path, lambda step: None)
   assert seen == [1, 2] and not (tmp_path / "made_up.parts").exists()
+  log = (tmp_path / "made_up.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in log[1:]] == [{"part": "a", "value": 2}]
   assert json.loads((tmp_path / "made_up.json").read_text())["findings"][0]["samples"] == [2, 2, 2]
 
 

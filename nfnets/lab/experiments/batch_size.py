@@ -48,7 +48,7 @@ def rates(batch: int, count: int) -> list[float]:
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains every network with every batch size, learning rate and seed, for the same number of epochs."""
   sizes = settings.of_scale((4, 32, 256, 1024), (4, 16, 64, 256, 1024))
-  width, depth, epochs = settings.of_scale((16, 2, 13), (16, 2, 4))
+  width, depth, epochs = settings.of_scale((16, 2, 13), (16, 2, 10))
   lambdas, tried = LAMBDAS, settings.of_scale(3, 4)
   data, ways = task.data(settings.data, small=settings.small), arms(lambdas, settings.models)
 
