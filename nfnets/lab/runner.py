@@ -92,7 +92,7 @@ def _compute(
 ) -> dict[str, Any]:
   """Runs an experiment and writes its picture, then its record, which says that it is done.
 
-  Till then its parts lie in NAME.parts, from which a stopped run goes on, and afterwards in NAME.jsonl, for who wants to see them.
+  Till then its parts lie in NAME.parts, from which a stopped run goes on; afterwards in NAME.jsonl, for who wants to see them.
   """
   began = time.monotonic()
   parts, identity = file.with_suffix(".parts"), json.dumps(records.identity(experiment, settings))
