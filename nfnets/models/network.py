@@ -115,7 +115,7 @@ class Network(nnx.Module):
   def stack(self) -> None:
     """Stacks the parameters of equal blocks (`loops.stack`), in place: the first block of a run has those of all of it.
 
-    Names and shapes are other than those of the variant then: this is for training, which says what is whose at its doors.
+    Names and shapes are then other than the variant's, so that this is for training alone, which unstacks what it saves.
     """
     state = loops.stack(nnx.state(self, nnx.Param), self.runs)
     for start, stop in self.runs:

@@ -36,8 +36,11 @@ def are_alike(params: Any, runs: Iterable[Run], config: OptimConfig) -> bool:
 
 
 def by_block(agc: optax.GradientTransformation) -> optax.GradientTransformation:
-  """AGC, without a schedule, for a tree of which blocks may be stacked: its state is that for the tree that is not stacked."""
+  """AGC for a tree of which blocks may be stacked: every unit is clipped, and counted by its own name, as where none are.
 
+  Args:
+    agc: without a schedule. It sees paths, of a stack those of its first block, but no marks of variables.
+  """
   begin: Callable[..., Any] = agc.init  # optax has no type for the state of a link
 
   def clip(grads: Any, params: Any) -> tuple[Any, Any]:
@@ -45,6 +48,8 @@ def by_block(agc: optax.GradientTransformation) -> optax.GradientTransformation:
 
   def init(params: Any) -> Any:
     parts = _parts(params)
+    if parts.keys() == {None}:
+      return agc.init(params)
     return _joined({run: (_along(begin) if run else begin)(part) for run, part in parts.items()})
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
