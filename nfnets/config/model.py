@@ -22,8 +22,8 @@ class ModelConfig:
   activation: str | None = None
   # Recompute each block's activations in the backward pass: less memory, about a third more time.
   remat: bool = False
-  # Equal blocks of a stage run in a loop, their parameters stacked: F5 compiles in under a third of the CPU time, and a step takes
-  # more memory (docs/speed.md). For small networks it gains little; on GPUs it has not been measured.
+  # Equal blocks of a stage run in a loop, their parameters stacked: F5 compiles in under a third of the CPU time, and a step
+  # takes more memory (docs/speed.md). For small networks it gains little; on GPUs it has not been measured.
   scan: bool = False
   # Any other field of the variant's row, e.g. {"stem_strides": (1, 1, 1, 1)}.
   overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
