@@ -127,10 +127,9 @@ def test_stacking_can_be_undone_to_the_bit():
   chex.assert_trees_all_equal(loops.stack(params, RUNS), stacked)
 
 
-@pytest.mark.parametrize("frozen", [(), ("conv0",)])
-def test_a_run_stopped_and_resumed_in_loops_equals_one_that_never_stopped(frozen, tmp_path):
+def test_a_run_stopped_and_resumed_in_loops_equals_one_that_never_stopped(tmp_path):
   """Frozen parameters have no moments. A checkpoint has every block by its name."""
-  config = make_config(True, optim=dataclasses.replace(SGD, frozen=frozen))
+  config = make_config(True, optim=dataclasses.replace(SGD, frozen=("conv0",)))
 
   def go_on(run, steps):
     with contextlib.closing(run.batches_from_here()) as batches:
@@ -153,7 +152,8 @@ def test_a_run_stopped_and_resumed_in_loops_equals_one_that_never_stopped(frozen
     shapes = run.reader.meta(3)["shapes"]
   name = "blocks/3/conv1/kernel"
   assert shapes["model"][f"params/{name}"] == shapes["ema"][f"params/{name}"] == shapes["model"]["params/blocks/2/conv1/kernel"]
-  assert f"opt_state/momentum/trace/{name}" in str(shapes["training"]) or frozen
+  moments = [path for path in shapes["training"] if "/momentum/" in path]
+  assert any(path.endswith(name) for path in moments) and not any("conv0" in path for path in moments)
   params = nnx.state(build_network(make_config(False).model, 10), nnx.Param)
   restored, _ = run.reader.restore_model(3, params, nnx.State({}))["params"]
   chex.assert_trees_all_equal(jax.device_get(restored), loops.unstack(saved.params))
