@@ -136,6 +136,7 @@ def make_plan(
     accumulate=config.accumulate,
     shard=config.shard,
     remat=config.model.remat,
+    scan=config.model.scan,
     topology=topology,
     device_kind=device.device_kind,
     devices=mesh.size,

@@ -152,6 +152,7 @@ class Plan:
   accumulate: int
   shard: bool
   remat: bool
+  scan: bool
   topology: str | None  # None: this machine's own devices
   device_kind: str
   devices: int
@@ -215,6 +216,11 @@ class Plan:
         "accumulation is a loop, whose body XLA's counts hold once: arithmetic is then taken from the model's "
         "multiply-adds, and the memory's traffic lies between once and `accumulate` times the count"
       )
+    if self.scan:
+      notes.append(
+        "blocks run in loops (config.model.scan), whose bodies XLA's counts hold once: arithmetic is taken from the model's "
+        "multiply-adds, and the memory's traffic is more than the count, so that the estimate is too low"
+      )
     return notes
 
   def _setting(self) -> list[tuple[str, str]]:
@@ -225,6 +231,7 @@ class Plan:
         f"accumulate={self.accumulate}" if self.accumulate > 1 else "",
         "sharded" if self.shard else "",
         "remat" if self.remat else "",
+        "blocks in loops" if self.scan else "",
       )
       if word
     )
