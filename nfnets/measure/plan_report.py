@@ -218,8 +218,7 @@ class Plan:
       )
     if self.scan:
       notes.append(
-        "blocks run in loops (config.model.scan), whose bodies XLA's counts hold once: arithmetic is taken from the model's "
-        "multiply-adds, and the memory's traffic is more than the count, so that the estimate is too low"
+        "blocks run in loops, whose bodies XLA's counts hold once: the memory's traffic is more than that, and its time"
       )
     return notes
 
