@@ -217,9 +217,7 @@ class Plan:
         "multiply-adds, and the memory's traffic lies between once and `accumulate` times the count"
       )
     if self.scan:
-      notes.append(
-        "blocks run in loops, whose bodies XLA's counts hold once: the memory's traffic is more than that, and its time"
-      )
+      notes.append("blocks run in loops, whose bodies XLA's counts hold once: the memory's traffic is more than its count")
     return notes
 
   def _setting(self) -> list[tuple[str, str]]:
