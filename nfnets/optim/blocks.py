@@ -50,7 +50,7 @@ def by_block(agc: optax.GradientTransformation) -> optax.GradientTransformation:
     parts = _parts(params)
     if parts.keys() == {None}:
       return agc.init(params)
-    return _joined({run: (_along(begin) if run else begin)(part) for run, part in parts.items()})
+    return _joined({run: (jax.vmap(begin) if run else begin)(part) for run, part in parts.items()})
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     parts = _parts(params)
@@ -59,14 +59,11 @@ def by_block(agc: optax.GradientTransformation) -> optax.GradientTransformation:
     grads = {path: leaf for path, leaf, _ in named_leaves(updates)}
     states = {}
     for run, part in parts.items():
-      clipped, states[run] = (_along(clip) if run else clip)({path: grads[path] for path in part}, part)
+      clipped, states[run] = (jax.vmap(clip) if run else clip)({path: grads[path] for path in part}, part)
       grads |= clipped
     return jax.tree.unflatten(jax.tree.structure(updates), list(grads.values())), _joined(states)
 
   return optax.GradientTransformation(init, update)
-
-
-_along = jax.vmap  # over the blocks of a stack
 
 
 def _parts(params: Any) -> dict[Run | None, dict[str, Any]]:

@@ -94,8 +94,11 @@ def test_blocks_are_stacked_only_where_they_are_updated_alike(changes, alike):
 
 @pytest.mark.parametrize("patterns", [("blocks/1/", "blocks/2/", "blocks/3/"), ("blocks/5/", "blocks/6/", "stem/")])
 def test_a_pattern_for_each_block_is_as_good_with_loops_as_without(patterns):
-  for scan in (True, False):
-    prepare(make_config(scan, optim=dataclasses.replace(SGD, agc_exclude=patterns)))
+  """All blocks of a run are named, so that they are alike, but a stack has the first one's name alone."""
+  states = [prepare(make_config(scan, optim=dataclasses.replace(SGD, agc_exclude=patterns)))[2] for scan in (True, False)]
+  assert loops.runs_of(states[0].params) == ()
+  clipped, expected = (agc_metrics(state.opt_state).keys() for state in states)
+  assert clipped == expected and not any(path.startswith(patterns) for path in clipped) and "blocks/4/conv0/kernel" in clipped
 
 
 @pytest.mark.parametrize(
