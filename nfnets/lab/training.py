@@ -18,6 +18,7 @@ from flax import nnx
 
 from nfnets.agc import agc, named_leaves
 from nfnets.lab.task import Data
+from nfnets.optim.groups import by_path
 
 Array = jax.Array
 Params = Any  # a pytree of float32 arrays: nested dicts with the names of the network's attributes
@@ -191,8 +192,7 @@ def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.Grad
   descent = optax.chain(clip(strength, params), optax.sgd(schedule, momentum=MOMENTUM, nesterov=True))
   if "fixup_bias" not in params:
     return descent
-  paths = iter([path for path, _, _ in named_leaves(params)])
-  scalars = jax.tree.map(lambda _: re.search(_FIXUP, next(paths)) is not None, params)
+  scalars = by_path(params, lambda path: re.search(_FIXUP, path) is not None)
   return optax.chain(descent, optax.masked(optax.scale(0.1), scalars))
 
 
