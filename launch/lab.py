@@ -5,9 +5,10 @@
 
 DIR gets NAME.png, NAME.json, NAME.jsonl (what its parts found, each training for example) and report.html, one file that
 opens from disk. An experiment that DIR holds already, with the same settings, is not computed again, so that a run that was
-stopped goes on. --model measures or trains a network of yours beside the purpose-made ones, in every experiment; no verdict
-counts it but that of nfify, which judges its twin if it has one. It is a name of nfnets.models, or FILE.py:FUNCTION, where
-FUNCTION(seed) returns an nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images that a
+stopped goes on. --model measures or trains a network of yours beside the purpose-made ones, in every experiment. It is judged
+for itself, in a table of its own, and counts for no verdict on a claim but that of nfify, which judges its twin if it has one.
+It is a name of nfnets.models, without dropout and stochastic depth, or FILE.py:FUNCTION, where FUNCTION(seed) returns an
+nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images that a
 recipe of launch.train names instead of digits, averaged to 16 pixels a side; at the scale small 8 pixels a side, and no more
 of them than there are digits where they are counted in epochs, so that it takes no longer.
 """
@@ -49,18 +50,20 @@ def run(values: flags.FlagValues, *names: str) -> int:
   cli.check_directory("out", values.out, "a directory for the report")
   out = pathlib.Path(values.out)
   compiled.keep(values)
-  from nfnets.lab import runner, users
+  from nfnets.lab import runner, task, users
   from nfnets.lab.experiment import Settings
 
   data = recipe.parse(values).data if values.config is not None else None
   settings = Settings(scale=values.scale, seeds=values.seeds, model=values.model, data=data)
   if settings.model is not None:
-    users.user_model(settings.model, seed=0)  # a mistake in its name ends the program before minutes are spent
+    users.labelled_model(settings.model, seed=0, classes=task.classes(data))  # a mistake is told before minutes are spent
   chosen = [experiments.get(name) for name in (experiments.names() if names == ("all",) else names)]
   try:
     out.mkdir(parents=True, exist_ok=True)
     done = runner.run(chosen, settings, out, Teller(), again=values.again, options=shlex.join(_of_config(sys.argv[1:])))
   except OSError as error:
+    if not str(error.filename or out).startswith(str(out)):
+      raise  # of a file that a person's network reads
     raise cli.UsageError(f"--out={out}: cannot be written: {error.strerror or error}") from error
   print_findings(done)
   print(f"{out / 'report.html'}: open it in a browser")
@@ -126,7 +129,7 @@ def print_findings(done: list) -> None:
   console = plain_console()
   for record in done:
     console.print(f"\n{record['name']}: {record['claim']}\n  {record['verdict'].upper()}")
-    for finding in record["findings"]:
+    for finding in (*record["findings"], *record["yours"]):
       console.print(f"  - {finding['claim']}\n    {finding['criterion']}: {report.figure(finding)}: {finding['verdict']}")
     for note in record["notes"]:
       console.print(f"  {note}")

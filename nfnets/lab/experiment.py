@@ -67,6 +67,7 @@ class Measured:
   Attributes:
     samples: for each criterion's name, one number a seed.
     rows: a table for people; all rows have the same columns.
+    yours: for the name of each of `Experiment.yours`, one number a seed; empty without a network of the user's own.
     draw: draws the picture into an empty matplotlib Figure.
     caption: what the picture shows, in a sentence or two.
     notes: what a reader must know beside it, a sentence each.
@@ -77,6 +78,7 @@ class Measured:
   draw: Callable[[Any], None]
   caption: str
   notes: Sequence[str] = ()
+  yours: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,8 @@ class Experiment:
   criteria: tuple[Criterion, ...]
   # minutes that it takes at the scale "small" on two cores
   minutes: float
+  # what the claim says of a network of the user's own; it is judged for itself and does not count for the claim
+  yours: tuple[Criterion, ...] = ()
   run: Callable[[Settings, Progress], Measured]
 
 
@@ -111,13 +115,17 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-  """An experiment's outcome: the measured figures with their intervals, the verdict, the table, and how to draw the picture."""
+  """An experiment's outcome: the measured figures with their intervals, the verdict, the table, and how to draw the picture.
+
+  `yours` are the findings on a network of the user's own, none without one.
+  """
 
   experiment: Experiment
   settings: Settings
   findings: tuple[Finding, ...]
   verdict: verdict.Verdict
   measured: Measured
+  yours: tuple[Finding, ...] = ()
 
 
 def conclude(experiment: Experiment, settings: Settings, measured: Measured) -> Result:
@@ -126,14 +134,21 @@ def conclude(experiment: Experiment, settings: Settings, measured: Measured) -> 
   Raises:
     KeyError: a criterion's figure was not measured, or something was measured under a name that no criterion has.
   """
-  names = {criterion.name for criterion in experiment.criteria}
-  if names != set(measured.samples):
-    raise KeyError(f"{experiment.name}: criteria {sorted(names)} differ from what was measured, {sorted(measured.samples)}")
-  findings = []
-  for criterion in experiment.criteria:
-    samples = tuple(float(sample) for sample in measured.samples[criterion.name])
-    interval = verdict.bootstrap(samples)
-    judged = verdict.judge(interval, criterion.low, criterion.high)
-    findings.append(Finding(criterion=criterion, samples=samples, interval=interval, verdict=judged))
+  findings = judged(experiment.name, experiment.criteria, measured.samples)
+  yours = judged(experiment.name, experiment.yours if settings.models else (), measured.yours)
   whole = verdict.combine([finding.verdict for finding in findings])
-  return Result(experiment=experiment, settings=settings, findings=tuple(findings), verdict=whole, measured=measured)
+  return Result(experiment=experiment, settings=settings, findings=findings, verdict=whole, measured=measured, yours=yours)
+
+
+def judged(name: str, criteria: Sequence[Criterion], measured: Mapping[str, Sequence[float]]) -> tuple[Finding, ...]:
+  """A finding for each criterion of the experiment `name`; raises KeyError as `conclude`."""
+  names = {criterion.name for criterion in criteria}
+  if names != set(measured):
+    raise KeyError(f"{name}: criteria {sorted(names)} differ from what was measured, {sorted(measured)}")
+  findings = []
+  for criterion in criteria:
+    samples = tuple(float(sample) for sample in measured[criterion.name])
+    interval = verdict.bootstrap(samples)
+    found = verdict.judge(interval, criterion.low, criterion.high)
+    findings.append(Finding(criterion=criterion, samples=samples, interval=interval, verdict=found))
+  return tuple(findings)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -14,21 +15,22 @@ import numpy as np
 import nfnets
 from nfnets.data.batches.prefetch import cores
 from nfnets.lab import verdict
-from nfnets.lab.experiment import Criterion, Experiment, Result, Settings
+from nfnets.lab.experiment import Criterion, Experiment, Finding, Result, Settings
 from nfnets.measure.chips import cpu_name
 
-FORMAT = 2  # of the records; another one is not read
+FORMAT = 3  # of the records; another one is not read
 
 
 def identity(experiment: Experiment, settings: Settings) -> dict[str, Any]:
-  """What a stored record must agree with to be taken instead of a new run: settings, criteria, versions of library and model."""
+  """What a stored record must agree with to be taken instead of a new run: settings, criteria, code of library and model."""
   fields = {
     "format": FORMAT,
     "version": nfnets.__version__,
     "name": experiment.name,
     "settings": dataclasses.asdict(settings),
     "model_file": _digest(settings.model),
-    "criteria": [_criterion(criterion) for criterion in experiment.criteria],
+    "code": _code(),
+    "criteria": [_criterion(criterion) for criterion in (*experiment.criteria, *experiment.yours)],
   }
   return json.loads(json.dumps(fields))  # as it is read again: JSON has no tuples
 
@@ -49,19 +51,8 @@ def record(result: Result, seconds: float, options: str = "") -> dict[str, Any]:
     "section": experiment.section,
     "claim": experiment.claim,
     "verdict": result.verdict,
-    "findings": [
-      {
-        "name": finding.criterion.name,
-        "claim": finding.criterion.claim,
-        "criterion": finding.criterion.text(),
-        "samples": [_finite(sample) for sample in finding.samples],
-        "mean": _finite(finding.interval.mean),
-        "low": _finite(finding.interval.low),
-        "high": _finite(finding.interval.high),
-        "verdict": finding.verdict,
-      }
-      for finding in result.findings
-    ],
+    "findings": [_finding(finding) for finding in result.findings],
+    "yours": [_finding(finding) for finding in result.yours],
     "rows": [{column: _cell(value) for column, value in row.items()} for row in measured.rows],
     "caption": measured.caption,
     "notes": list(measured.notes),
@@ -95,9 +86,29 @@ def machine() -> str:
   return f"{cpu_name()}, {cores()} cores, JAX {jax.__version__}"
 
 
+def _finding(finding: Finding) -> dict[str, Any]:
+  return {
+    "name": finding.criterion.name,
+    "claim": finding.criterion.claim,
+    "criterion": finding.criterion.text(),
+    "samples": [_finite(sample) for sample in finding.samples],
+    "mean": _finite(finding.interval.mean),
+    "low": _finite(finding.interval.low),
+    "high": _finite(finding.interval.high),
+    "verdict": finding.verdict,
+  }
+
+
 def _criterion(criterion: Criterion) -> dict[str, Any]:
   fields = dataclasses.asdict(criterion)
   return {name: _finite(value) for name, value in fields.items()}
+
+
+@functools.cache
+def _code() -> str:
+  """The SHA-256 of the package's source, so that what another one found is measured anew."""
+  files = sorted(pathlib.Path(nfnets.__file__).parent.rglob("*.py"))
+  return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _digest(model: str | None) -> str | None:

@@ -88,20 +88,22 @@ def _article(record: dict[str, Any], picture: bytes) -> str:
     f'<p class="claim">{_text(record["claim"])} {_verdict(record["verdict"])}</p>'
     f'<figure><img alt="{_text(record["caption"])}" src="data:image/png;base64,{image}">'
     f"<figcaption>{_text(record['caption'])}</figcaption></figure>"
-    f"{_findings(record['findings'])}<ul>{listed}</ul>"
+    f"{_findings(record['findings'])}{_findings(record['yours'], 'of your model')}<ul>{listed}</ul>"
     f"<details><summary>All that was measured</summary>{_table(record['rows'])}</details>"
     f'<p class="soft"><code>{command}</code><br>'
     f"{record['seconds']:.0f} s on {_text(record['machine'])}, {_text(record['date'])}</p></article>"
   )
 
 
-def _findings(findings: list[dict[str, Any]]) -> str:
+def _findings(findings: list[dict[str, Any]], of: str = "part of the claim") -> str:
+  if not findings:
+    return ""
   rows = "".join(
     f"<tr><td>{_text(finding['claim'])}</td><td>{_text(finding['criterion'])}</td>"
     f'<td class="number">{figure(finding)}</td><td>{_verdict(finding["verdict"])}</td></tr>'
     for finding in findings
   )
-  head = "<tr><th>part of the claim</th><th>criterion</th><th>measured [95 % interval]</th><th>verdict</th></tr>"
+  head = f"<tr><th>{of}</th><th>criterion</th><th>measured [95 % interval]</th><th>verdict</th></tr>"
   return f'<div class="scroll"><table>{head}{rows}</table></div>'
 
 

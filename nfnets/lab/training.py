@@ -31,7 +31,7 @@ MOMENTUM = 0.9
 AVERAGED = 50
 CLASSIFIER = r"(^|/)(fc|head|classifier)/kernel$"  # its weight, in a person's network by these names
 # Networks of lab.deep hold all blocks of a stage in one array, whose first axis is the block.
-_FIXUP = r"(^|/)(fixup_bias|biases/\d+|gain)$"  # its scalars, in networks of lab.deep
+_FIXUP = r"(^|/)(fixup_bias|biases/\d+|gain|fc/bias)$"  # its biases and scales, in networks of lab.deep
 _UNITS = {"^blocks/.*kernel$": (0, -1), "^blocks/": (0,)}
 
 
@@ -188,7 +188,7 @@ def clip(strength: Array, params: Params) -> optax.GradientTransformation:
 
 
 def sgd(schedule: optax.Schedule, strength: Array, params: Params) -> optax.GradientTransformation:
-  """AGC → Nesterov's momentum → learning rate, a tenth of it for Fixup's scalars, as in their code (from memory)."""
+  """AGC → Nesterov's momentum → learning rate, a tenth of it for Fixup's biases and scales, as in its authors' code."""
   descent = optax.chain(clip(strength, params), optax.sgd(schedule, momentum=MOMENTUM, nesterov=True))
   if "fixup_bias" not in params:
     return descent

@@ -91,14 +91,17 @@ def _part(path: Sequence[Any]) -> tuple[str, ...]:
   return tuple(names[: first + 1])
 
 
-def user_model(name: str, *, seed: int, classes: int = 10) -> tuple[nnx.Module, int, dict[str, Any]]:
+def user_model(name: str, *, seed: int, classes: int = 10, opened: bool = False) -> tuple[nnx.Module, int, dict[str, Any]]:
   """Makes the network that a user names, with new weights.
 
   Args:
     name: a name of nfnets.models, or FILE.py:FUNCTION, where FUNCTION(seed), or FUNCTION(kit) with a parameter of that name (see
       lab.twin), returns an nnx.Module; its attribute `image_size`, if it has one, says how many pixels a side it takes.
     seed: of its weights.
-    classes: how many a network of nfnets.models tells apart; FUNCTION decides that itself.
+    classes: how many a network of nfnets.models tells apart; FUNCTION decides that itself. Such a network is made without dropout
+      and stochastic depth.
+    opened: whether branches that begin with 0, and a classifier that does, are set to values with which something can be seen at
+      initialization: see `open_branches`.
 
   Returns:
     The network; the side of its images, pixels; and the arguments that say that it trains.
@@ -109,27 +112,40 @@ def user_model(name: str, *, seed: int, classes: int = 10) -> tuple[nnx.Module, 
   file, colon, function = name.rpartition(":")
   if not colon:
     network = models.create(name, classes, rngs=seed, drop_rate=0.0, stochastic_depth=0.0)
-    open_branches(network, seed)
+    if opened:
+      open_branches(network, seed)
     return network, min(32, models.variant(name).train_resolution), _arguments(network)
   make = user_function(name)
-  network = make(kit=BatchNormKit(seed)) if takes_kit(make) else make(seed)
+  try:
+    network = make(kit=BatchNormKit(seed)) if takes_kit(make) else make(seed)
+  except Exception as error:  # as above
+    call = "FUNCTION(kit=…)" if takes_kit(make) else f"FUNCTION({seed})"
+    raise UserError(f"--model={name}: {call} fails: {_told(error)}") from error
   if not isinstance(network, nnx.Module):
     raise UserError(f"--model={name}: expected an nnx.Module from that function, got {type(network).__name__}")
   network.train()
   return network, getattr(network, "image_size", 32), _arguments(network)
 
 
-def labelled_model(name: str, *, seed: int, classes: int) -> tuple[nnx.Module, int, dict[str, Any]]:
-  """Makes it as `user_model` does, for use with labels; raises UserError, too, where its logits are for fewer classes."""
-  network, side, arguments = user_model(name, seed=seed, classes=classes)
+def labelled_model(name: str, *, seed: int, classes: int, opened: bool = False) -> tuple[nnx.Module, int, dict[str, Any]]:
+  """Makes it as `user_model` does, for use with labels; raises UserError also where it cannot be called or has too few logits."""
+  network, side, arguments = user_model(name, seed=seed, classes=classes, opened=opened)
   graph, state = nnx.split(network)
   call: Any = lambda state, images: nnx.merge(graph, state)(images, **arguments)
-  check_logits(name, jax.eval_shape(call, state, jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)), classes)
+  shape = (2, side, side, 3)
+  try:
+    logits = jax.eval_shape(call, state, jax.ShapeDtypeStruct(shape, jnp.float32))
+  except Exception as error:  # whatever a person's network raises is theirs to mend
+    raise UserError(f"--model={name}: it cannot be called with images {list(shape)}: {_told(error)}") from error
+  check_logits(name, logits, classes)
   return network, side, arguments
 
 
 def check_logits(name: str, logits: Any, classes: int) -> None:
-  """Raises UserError where the logits of the network that --model names have fewer columns than there are classes."""
+  """Raises UserError where the logits of the network that --model names are no [batch, classes] or have too few columns."""
+  if getattr(logits, "ndim", None) != 2:
+    shape = getattr(logits, "shape", type(logits).__name__)
+    raise UserError(f"--model={name}: expected logits [batch, classes], got {shape}")
   if logits.shape[-1] < classes:
     raise UserError(f"--model={name}: expected logits of at least {classes} classes, got {logits.shape[-1]}")
 
@@ -149,6 +165,22 @@ def open_branches(network: models.Network, seed: int) -> None:
     kernel[...] = jax.random.normal(jax.random.key(seed), kernel.shape) * kernel.shape[0] ** -0.5
 
 
+def _told(error: Exception) -> str:
+  """An error in one line."""
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"
+
+
+def note(model: str | None) -> tuple[str, ...]:
+  """What a reader must know of a network of nfnets.models that was measured at initialization; nothing of another one."""
+  if model is None or ":" in model:
+    return ()
+  return (
+    f"{model} is measured with gains of 1 where its branches begin with 0, and with a random classifier where that does, so that "
+    "something can be seen; it has no dropout and no stochastic depth here.",
+  )
+
+
 def takes_kit(function: Callable[..., Any]) -> bool:
   """Whether a user's function has a parameter that is called kit."""
   return "kit" in inspect.signature(function).parameters
@@ -166,7 +198,7 @@ def user_function(name: str) -> Callable[..., Any]:
   try:
     spec.loader.exec_module(module)
   except Exception as error:  # whatever a person's file raises is theirs to mend
-    raise UserError(f"--model={name}: {file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    raise UserError(f"--model={name}: {file} cannot be run: {_told(error)}") from error
   make = getattr(module, function, None)
   if not callable(make):
     raise UserError(f"--model={name}: no function {function} in {file}")

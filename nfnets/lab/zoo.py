@@ -1,5 +1,7 @@
 """Trains any nnx network that is called as network(images, train=…), its running statistics included."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from nfnets.agc import agc, named_leaves
 from nfnets.lab.task import Data
-from nfnets.lab.training import MOMENTUM, Recipe, batches, cross_entropy
+from nfnets.lab.training import CLASSIFIER, MOMENTUM, Recipe, batches, cross_entropy
 
 Array = jax.Array
 
@@ -22,13 +25,18 @@ class ZooTrainer:
     data: what it sees.
     recipe: how long.
     rate: the highest learning rate.
+    strength: AGC's λ, of all but the classifier's weight; infinite: no clipping.
   """
 
-  def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float):
+  def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float, strength: float = math.inf):
     self.data, self.recipe = data, recipe
-    self._graph = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))[0]
+    self._graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, recipe.warmup, recipe.steps)
     self._optimizer = optax.sgd(schedule, momentum=MOMENTUM, nesterov=True)
+    if math.isfinite(strength):
+      named = [path for path, _, _ in named_leaves(nnx.split_state(state, nnx.Param, ...)[0]) if re.search(CLASSIFIER, path)]
+      # AGC would refuse a pattern that matches nothing
+      self._optimizer = optax.chain(agc(strength, exclude=CLASSIFIER if named else None), self._optimizer)
     self._init, self._run = jax.jit(lambda key: nnx.state(make(key))), jax.jit(self._descend)
     self.logits = jax.jit(self._logits, static_argnums=2)  # (state, images, train) → float32 [batch, classes]
 

@@ -28,6 +28,7 @@ from nfnets.lab.experiments import (
   train_test,
   without_norm,
 )
+from nfnets.lab.measures import clipping
 from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe, Trainer, batches
 from nfnets.lab.vgg import VGG, VGGConfig
@@ -59,10 +60,12 @@ def shift_runs(size, cosine, accuracy, unrest):
 def test_agc_inside():
   paper = dict.fromkeys(agc_inside.ARMS, 0.9) | dict.fromkeys(("none", "without all stages", "head clipped, too"), 0.3)
   paper |= {"global / 4": 0.7, "without stem": 0.9}
-  found = lambda accuracy: agc_inside.figures({name: value + SPREAD for name, value in accuracy.items()})
+  found = lambda accuracy: agc_inside.figures({name: value + SPREAD for name, value in accuracy.items()}, 10)
   assert verdicts(agc_inside, found(paper))[1] == "holds"
   dead = verdicts(agc_inside, found(dict.fromkeys(agc_inside.ARMS, 0.1)))
-  assert dead[1] == "does not hold" == dead[0]["gain_large"] == dead[0]["stages"]
+  assert dead[1] == "does not hold" == dead[0]["gain_large"] == dead[0]["stages"] and "holds" not in dead[0].values()
+  assert agc_inside.lower(np.array([2.3, np.nan]), np.array([2.3, 0.3])) == pytest.approx(99.7)
+  assert agc_inside.lower(np.full(8, np.inf), np.full(8, np.nan)) == 0  # both dead
   for depth in ((1, 1, 1, 1), agc_inside.LARGE_NETWORK["depth"]):
     blocks = [f"blocks/{i}/conv0/kernel" for i in range(sum(depth))]
     owners = [
@@ -71,11 +74,8 @@ def test_agc_inside():
     ]
     assert [len(owned) for owned in owners] == list(depth) and sum(owners, []) == list(range(sum(depth)))
   log = {"ratios": np.full((6, 4), 0.1), "clipped": np.ones((6, 2))}
-  kept = json.loads(json.dumps(agc_inside.summary(log, [1, 3])))  # as a part that is kept
-  assert np.shape(kept["first"]) == np.shape(kept["last"]) == (2, len(agc_inside.BINS) - 1) and np.shape(kept["clipped"]) == (
-    6,
-    2,
-  )
+  kept = json.loads(json.dumps(clipping.summary(log, [1, 3])))  # as a part that is kept
+  assert np.shape(kept["first"]) == np.shape(kept["last"]) == (2, len(clipping.BINS) - 1) and np.shape(kept["clipped"]) == (6, 2)
 
 
 def informative_runs(gap, rank, cosine, loss):
@@ -83,7 +83,7 @@ def informative_runs(gap, rank, cosine, loss):
   by_layer = lambda value: np.array([[value * (1 + spread)] * 60 for spread in SPREAD])
   gaps = np.stack([by_layer(gap(width)) for width in informative.WIDTHS], axis=1)
   linears = {
-    (norm, width): {"effective_rank": by_layer(rank(norm, width))}
+    (norm, width): {key: by_layer(rank(norm, width)) for key in ("effective_rank", "stable_rank")}
     for norm in ("batch_uncentred", "none")
     for width in informative.SQUARE
   }
@@ -122,9 +122,9 @@ def test_one_network_in_the_place_of_all_does_not_hold():
 def test_agc_inside_counts_the_units_of_each_layer():
   """Two layers of 1 and 3 units, two steps, one seed: each row sums to the share of the layer's units that the bins hold."""
   logged = np.array([[[-3.1, 0.1, 0.1, -30.0], [-3.1, 0.1, -30.0, -30.0]]])
-  shares = agc_inside.by_layer(logged[0], [1, 3])
-  place = lambda value: np.searchsorted(agc_inside.BINS, value) - 1
-  assert shares.shape == (2, len(agc_inside.BINS) - 1) and shares[0, place(-3.1)] == 1 and shares[0].sum() == 1
+  shares = clipping.by_layer(logged[0], [1, 3])
+  place = lambda value: np.searchsorted(clipping.BINS, value) - 1
+  assert shares.shape == (2, len(clipping.BINS) - 1) and shares[0, place(-3.1)] == 1 and shares[0].sum() == 1
   assert shares[1, place(0.1)] == shares[1].sum() == 0.5
 
 
@@ -144,6 +144,13 @@ def test_covariate_shift():
   assert whole == "does not hold" == parts["vgg_shift"] == parts["linear_shift"]
   dead = shift_runs(lambda kind, norm: float("nan"), lambda norm: float("nan"), lambda norm: float("nan"), lambda norm: 0.2)
   assert verdicts(covariate_shift, covariate_shift.figures(dead, 10))[1] == "cannot be told here"
+  guessing = shift_runs(
+    lambda kind, norm: 0.2 if norm == "none" else 0.3,
+    lambda norm: 0.9,
+    lambda norm: 0.8 if norm == "none" else 0.1,
+    lambda norm: 0.2 if norm == "none" else 0.5,
+  )
+  assert "holds" not in verdicts(covariate_shift, covariate_shift.figures(guessing, 10))[0].values()
   still = shift_runs(
     lambda kind, norm: 0.0 if norm == "none" else 0.3,
     lambda norm: 0.9,
@@ -170,6 +177,11 @@ def test_landscape():
   assert verdicts(landscape, rougher)[1] == "does not hold"
   broken = verdicts(landscape, {**rougher, "theorem": [2.0] * SEEDS})[0]
   assert broken["theorem"] == "does not hold"
+  rough = landscape_runs(lambda name: 5.0 if name.endswith("none") else 1.0)
+  for name in ("none", "ResNet, none"):
+    rough[name] = [{**run, "accuracy": 0.1} for run in rough[name]]  # rough, but dead
+  assert set(verdicts(landscape, landscape.figures(rough, 10))[0].values()) == {"cannot be told here", "holds"}
+  assert verdicts(landscape, landscape.figures(rough, 10))[1] == "cannot be told here"
   frozen = landscape.figures(landscape_runs(lambda name: 5.0 if name.endswith("none") else 0.0), 10)
   assert "holds" not in {**verdicts(landscape, frozen)[0], "theorem": ""}.values()
 
@@ -220,10 +232,12 @@ def test_agc_and_optimizers():
   good = runs(lambda name, where: 0.9 if (name, where) == ("SGD", "before") or where == "behind" or name == "LARS" else 0.3)
   lengths = lambda value: {(n, w): np.full((SEEDS, 9), value(n, w)) for n in agc_optimizers.RATES for w in agc_optimizers.WAYS}
   shorter = lengths(lambda name, where: 0.1 if (name, where) == ("SGD", "before") else 1.0)
-  assert verdicts(agc_optimizers, agc_optimizers.figures(good, shorter))[1] == "holds"
-  dead = agc_optimizers.figures(runs(lambda name, where: 0.1), lengths(lambda name, where: np.nan))
+  assert verdicts(agc_optimizers, agc_optimizers.figures(good, shorter, 10))[1] == "holds"
+  dead = agc_optimizers.figures(runs(lambda name, where: 0.1), lengths(lambda name, where: np.nan), 10)
   parts, whole = verdicts(agc_optimizers, dead)
-  assert whole == "does not hold" == parts["sgd"] == parts["adamw_behind"]
+  assert whole == "cannot be told here" and "holds" not in parts.values()
+  useless = agc_optimizers.figures(runs(lambda name, where: 0.9), shorter, 10)
+  assert verdicts(agc_optimizers, useless)[0]["sgd"] == "does not hold"
   assert parts["sgd_why"] == parts["adamw_why"] == parts["lion_why"] == "cannot be told here"
   late = np.array([1.0, 2.0, np.nan, np.inf, 1, 1, 1, 1, 1, 1, 1, 1])  # dies at the third of twelve steps
   assert agc_optimizers.shortened(np.full(12, 0.5), late) == pytest.approx(np.median([0.5, 0.25]))
@@ -246,8 +260,11 @@ def test_nfify():
   assert verdicts(nfify, nfify.figures({"batch": [good] * SEEDS, "NF": [good] * SEEDS}, accuracy, 10))[1] == "holds"
   exploding = {"power": [1.0, 1024.0], "gradient": [1.0, 1e6], "cosine": 1.0}
   runs = {"batch": [good] * SEEDS, "NF": [exploding] * SEEDS}
-  parts, _ = verdicts(nfify, nfify.figures(runs, {"batch": 0.95 + SPREAD, "NF": 0.1 + SPREAD}, 10))
+  parts, _ = verdicts(nfify, nfify.figures(runs, {"batch": 0.95 + SPREAD, "NF": 0.8 + SPREAD}, 10))
   assert set(parts.values()) == {"does not hold"}
+  collapsed, guessing = {**good, "cosine": 1.0}, {**accuracy, "NF": 0.1 + SPREAD}
+  parts, _ = verdicts(nfify, nfify.figures({"batch": [collapsed] * SEEDS, "NF": [collapsed] * SEEDS}, guessing, 10))
+  assert "holds" not in parts.values()
   without = {"batch": [good] * SEEDS, "NF": [{**good, "gradient": [0.0, 0.0]}] * SEEDS}
   parts, _ = verdicts(nfify, nfify.figures(without, {"batch": 0.1 + SPREAD, "NF": 0.1 + SPREAD}, 10))
   assert parts["backward"] == parts["accuracy"] == "cannot be told here"
@@ -267,13 +284,17 @@ def test_without_norm():
 def test_scaling():
   """Points on a power law are found again; networks that learn nothing have no slope."""
   compute, widths = np.logspace(8, 10, 8), np.array([4, 4, 8, 8, 16, 16, 32, 32])
-  law = np.stack([3 * (compute / 1e8) ** -0.3 * (1 + spread) for spread in SPREAD])
-  found = scaling.figures(compute, law, widths)
+  law = np.stack([2 * (compute / 1e8) ** -0.3 * (1 + spread) for spread in SPREAD])
+  found = scaling.figures(compute, law, widths, 10)
   np.testing.assert_allclose(found["slope"], -0.3, rtol=1e-6)
-  assert verdicts(scaling, found)[1] == "holds"
+  assert verdicts(scaling, found)[0]["slope"] == verdicts(scaling, found)[0]["straight"] == "holds"
+  assert verdicts(scaling, found)[0]["larger"] == "does not hold"  # all lie on the line, so that width rises as over all
+  crossing = np.tile(compute[:4], 2), np.repeat([4, 32], 4)  # the wide network falls below the narrow one
+  loss = np.stack([np.concatenate([[1.5, 1.3, 1.2, 1.15], [2.0, 1.5, 1.0, 0.5]]) * (1 + spread) for spread in SPREAD])
+  assert verdicts(scaling, scaling.figures(crossing[0], loss, crossing[1], 10))[0]["larger"] == "holds"
   assert list(scaling.frontier(np.array([1.0, 2.0, 3.0, 4.0]), np.array([4.0, 5.0, 3.0, 3.5]))) == [0, 2]
-  parts, whole = verdicts(scaling, scaling.figures(compute, np.full_like(law, 2.3), widths))
-  assert "holds" not in parts.values() and whole != "holds"
+  parts, whole = verdicts(scaling, scaling.figures(compute, law + np.log(10), widths, 10))
+  assert "holds" not in parts.values() and whole != "holds"  # steep, but no better than guessing
 
 
 def test_batch_sharpness_far_from_the_edge_does_not_hold():
@@ -282,6 +303,15 @@ def test_batch_sharpness_far_from_the_edge_does_not_hold():
     stability_edge, stability_edge.figures(dict.fromkeys(stability_edge.NETWORKS, curves), 0.4 * np.ones((SEEDS, 9, 3)))
   )
   assert parts["stochastic"] == "does not hold" == whole and parts["plain"] == "holds"
+  assert parts["rises"] == "cannot be told here"  # it begins there
+
+
+def test_a_flat_network_does_not_rise_to_the_edge():
+  flat = np.tile(np.linspace(1e-8, 1e-6, 9)[:, None], (SEEDS, 1, 2))
+  parts, _ = verdicts(stability_edge, stability_edge.figures(dict.fromkeys(stability_edge.NETWORKS, flat), flat))
+  assert set(parts.values()) == {"does not hold"}
+  rising = np.tile(np.minimum(np.linspace(0.3, 1.8, 9), 1.0)[:, None], (SEEDS, 1, 2))
+  assert verdicts(stability_edge, stability_edge.figures(dict.fromkeys(stability_edge.NETWORKS, rising), rising))[1] == "holds"
 
 
 # ---- what all of them stand on

@@ -179,15 +179,15 @@ def test_linear_networks_take_normalizers_of_weights(name):
   assert ranks[0] > 2 and ranks[-1] < 1.3
 
 
-def test_fixups_scalars_take_a_tenth_of_the_learning_rate():
+def test_fixups_biases_and_scales_take_a_tenth_of_the_learning_rate():
   """The first step of Nesterov's momentum on gradients of 1, with the rate 1, is -(1 + momentum)."""
   network = Deep(DeepConfig(depth=2, width=8, norm="fixup", convs=2), jax.random.key(0))
   params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
   optimizer = sgd(lambda count: 1.0, jnp.inf, params)
   updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-  scalars = [updates["fixup_bias"], updates["blocks"][0]["gain"], *updates["blocks"][0]["biases"].values()]
-  others = [updates["fc"]["kernel"], updates["fc"]["bias"], updates["stem"]["kernel"]]
-  assert len(scalars) == 6
+  scalars = [updates["fixup_bias"], updates["blocks"][0]["gain"], *updates["blocks"][0]["biases"].values(), updates["fc"]["bias"]]
+  others = [updates["fc"]["kernel"], updates["stem"]["kernel"]]
+  assert len(scalars) == 7
   for leaves, size in ((scalars, 0.19), (others, 1.9)):
     assert all(np.allclose(leaf, -size) for leaf in leaves)
   assert not np.asarray(network.fc.kernel[...]).any()

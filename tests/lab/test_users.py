@@ -1,5 +1,6 @@
 """The network that a person names: how it is called, which of its layers come first, and how it is trained."""
 
+import math
 import textwrap
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nfnets import models
+from nfnets.agc import named_leaves
 from nfnets.config import DataConfig
 from nfnets.errors import UserError
 from nfnets.lab import task, training, users
@@ -14,6 +17,7 @@ from nfnets.lab.experiment import Settings
 from nfnets.lab.experiments import agc_inside, backward, stability_edge
 from nfnets.lab.progress import Progress
 from nfnets.lab.training import Recipe
+from nfnets.lab.zoo import ZooTrainer
 
 NETWORK = """
   from flax import nnx
@@ -54,7 +58,10 @@ def network(tmp_path):
 def test_it_gets_images_of_its_size_and_normalizes_as_it_is_told(network):
   images = task.images(count=12)[0]
   for name in (network(), "resnet_tiny"):
-    trains, evaluates = (users.UserNetwork(name, 0, 10)(images, train=train) for train in (True, False))
+    made = users.UserNetwork(name, 0, 10)
+    if name == "resnet_tiny":
+      users.open_branches(made.network, 0)  # whose classifier begins with 0
+    trains, evaluates = (made(images, train=train) for train in (True, False))
     assert trains.shape == evaluates.shape == (12, 10)
     assert not np.allclose(trains, evaluates, atol=1e-3)  # statistics of these images, and running ones
   assert users.UserNetwork("nf_resnet_tiny", 0, 7)(images, key=jax.random.key(0)).shape == (12, 7)
@@ -88,6 +95,29 @@ def test_with_running_statistics_it_learns_too(network):
   mean = lambda state: np.asarray(state["network"]["norm"]["mean"][...])
   assert np.abs(mean(after) - mean(before)).max() > 0.01
   assert trainer.accuracy(after) > 0.5
+
+
+def test_a_network_of_the_zoo_is_opened_at_initialization_alone():
+  """With gains of 0, as it is trained, blocks add nothing; opened ones do."""
+  gains = lambda network: [float(block.skip_gain[...]) for block in network.blocks]
+  trained, shown = (users.user_model("nf_resnet_tiny", seed=0, opened=opened)[0] for opened in (False, True))
+  assert set(gains(trained)) == {0.0} == set(gains(users.UserNetwork("nf_resnet_tiny", 0, 10).network))
+  assert set(gains(shown)) == {1.0}
+  assert len(users.note("nf_resnet_tiny")) == 1 and users.note(None) == users.note("mine.py:make") == ()
+
+
+def test_the_twin_is_clipped():
+  """With a tiny λ only the classifier's weight moves; with none all do."""
+  data, recipe = task.data(None, cut=False), Recipe(batch=16, steps=12, warmup=2)
+  make = lambda key: models.create("nf_resnet_tiny", 10, rngs=key, depth=(1, 1, 1), width=(8, 8, 8))
+  for strength, held in ((1e-9, True), (math.inf, False)):
+    trainer = ZooTrainer(make, data, recipe, 0.5, strength)
+    before, after = trainer.init(0), trainer.fit(0)
+    moved = {
+      path: float(jnp.abs(a - b).max()) for (path, a, _), (_, b, _) in zip(*map(named_leaves, (after, before)), strict=True)
+    }
+    others = max(far for path, far in moved.items() if path.endswith("kernel") and not path.startswith("fc"))
+    assert moved["fc/kernel"] > 1e-3 and (others < 1e-6) == held
 
 
 def test_too_few_classes_are_told(network):
@@ -135,8 +165,7 @@ class Brief(Settings):
     return 20 if isinstance(small, int) else (16, 4, 1)
 
 
-def test_the_edge_of_stability_is_measured_for_it_too(network, monkeypatch):
-  monkeypatch.setattr(stability_edge, "EVERY", 10)
+def test_the_edge_of_stability_is_measured_for_it_too(network):
   name = network()
   measured = stability_edge.run(Brief(seeds=1, model=name), Progress(lambda share: None))
-  assert [row["network"] for row in measured.rows].count(name) == 1
+  assert [row["network"] for row in measured.rows].count(name) == 1 and len(measured.yours["yours"]) == 1

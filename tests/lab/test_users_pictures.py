@@ -61,7 +61,7 @@ def linear_or_grouped(part):
 def training(part):
   """Of `agc_inside`."""
   kept = {name: np.ones((KERNELS, len(agc_inside.BINS) - 1)).tolist() for name in agc_inside.PARTS}
-  return {"accuracy": 0.5, "clipped": np.ones((STEPS, KERNELS)).tolist(), **kept}
+  return {"accuracy": 0.5, "gain": 0.1, "clipped": np.ones((STEPS, KERNELS)).tolist(), **kept}
 
 
 MADE_UP = {

@@ -123,6 +123,34 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
   assert calls[7:] == ["two"] and all(step.left_s >= 0 for step in steps)
 
 
+def test_another_code_is_measured_anew(tmp_path, monkeypatch):
+  calls = []
+  chosen = [experiment([1.0, 1.0, 1.0], "one", calls)]
+  runner.run(chosen, Settings(), tmp_path, lambda step: None)
+  assert len(records._code()) == 64
+  monkeypatch.setattr(records, "_code", lambda: "another")
+  for _ in range(2):
+    runner.run(chosen, Settings(), tmp_path, lambda step: None)
+  assert calls == ["one", "one"]
+
+
+def test_a_network_of_the_users_own_is_judged_for_itself(tmp_path):
+  """Its parts stand in a table of their own and do not count for the claim; without one there are none."""
+  own = dataclasses.replace(CRITERION, name="own", claim="Mine is steep.", low=5.0)
+  made = dataclasses.replace(experiment([1.0, 1.0, 1.0], "one"), yours=(own,))
+  measured = made.run(Settings(), lambda share: None)
+  assert conclude(made, Settings(), measured).yours == ()
+  settings = Settings(model="nf_resnet_tiny")
+  with pytest.raises(KeyError, match="own"):
+    conclude(made, settings, measured)
+  result = conclude(made, settings, dataclasses.replace(measured, yours={"own": [1.0, 2.0, 1.0]}))
+  assert [finding.verdict for finding in result.yours] == ["does not hold"] and result.verdict == "holds"
+  stored = records.record(result, 1.0)
+  page = report.page([(stored, b"")])
+  assert stored["yours"][0]["name"] == "own" and "of your model" in page and "Mine is steep." in page
+  assert "of your model" not in report.page([({**stored, "yours": []}, b"")])
+
+
 def test_the_report_is_one_file_without_references(tmp_path):
   runner.run([experiment([1.0, 1.0, 1.0], name) for name in ("one", "two")], Settings(), tmp_path, lambda step: None)
   text = (tmp_path / "report.html").read_text()
@@ -142,7 +170,8 @@ def test_the_table_of_experiments():
   for name in experiments.names():
     made = experiments.get(name)
     assert made.name == name and made.paper and made.section and made.claim.endswith(".") and 0 < made.minutes <= 3
-    for criterion in made.criteria:
+    assert made.yours or name == "nfify"  # whose claim is on the user's own already
+    for criterion in (*made.criteria, *made.yours):
       assert criterion.claim.endswith(".") and criterion.low < criterion.high
       assert math.isfinite(criterion.low) or math.isfinite(criterion.high)
     for settings in (Settings(), Settings(data=DataConfig(name="digits"))):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from flax import nnx
 
 from launch import lab as program
 from nfnets.errors import UserError
@@ -25,6 +27,29 @@ def wrong(seed):
   return seed
 
 
+def fails(seed):
+  """A function whose own code fails."""
+  raise ZeroDivisionError("in\ntheir code")
+
+
+def takes_two(seed, more):
+  """A function with an argument too many."""
+
+
+class Net(nnx.Module):
+  """Takes grey images of a pixel, or of any size with `flat`; its answers are then no [batch, classes]."""
+
+  def __init__(self, flat):
+    self.flat = flat
+
+  def __call__(self, images):
+    return images.reshape(-1) if self.flat else images @ jnp.ones((7, 10))
+
+
+refuses = lambda seed: Net(False)
+flattens = lambda seed: Net(True)
+
+
 def values(*arguments):
   found = flags.FlagValues()
   program.define(found)
@@ -38,6 +63,10 @@ def values(*arguments):
     ([], [], "which experiment"),
     ([], ["forwrad"], "expected forward"),
     ([], ["all", "forward"], "stands alone"),
+    ([f"--model={__file__}:fails"], ["forward"], "FUNCTION\\(0\\) fails: ZeroDivisionError: in their code"),
+    ([f"--model={__file__}:takes_two"], ["forward"], "missing 1 required positional argument"),
+    ([f"--model={__file__}:refuses"], ["forward"], r"cannot be called with images \[2, 32, 32, 3\]: TypeError"),
+    ([f"--model={__file__}:flattens"], ["forward"], r"expected logits \[batch, classes\], got \(6144,\)"),
     (["--model=nf_resnet_tyny"], ["forward"], "nf_resnet_tiny"),
     (["--model=none.py:make"], ["forward"], "no file none.py"),
     ([f"--model={ROOT / 'README.md'}:make"], ["forward"], "is no Python file"),
@@ -87,6 +116,21 @@ def test_images_are_real_and_normalised():
   assert images.shape == (1437, 8, 8, 3) and set(np.asarray(labels)) == set(range(10))
   assert abs(float(images.mean())) < 0.02 and float(images.std()) == pytest.approx(1, abs=0.02)
   assert task.images(count=4, side=16)[0].shape == (4, 16, 16, 3)
+
+
+def test_a_file_that_a_network_reads_is_not_mistaken_for_the_directory(tmp_path, monkeypatch):
+  from nfnets.lab import runner
+
+  def run(*arguments, **options):
+    raise failure
+
+  monkeypatch.setattr(runner, "run", run)
+  failure = FileNotFoundError(2, "No such file", "/weights.msgpack")
+  with pytest.raises(FileNotFoundError, match="weights"):
+    program.run(values("--compiled=off", f"--out={tmp_path}"), "forward")
+  failure = PermissionError(13, "Permission denied", str(tmp_path / "forward.png"))
+  with pytest.raises(UserError, match="cannot be written: Permission denied"):
+    program.run(values("--compiled=off", f"--out={tmp_path}"), "forward")
 
 
 # ---- a network that is broken must not get "holds"

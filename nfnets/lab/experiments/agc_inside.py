@@ -15,16 +15,15 @@ from flax import nnx
 from nfnets import models
 from nfnets.agc import agc, agc_metrics, explain_entries, named_leaves, unit_norm
 from nfnets.config import DataConfig
-from nfnets.lab import drawing, task, training, users
+from nfnets.lab import drawing, task, training, users, verdict
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
+from nfnets.lab.measures.clipping import BINS, PARTS, medians, summary
 from nfnets.lab.progress import Progress
 
 BATCH, WARMUP = 256, 10
 SMALL, LARGE = 0.1, 1.6  # learning rates; the large one is that of the paper's ablation
 LAMBDA, THRESHOLD = 0.04, 1.0
 LADDER = 4.0  # by which both are made smaller and larger
-BINS = np.linspace(-5, 2, 29)  # of log10 ‖G‖ / ‖W‖
-PARTS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "last")  # of the steps, equally many each
 # one block a stage; at the scale full as many as in NFNet-F0
 NETWORK: dict[str, Any] = {"depth": (1, 1, 1, 1), "width": (32, 64, 64, 64), "stage_strides": (1, 2, 2, 1)}
 LARGE_NETWORK = {**NETWORK, "depth": (1, 2, 6, 3), "width": (64, 128, 256, 256)}
@@ -102,11 +101,19 @@ CRITERIA = (
     name="stages", claim="The four stages need it: with all of them unclipped the accuracy is lower by at least 0.05.", low=0.05
   ),
 )
+# what is judged of a network of the user's own
+YOURS = (
+  Criterion(
+    name="yours",
+    claim="Your model: at the large learning rate AGC lowers the training loss at the end by at least 0.05.",
+    low=0.05,
+  ),
+)
 
 
 def run(settings: Settings, progress: Progress) -> Measured:
   """Trains the network in every way with every seed."""
-  steps = settings.of_scale(80, 1000)
+  steps = settings.of_scale(200, 1000)
   shape = settings.of_scale(NETWORK, LARGE_NETWORK)
   make = lambda seed: models.create("nf_resnet_tiny", task.classes(settings.data), rngs=seed, **shape)
   trainer = Trainer(make(0), 8, {"train": True}, settings.data)
@@ -119,8 +126,9 @@ def run(settings: Settings, progress: Progress) -> Measured:
 
   def visit(name: str, seed: int) -> dict[str, Any]:
     guest, network = guests[name], theirs(name, seed)[0]  # AGC leaves its classifier out if that is called fc
-    accuracy, log = guest.train(guest.split(network), ARMS["AGC"], guest.batches(settings.of_scale(20, 1000), seed))
-    return {"accuracy": accuracy, **summary(log, list(guest.units.values()))}
+    order = guest.batches(settings.of_scale(20, 1000), seed)
+    (accuracy, log), (_, plain) = (guest.train(guest.split(network), ARMS[arm], order) for arm in ("AGC", "none"))
+    return {"accuracy": accuracy, "gain": lower(plain["loss"], log["loss"]), **summary(log, list(guest.units.values()))}
 
   seeds = range(settings.seeds)
   jobs = {f"{name}, seed {seed}": functools.partial(job, name, seed) for name in ARMS for seed in seeds}
@@ -133,7 +141,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
   for name, of_seeds in runs.items():
     rows += [_row(f"{name}, AGC", [run["accuracy"] for run in of_seeds]), *_layer_rows(name, list(guests[name].units), of_seeds)]
   return Measured(
-    samples=figures(accuracy),
+    samples=figures(accuracy, task.classes(settings.data)),
+    yours={"yours": [run["gain"] for run in runs[settings.model]]} if settings.model else {},
     rows=rows,
     draw=lambda figure: draw(figure, accuracy, logs, list(trainer.units), runs),
     caption=f"NF-ResNet with four stages on {task.name(settings.data)}, batch {BATCH}, {steps} steps. Left: test accuracy by "
@@ -148,7 +157,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "wide, over the units of a layer whose gradient is not 0 and all seeds.",
       "After a first run the part on both at their best thresholds was added, and later a fourth one of global clipping, since "
       "the lowest of three had been the best.",
-      "The paper trained NF-ResNets on ImageNet with batches of 4,096; here a small network sees a thousand images.",
+      "The paper trained NF-ResNets on ImageNet with batches of 4,096; here a small network sees fifteen hundred images.",
     ),
   )
 
@@ -230,21 +239,34 @@ class Trainer:
     return norms(leaves) / jnp.maximum(norms(weights), 1e-3)
 
 
-def figures(accuracy: dict[str, np.ndarray]) -> dict[str, list[float]]:
-  """The criteria's figures from test accuracies, [seeds] each: differences of trainings that began alike."""
+def figures(accuracy: dict[str, np.ndarray], classes: int) -> dict[str, list[float]]:
+  """The criteria's figures from test accuracies, [seeds] each: differences of trainings that began alike.
+
+  A part that networks which learn nothing would fulfil is NaN where they do not learn.
+  """
   spread = lambda names: np.ptp(np.stack([accuracy[name] for name in names]), axis=0)
   globals_ = ("global", f"global / {LADDER:g}", f"global × {LADDER:g}")
   agcs = ("AGC", f"AGC, λ / {LADDER:g}", f"AGC, λ × {LADDER:g}")
   best = lambda names: np.max(np.stack([accuracy[name] for name in names]), axis=0)
+  gain = lambda one, other: verdict.if_learned(accuracy[one] - accuracy[other], best((one, other)), classes)
+  both = np.minimum(best(agcs), best(globals_))
+  tuned = best(agcs), best((*globals_, f"global / {LADDER**2:g}"))
   return {
     "gain_large": list(accuracy["AGC"] - accuracy["none"]),
-    "gain_small": list(accuracy["AGC, small rate"] - accuracy["none, small rate"]),
-    "sensitivity": list(spread(globals_) - spread(agcs)),
-    "best": list(best(agcs) - best((*globals_, f"global / {LADDER**2:g}"))),
-    "head": list(accuracy["AGC"] - accuracy["head clipped, too"]),
-    "stem": list(accuracy["AGC"] - accuracy["without stem"]),
+    "gain_small": gain("AGC, small rate", "none, small rate"),
+    "sensitivity": verdict.if_learned(spread(globals_) - spread(agcs), both, classes),
+    "best": verdict.if_learned(tuned[0] - tuned[1], np.maximum(*tuned), classes),
+    "head": gain("AGC", "head clipped, too"),
+    "stem": gain("AGC", "without stem"),
     "stages": list(accuracy["AGC"] - accuracy["without all stages"]),
   }
+
+
+def lower(plain: np.ndarray, clipped: np.ndarray) -> float:
+  """By how much the loss of the last quarter of the steps, a median of at most 100, is lower with clipping than without."""
+  late = slice(-max(1, len(plain) // 4), None)
+  ends = (min(100.0, float(np.nan_to_num(np.median(losses[late]), nan=100.0))) for losses in (plain, clipped))
+  return next(ends) - next(ends)
 
 
 def _row(training: str, value: Any, medians: str = "") -> Row:
@@ -257,32 +279,6 @@ def _layer_rows(name: str, layers: list[str], logs: list[dict[str, Any]]) -> lis
   by_part = np.array([medians(np.mean([log[part] for log in logs], axis=0)) for part in PARTS])  # [parts, layers]
   texts = [", ".join(f"{value:.1f}" for value in layer) for layer in by_part.T]
   return [_row(f"{name}: {layer}, units clipped", clipped[:, i], texts[i]) for i, layer in enumerate(layers)]
-
-
-def summary(log: dict[str, np.ndarray], units: list[int]) -> dict[str, list]:
-  """What is kept of a training's log: "clipped" [steps, kernels], and for each of PARTS a histogram [kernels, bins]."""
-  logged = np.log10(np.maximum(log["ratios"], 1e-30))  # [steps, units]
-  ends = [i * len(logged) // len(PARTS) for i in range(len(PARTS) + 1)]
-  parts = {name: logged[start : max(end, start + 1)] for name, start, end in zip(PARTS, ends[:-1], ends[1:], strict=True)}
-  return {"clipped": log["clipped"].tolist(), **{name: by_layer(part, units).tolist() for name, part in parts.items()}}
-
-
-def medians(histograms: np.ndarray) -> np.ndarray:
-  """The middle of the bin in which the median lies, of [layers, bins]; NaN where the bins are empty."""
-  below = np.cumsum(histograms, axis=1)
-  middle = (BINS[:-1] + BINS[1:])[np.argmax(below >= below[:, -1:] / 2, axis=1)] / 2
-  return np.where(below[:, -1] > 0, middle, math.nan)
-
-
-def by_layer(logged: np.ndarray, units: list[int]) -> np.ndarray:
-  """Histograms of log10 ‖G‖ / ‖W‖ over BINS, [layers, bins], of all steps; each sums to the share within the bins.
-
-  Args:
-    logged: [steps, units], the units of one layer after those of another.
-    units: how many each layer has.
-  """
-  parts = np.split(logged, np.cumsum(units)[:-1], axis=-1)
-  return np.stack([np.histogram(part, BINS)[0] / part.size for part in parts])
 
 
 def draw(
@@ -338,5 +334,6 @@ EXPERIMENT = Experiment(
   "should.",
   criteria=CRITERIA,
   minutes=0.4,
+  yours=YOURS,
   run=run,
 )

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from nfnets.agc import explain_entries, named_leaves, unit_norm
-from nfnets.lab import drawing, task, users
+from nfnets.lab import drawing, task, users, verdict
 from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.experiment import Criterion, Experiment, Measured, Row, Settings
 from nfnets.lab.progress import Progress
@@ -59,6 +59,22 @@ CRITERIA = (
   ),
   Criterion(
     name="sgd_lars", claim="SGD with AGC is no worse than LARS, each at its best of three rates, by more than 0.01.", low=-0.01
+  ),
+)
+# what is judged of a network of the user's own
+YOURS = (
+  Criterion(name="yours_sgd", claim="Your model: SGD at the large rate: AGC raises it by at least 0.05.", low=0.05),
+  Criterion(
+    name="yours_adamw",
+    claim="Your model: AdamW at the large rate: AGC of the gradient changes it by at most 0.05.",
+    low=-0.05,
+    high=0.05,
+  ),
+  Criterion(
+    name="yours_lion",
+    claim="Your model: Lion at the large rate: AGC of the gradient changes it by at most 0.05.",
+    low=-0.05,
+    high=0.05,
   ),
 )
 
@@ -114,7 +130,13 @@ def run(settings: Settings, progress: Progress) -> Measured:
   lengths = by_way(found[0, :, :, -1, :, 2:])  # [seeds, steps] each, at the large rate
   theirs = {name: by_way(found[i, ..., 0]) for i, name in enumerate(networks) if name != OURS}
   return Measured(
-    samples=figures(accuracy, lengths),
+    samples=figures(accuracy, lengths, data.classes),
+    yours={
+      f"yours_{name.lower()}": gained(of_theirs, name, "before", data.classes)
+      for of_theirs in theirs.values()
+      for name in RATES
+      if name != "LARS"
+    },
     rows=[
       _row(network, name, where, rate, values[i])
       for network, of_network in zip(networks, found, strict=True)
@@ -173,11 +195,15 @@ def consecutive(updates: Any) -> float:
   return float(np.median(finite)) if finite.size else math.nan
 
 
-def figures(accuracy: ByWay, lengths: ByWay) -> dict[str, list[float]]:
-  """The criteria's figures, from accuracies [rates, seeds], and lengths of steps [seeds, steps] at the large learning rates."""
+def figures(accuracy: ByWay, lengths: ByWay, classes: int) -> dict[str, list[float]]:
+  """The criteria's figures, from accuracies [rates, seeds], and lengths of steps [seeds, steps] at the large learning rates.
+
+  A part that networks which learn nothing would fulfil is NaN where they do not learn.
+  """
   ratio = lambda name: [shortened(*pair) for pair in zip(lengths[name, "before"], lengths[name, "none"], strict=True)]
   best = lambda name, where: accuracy[name, where][np.argmax(accuracy[name, where].mean(axis=1))]
-  gain = lambda name, where: list(accuracy[name, where][-1] - accuracy[name, "none"][-1])
+  sgd, lars = best("SGD", "before"), best("LARS", "none")
+  gain = lambda name, where: gained(accuracy, name, where, classes)
   return {
     "sgd": gain("SGD", "before"),
     "adamw_before": gain("AdamW", "before"),
@@ -188,8 +214,14 @@ def figures(accuracy: ByWay, lengths: ByWay) -> dict[str, list[float]]:
     "adamw_why": ratio("AdamW"),
     "lion_why": ratio("Lion"),
     "lars": gain("LARS", "before"),
-    "sgd_lars": list(best("SGD", "before") - best("LARS", "none")),
+    "sgd_lars": verdict.if_learned(sgd - lars, np.maximum(sgd, lars), classes),
   }
+
+
+def gained(accuracy: ByWay, name: str, where: str, classes: int) -> list[float]:
+  """How much AGC raises the accuracy at the large rate, for each seed; NaN where it is no better than guessing in both ways."""
+  clipped, plain = accuracy[name, where][-1], accuracy[name, "none"][-1]
+  return verdict.if_learned(clipped - plain, np.maximum(clipped, plain), classes)
 
 
 def _row(network: str, name: str, where: str, rate: float, found: np.ndarray) -> Row:
@@ -251,5 +283,6 @@ EXPERIMENT = Experiment(
   "gradient themselves; AGC of their updates helps.",
   criteria=CRITERIA,
   minutes=1.4,
+  yours=YOURS,
   run=run,
 )

@@ -62,6 +62,16 @@ CRITERIA = (
     high=0.05,
   ),
 )
+# what is judged of a network of the user's own
+YOURS = (
+  Criterion(
+    name="even",
+    claim="Your model: gradients neither explode nor vanish: the norms of the first and the last quarter of the kernels' ones, "
+    "geometric means, differ at most tenfold; this is log10 of the ratio.",
+    low=-1.0,
+    high=1.0,
+  ),
+)
 
 
 def run(settings: Settings, progress: Progress) -> Measured:
@@ -77,7 +87,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
     return block_gradients(config, images, labels, settings.seeds).tolist()
 
   def look(name: str, seed: int) -> dict[str, float]:
-    model, side, arguments = users.labelled_model(name, seed=seed, classes=classes)
+    model, side, arguments = users.labelled_model(name, seed=seed, classes=classes, opened=True)
     return gradient_norms(model, *task.images(settings.data, len(images), side=side), **arguments)
 
   names = [(name, depth) for depth in DEPTHS for name in NETWORKS]
@@ -89,6 +99,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   deepest = {name: measured[name, DEPTHS[-1]] for name in NETWORKS}
   return Measured(
     samples=figures(deepest),
+    yours={"even": [quarters(run) for run in theirs[settings.model]]} if settings.model else {},
     rows=[_row(name, depth, values) for (name, depth), values in measured.items()]
     + [
       {"network": f"{name}: {path}", "blocks": "", "factor a block": "", "first / last": [run[path] for run in runs]}
@@ -104,7 +115,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       f"Groups are counted at width {WIDTH}" + (f"; here all widths are {scale} times that." if scale > 1 else "."),
       "In residual networks with batch normalization gradients grow by a power of the depth only.",
     )
-    + (("Rows of your model hold the norm of each parameter's gradient.",) if theirs else ()),
+    + (("Rows of your model hold the norm of each parameter's gradient.", *users.note(settings.model)) if theirs else ()),
   )
 
 
@@ -151,6 +162,15 @@ def figures(deepest: dict[str, np.ndarray]) -> dict[str, list[float]]:
   }
 
 
+def quarters(norms: dict[str, float]) -> float:
+  """log10 of the geometric mean of the first quarter of the kernels' norms over that of the last one; NaN where one has none."""
+  kernels = [norm for path, norm in norms.items() if path.endswith("kernel")] or list(norms.values())
+  many = max(1, len(kernels) // 4)
+  if not max(kernels[:many]) > 0 or not max(kernels[-many:]) > 0:
+    return float("nan")
+  return float(np.log10(verdict.geometric_mean(kernels[:many]) / verdict.geometric_mean(kernels[-many:])))
+
+
 def _row(name: str, depth: int, squared: np.ndarray) -> Row:
   return {"network": name, "blocks": depth, "factor a block": factors(squared), "first / last": squared[:, 0] / squared[:, -1]}
 
@@ -192,11 +212,12 @@ EXPERIMENT = Experiment(
   title="Stable backward propagation",
   paper="Yang et al. 2019 (1902.08129), Lubana et al. 2021 (2106.05956)",
   section="Yang: the theorems on gradient explosion, no figure; Lubana: section 5, the speed-stability trade-off of group "
-  "normalization, no figure",
+  "normalization, no figure; all from memory",
   claim="At initialization gradients of plain networks explode towards the input with batch and with instance normalization, "
   "less so the larger the groups that are normalized, and not at all in residual networks with alpha/beta and scaled weight "
   "standardization.",
   criteria=CRITERIA,
   minutes=1.2,
+  yours=YOURS,
   run=run,
 )

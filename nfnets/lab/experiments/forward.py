@@ -94,6 +94,15 @@ CRITERIA = (
     high=1.25,
   ),
 )
+# what is judged of a network of the user's own
+YOURS = (
+  Criterion(
+    name="growth",
+    claim="Your model: the mean square grows no faster than by one and the same amount a submodule: log2 of the largest over the "
+    "first, less log2 of the number of submodules, is at most 0.",
+    high=0.0,
+  ),
+)
 
 
 def run(settings: Settings, progress: Progress) -> Measured:
@@ -119,6 +128,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   rows += [_user_row(name, path, [run[path] for run in runs]) for name, runs in theirs.items() for path in runs[0]]
   return Measured(
     samples=samples,
+    yours={"growth": [growth(run) for run in theirs[settings.model]]} if settings.model else {},
     rows=rows,
     draw=lambda figure: draw(figure, {name: measured[name, 1000] for name in NETWORKS}, theirs),
     caption="Networks of 1,000 blocks at initialization: mean square of the skip path, on the right of normalizers that the "
@@ -137,6 +147,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
       "After a first run images were scaled, three networks made wider (64 channels instead of 32), and the part on layer and "
       "instance normalization was added.",
       "Numbers beyond float32 are followed in logarithms: unnormalized networks with ReLU are homogeneous.",
+      *users.note(settings.model),
     ),
   )
 
@@ -210,8 +221,14 @@ def _user(settings: Settings, batch: int, seed: int = 0) -> dict[str, dict[str, 
   """The signal in the user's own network."""
   if settings.model is None:
     return {}
-  model, side, arguments = users.user_model(settings.model, seed=seed, classes=task.classes(settings.data))
+  model, side, arguments = users.user_model(settings.model, seed=seed, classes=task.classes(settings.data), opened=True)
   return signal(model, task.images(settings.data, batch, side=side)[0], **arguments)
+
+
+def growth(run: dict[str, dict[str, float]]) -> float:
+  """log2 of the largest mean square behind a submodule over the first one, less log2 of their number; inf where it overflows."""
+  power = np.array([value["var"] + value["mean_sq"] for value in run.values()])
+  return float(np.log2(power.max() / max(power[0], 1e-300) / len(power))) if np.isfinite(power).all() else float("inf")
 
 
 def _user_row(model: str, path: str, values: list[dict[str, float]]) -> Row:
@@ -229,8 +246,8 @@ def _user_row(model: str, path: str, values: list[dict[str, float]]) -> Row:
 
 def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, list[dict[str, dict[str, float]]]]) -> None:
   """Draws six panels, of which the last one is that of a user's own network where there is one."""
-  figure.set_size_inches(9.0, 9.6)
-  (growth, others), (branch, stages), (means, last) = figure.subplots(3, 2)
+  figure.set_size_inches(9.0, 5.4)
+  (growth, others, branch), (stages, means, last) = figure.subplots(2, 3)
   blocks = np.arange(1, 1001)
   for style, (name, values) in enumerate((name, values) for name, values in profiles.items() if name not in OTHERS):
     label = name.removeprefix("alpha/beta, ")
@@ -277,11 +294,13 @@ EXPERIMENT = Experiment(
   name="forward",
   title="Stable forward propagation",
   paper="De & Smith 2020 (2002.10444), Brock et al. 2021 (2101.08692), Lubana et al. 2021 (2106.05956)",
-  section="De & Smith: section 2 and figure 2; Brock: sections 3 and 4, figures 1 and 2; Lubana: section 3",
+  section="De & Smith: section 2 and figure 2, from memory; Brock: sections 3 and 4, figures 1 and 2; Lubana: section 3, from "
+  "memory",
   claim="At initialization the variance of a residual network grows linearly with batch normalization, doubles each block "
   "without normalization, and grows by alpha² a block, starting again at each transition, with alpha/beta; scaled weight "
   "standardization stops the shift of the means.",
   criteria=CRITERIA,
   minutes=2.6,
+  yours=YOURS,
   run=run,
 )

@@ -48,6 +48,7 @@ CRITERIA = (
     "0.5.",
     low=0.5,
   ),
+  Criterion(name="rank_stable", claim="So does the stable rank, tr / ‖·‖₂: the log-log slope is at least 0.5.", low=0.5),
   Criterion(
     name="rank_without", claim="Without normalization it collapses: in the last layer it is at most 1.5 at width 32.", high=1.5
   ),
@@ -66,6 +67,14 @@ CRITERIA = (
     name="group_speed",
     claim="And they train slower: the rank correlation of group size and training loss after a hundred steps is at least 0.5.",
     low=0.5,
+  ),
+)
+YOURS = (
+  Criterion(
+    name="apart",
+    claim="Your model keeps images apart: the cosine of different images' features before the classifier, or of the logits where "
+    "these alone are seen, is at most 0.95.",
+    high=0.95,
   ),
 )
 
@@ -107,6 +116,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   theirs = {name: [found[f"{name}, seed {seed}"] for seed in seeds] for name in settings.models}
   return Measured(
     samples=figures(gaps, linears, groups, losses),
+    yours={"apart": [apart(run) for run in theirs[settings.model]]} if settings.model else {},
     rows=_rows(gaps, linears, groups, losses) + _user_rows(theirs),
     draw=lambda figure: draw(figure, gaps, linears, groups, losses, theirs),
     caption=f"Random networks on {task.name(settings.data)}. Above, linear ones: orthogonality gap of {SAMPLES} samples by "
@@ -115,14 +125,15 @@ def run(settings: Settings, progress: Progress) -> Measured:
     f"size; stable rank by width over group size; training loss of {GROUP_DEPTH // 2} layers after {TRAINING.steps} steps by "
     "the cosine at initialization, a point a group size. Shades and bars: all seeds.",
     notes=(
-      "The theorem bounds the gap by a term in 1 / sqrt(width); the abstract calls it inversely proportional to the width. "
-      "Both are judged.",
+      "The theorem bounds the gap by 1 / sqrt(width), the abstract calls it inversely proportional to it: both are judged.",
       "Batch normalization divides by the root mean square here and does not centre, as in the papers' analysis.",
       "Lubana et al. bound the rank from below by a constant, which they leave open, times sqrt(width / group size). A smaller "
       "exponent does not refute that; the one that fits here stands in the table.",
       "Groups of one channel, instance normalization, train slowly for the other reason that Lubana et al. give: exploding "
       "gradients, which the experiment backward shows.",
-      "After a first run the rank was judged by tr² / ‖·‖²_F, the paper's own measure, instead of tr / ‖·‖₂.",
+      "The effective rank, tr² / ‖·‖²_F, is the paper's own measure. The first run was judged by the stable rank alone.",
+      "Cosine and stable rank of networks with groups are two views of one matrix of inner products, and hardly differ.",
+      *users.note(settings.model),
     ),
   )
 
@@ -175,11 +186,12 @@ def settled(values: np.ndarray) -> np.ndarray:
 def figures(gaps: np.ndarray, linears: Linears, groups: Groups, losses: np.ndarray) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed, from gaps [seeds, widths, layers], measures, and losses [seeds, sizes]."""
   slopes = [_slope(WIDTHS, seed) for seed in settled(gaps)]
-  rank = np.stack([settled(linears["batch_uncentred", width]["effective_rank"]) for width in SQUARE], axis=1)
+  ranks = lambda measure: np.stack([settled(linears["batch_uncentred", width][measure]) for width in SQUARE], axis=1)
   return {
     "gap_slope": slopes,
     "gap_inverse": slopes,
-    "rank_slope": [_slope(SQUARE, seed) for seed in rank],
+    "rank_slope": [_slope(SQUARE, seed) for seed in ranks("effective_rank")],
+    "rank_stable": [_slope(SQUARE, seed) for seed in ranks("stable_rank")],
     "rank_without": list(linears["none", 32]["effective_rank"][:, -1]),
     "group_cosine": correlations(by_size(groups, "cosine")),
     "group_rank": correlations(by_size(groups, "stable_rank")),
@@ -217,13 +229,19 @@ def _rows(gaps: np.ndarray, linears: Linears, groups: Groups, losses: np.ndarray
 
 def _user(name: str, seed: int, settings: Settings) -> dict[str, dict[str, float]]:
   """How alike the user's own network makes images: its logits, and the features of a network of nfnets.models."""
-  network, side, arguments = users.user_model(name, seed=seed, classes=task.classes(settings.data))
+  network, side, arguments = users.user_model(name, seed=seed, classes=task.classes(settings.data), opened=True)
   images, _ = task.images(settings.data, GROUP_SAMPLES, seed=seed, side=side)
   outputs = getattr(network, "outputs", None)
   model: Any = nnx.clone(network)
   features = {"logits": model(images, **arguments)} if outputs is None else model.outputs(images, **arguments)
   measured = lambda value: {key: float(number) for key, number in similarity(value).items()}
   return {place: {"width": value.shape[-1], **measured(value)} for place, value in features.items()}
+
+
+def apart(run: dict[str, dict[str, float]]) -> float:
+  """The cosine of different images at the last place before the classifier; NaN where all that is seen there is 0."""
+  place = run["pool" if "pool" in run else "logits"]
+  return place["cosine"] if np.isfinite(place["stable_rank"]) else float("nan")
 
 
 def _user_rows(theirs: Theirs) -> list[dict[str, Any]]:
@@ -302,8 +320,7 @@ def draw(figure: Any, gaps: np.ndarray, linears: Linears, groups: Groups, losses
     counts = [count for wide, count in groups if wide == width]
     values = np.stack([groups[width, count]["stable_rank"] for count in counts], axis=1)
     drawing.line(ratios, counts, values, f"width {width}", style, markers=True)
-  counts = np.array(GROUPS[::-1])
-  ratios.plot(counts, counts**0.5, color="0.6", lw=4, alpha=0.5, label="root", zorder=0)
+  ratios.plot(GROUPS, np.sqrt(GROUPS), color="0.6", lw=4, alpha=0.5, label="root", zorder=0)
   ratios.set_xscale("log", base=2)
   ratios.set_yscale("log", base=2)
   ratios.set_ylim(top=30)
@@ -316,17 +333,18 @@ def draw(figure: Any, gaps: np.ndarray, linears: Linears, groups: Groups, losses
     speed.plot([x.min(), x.max()], [y.mean()] * 2, color="0.5", lw=1.5)
     speed.plot(x.mean(), y.mean(), "ko", ms=4)
     speed.annotate(str(size), (x.mean(), y.mean()), xytext=(4, 4), textcoords="offset points", fontsize=9)
-  drawing.name_axes(speed, "cosine at initialization", "training loss", "by channels in a group")
+  drawing.name_axes(speed, "cosine at initialization", "training loss, nats", "by channels in a group")
 
 
 EXPERIMENT = Experiment(
   name="informative",
   title="Informative forward propagation",
   paper="Daneshmand et al. 2020 (2003.01652) and 2021 (2106.03970), Lubana et al. 2021 (2106.05956)",
-  section="Daneshmand 2020: theorem 2; 2021: theorem 1 and figure 2; Lubana: section 4",
+  section="Daneshmand 2020: theorem 2, from memory; 2021: theorem 1 and figure 2; Lubana: section 4, from memory",
   claim="At initialization batch normalization keeps the features of different images apart, the more so the wider the network, "
   "while without it they become one; group normalization does it less the larger its groups are, and trains slower.",
   criteria=CRITERIA,
   minutes=1.4,
+  yours=YOURS,
   run=run,
 )

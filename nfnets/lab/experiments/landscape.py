@@ -23,6 +23,7 @@ RESIDUAL = {"ResNet, none": "none", "ResNet, batch": "batch", "NF": "nf"}  # sin
 PICTURED = ("none", "batch", "scaled WS")
 LAYER = 2  # of the VGG, on which the theorem is checked
 PLACES = np.linspace(-1, 1, 17)
+Runs = dict[str, list[dict[str, Any]]]  # network → for each seed what its training brought
 
 CRITERIA = (
   Criterion(
@@ -62,6 +63,14 @@ CRITERIA = (
     name="theorem",
     claim="Theorem 4.1 holds on a layer of the trained network: the largest ratio of its left and right side is at most 1.",
     high=1.001,
+  ),
+)
+# what is judged of a network of the user's own
+YOURS = (
+  Criterion(
+    name="yours",
+    claim="Your model's landscape is as smooth: β of the VGG without normalization over yours is at least 1.",
+    low=1.0,
   ),
 )
 
@@ -107,6 +116,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   runs = {name: [found[f"{name}, seed {seed}"] for seed in range(settings.seeds)] for name in names}
   return Measured(
     samples=figures(runs, data.classes),
+    yours={"yours": ratios(runs, data.classes, settings.model, "smoothness")} if settings.model else {},
     rows=[_row(name, values) for name, values in runs.items()],
     draw=lambda figure: draw(figure, runs),
     caption=f"VGG and residual networks on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient "
@@ -115,8 +125,8 @@ def run(settings: Settings, progress: Progress) -> Measured:
     "long as the filter; first seed. Shades: all seeds.",
     notes=(
       f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper.",
-      "The theorem's sides are equal but for rounding and for the small number that is added to the variance; the gradients come "
-      "from the trained network, the normalization from the theorem's own formula.",
+      "The theorem's sides are equal but for rounding and for the small number that is added to the variance; the left one is "
+      "the trained network's own gradient through its normalizer.",
       "Ratios are those of geometric means over the steps that were looked at. Batch and L_p normalization are tested with "
       "running statistics of 50 batches, taken after training.",
     ),
@@ -131,9 +141,11 @@ def theorem(made: Trainer, params: Any, images: jax.Array, labels: jax.Array) ->
     network = made.model(params)
     norm: Any = network.norms[LAYER]
     y, _ = network.run(images, upto=LAYER)
-    outer = jax.grad(lambda z: cross_entropy(made.model(params).run(z, start=LAYER)[0], labels))(norms.normalize(norm, y, None))
-    channels = y.shape[-1]
-    return batch_norm_bound(outer.reshape(-1, channels), y.reshape(-1, channels), norm.norm.scale[...], norms.EPSILON)
+    z, back = jax.vjp(lambda y: norms.normalize(made.model(params).norms[LAYER], y, None), y)
+    outer = jax.grad(lambda z: cross_entropy(made.model(params).run(z, start=LAYER)[0], labels))(z)
+    flat = lambda x: x.reshape(-1, y.shape[-1])
+    _, right = batch_norm_bound(flat(outer), flat(y), norm.norm.scale[...], norms.EPSILON)
+    return jnp.sum(flat(back(outer)[0]) ** 2, axis=0), right
 
   left, right = (np.asarray(side, np.float64) for side in sides(params))
   alive = right > 1e-12 * max(right.max(), 1e-30)
@@ -150,19 +162,22 @@ def mean(run: dict[str, Any], name: str) -> float:
   return verdict.geometric_mean(value)
 
 
-def figures(runs: dict[str, list[dict[str, Any]]], classes: int) -> dict[str, list[float]]:
+def ratios(runs: Runs, classes: int, name: str, measure: str, base: str = "none") -> list[float]:
+  """The measure of the network `base` over that of the network `name`, for each seed; NaN where one of both has not learned."""
+  values = [mean(a, measure) / mean(b, measure) for a, b in zip(runs[base], runs[name], strict=True)]
+  accuracy = [min(a["accuracy"], b["accuracy"]) for a, b in zip(runs[base], runs[name], strict=True)]
+  return verdict.if_learned(values, accuracy, classes)
+
+
+def figures(runs: Runs, classes: int) -> dict[str, list[float]]:
   """The criteria's figures, a number a seed."""
-
-  def ratios(name: str, measure: str, base: str = "none") -> list[float]:
-    values = [mean(a, measure) / mean(b, measure) for a, b in zip(runs[base], runs[name], strict=True)]
-    return verdict.if_learned(values, [run["accuracy"] for run in runs[name]], classes)
-
+  over = functools.partial(ratios, runs, classes)
   return {
-    **{measure: ratios("batch", measure) for measure in ("smoothness", "change", "range")},
-    "lp": list(np.minimum(ratios("L1", "smoothness"), ratios("L∞", "smoothness"))),
-    "scaled_ws": ratios("scaled WS", "smoothness"),
-    "nf": ratios("NF", "smoothness", "ResNet, none"),
-    "theorem": [run["theorem"] for run in runs["batch"]],
+    **{measure: over("batch", measure) for measure in ("smoothness", "change", "range")},
+    "lp": list(np.minimum(over("L1", "smoothness"), over("L∞", "smoothness"))),
+    "scaled_ws": over("scaled WS", "smoothness"),
+    "nf": over("NF", "smoothness", "ResNet, none"),
+    "theorem": verdict.if_learned([run["theorem"] for run in runs["batch"]], [run["accuracy"] for run in runs["batch"]], classes),
   }
 
 
@@ -186,7 +201,7 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
   measures = {
     "effective β": lambda run: run["smoothness"],
     "‖change‖ / ‖gradient‖": lambda run: np.array(run["change"]) / np.array(run["gradient"]),
-    "range of the loss": lambda run: np.array(run["highest"]) - np.array(run["lowest"]),
+    "range of the loss, nats": lambda run: np.array(run["highest"]) - np.array(run["lowest"]),
   }
   for axis, (title, measure) in zip(above, measures.items(), strict=True):
     for style, (name, values) in enumerate(runs.items()):
@@ -213,5 +228,6 @@ EXPERIMENT = Experiment(
   "distributions, and scaled weight standardization, with alpha/beta in residual networks; theorem 4.1 holds on a layer.",
   criteria=CRITERIA,
   minutes=1.2,
+  yours=YOURS,
   run=run,
 )

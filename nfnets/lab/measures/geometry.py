@@ -10,7 +10,8 @@ def similarity(features: Array) -> dict[str, Array]:
   """Measures how alike the features of n images are, all of it by the n × n matrix of their inner products, in float32.
 
   Args:
-    features: [n, …], flattened to H [d, n] with an image a column; n ≥ 2. They are not centred.
+    features: [n, …], flattened to H [d, n] with an image a column; n ≥ 2. They are not centred, as in
+      the code of Lubana et al., which brings the features of each image to length 1 first.
 
   Returns:
     Float32 [] each.
