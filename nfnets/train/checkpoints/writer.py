@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from nfnets import distributed
@@ -129,8 +130,8 @@ class CheckpointWriter:
     }
     self._orbax_is_free.wait()  # hashing the checkpoint before this one may still go on
     # A new one each time, since an error stays in the old one.
-    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_WRITE_SECONDS)
-    items = {item: ocp.args.StandardSave(named) for item, tree in trees.items() if (named := arrays.by_name(tree))}
+    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()), timeout_secs=_WRITE_SECONDS)
+    items = {item: ocp.args.PyTreeSave(named) for item, tree in trees.items() if (named := arrays.by_name(tree))}
     error = None
     try:
       checkpointer.save(self.path(step), args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
@@ -241,6 +242,21 @@ class CheckpointWriter:
           retention.remove(path)
       except OSError as error:
         self._say(f"{path} could not be deleted: {error.strerror}")
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+  """Lets one device write an array that several hold.
+
+  Else Orbax has each of them write a part, and compiles a program for each part of each shape: the first save of F0 would wait for
+  thousands of them.
+  """
+  types = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+  )
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
+  return registry
 
 
 def _flat(results: Results | None) -> dict[str, float] | None:
