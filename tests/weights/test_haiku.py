@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -116,14 +117,22 @@ def as_pickle(arrays, path):
   path.write_bytes(pickle.dumps(arrays))
 
 
-def as_npz(save, arrays, path):
+def as_npz(arrays, path):
   with open(path, "wb") as file:  # given a name, np.savez adds .npz
-    save(file, **arrays)
+    np.savez(file, **arrays)
+
+
+def as_compressed_npz(arrays, path):
+  """As np.savez_compressed, at zlib's lowest level, which takes a fraction of the time."""
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+    for name, array in arrays.items():
+      with file.open(f"{name}.npy", "w") as entry:
+        np.lib.format.write_array(entry, np.asarray(array))
 
 
 WRITERS = {
-  "npz": lambda arrays, path: as_npz(np.savez, arrays, path),
-  "compressed npz": lambda arrays, path: as_npz(np.savez_compressed, arrays, path),
+  "npz": as_npz,
+  "compressed npz": as_compressed_npz,
   "safetensors": lambda arrays, path: safetensors.numpy.save_file(
     {name: np.asarray(array) for name, array in arrays.items()}, path
   ),

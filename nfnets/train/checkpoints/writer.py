@@ -130,7 +130,8 @@ class CheckpointWriter:
     }
     self._orbax_is_free.wait()  # hashing the checkpoint before this one may still go on
     # A new one each time, since an error stays in the old one.
-    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=_handlers()), timeout_secs=_WRITE_SECONDS)
+    handler = ocp.CompositeCheckpointHandler(handler_registry=_handlers())
+    checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_WRITE_SECONDS)
     items = {item: ocp.args.PyTreeSave(named) for item, tree in trees.items() if (named := arrays.by_name(tree))}
     error = None
     try:
@@ -247,12 +248,11 @@ class CheckpointWriter:
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
   """Lets one device write an array that several hold.
 
-  Else Orbax has each of them write a part, and compiles a program for each part of each shape: the first save of F0 would wait for
-  thousands of them.
+  Else Orbax has each of them write a part, and compiles a program for each part of each shape, for which the first save waits
+  (docs/speed.md).
   """
   types = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)),
-    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)), (np.ndarray, ocp.type_handlers.NumpyHandler())
   )
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
