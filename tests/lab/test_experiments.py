@@ -423,3 +423,22 @@ def test_running_statistics_are_those_of_training_batches(network):
   assert averaged == pytest.approx(own, rel=0.02)
   lone, kept = trainer.test(params, 1)[1], trainer.test(params, 1, running=True)[1]
   assert kept == pytest.approx(averaged, rel=1e-5) and abs(lone - own) > 0.002 * own  # whatever the test's batches are
+
+
+def test_what_is_said_of_a_network_of_the_users_own():
+  """A network without a signal or a gradient gets no number."""
+  behind = lambda sizes: {str(i): {"var": size, "mean_sq": 0.0} for i, size in enumerate(sizes)}
+  assert forward.growth(behind(np.arange(1.0, 17.0))) == pytest.approx(0)  # linear
+  assert forward.growth(behind(2.0 ** np.arange(16))) == pytest.approx(11)  # doubling
+  assert forward.growth(behind([1.0, np.nan])) == 127 and np.isnan(forward.growth(behind([0.0, 0.0])))
+  norms = {f"blocks/{i}/kernel": 10.0**-i for i in range(4)}
+  assert backward.quarters({**norms, "fc/bias": 1e9}) == pytest.approx(3)
+  assert np.isnan(backward.quarters(dict.fromkeys(norms, 0.0)))
+  alike = {"cosine": 0.3, "stable_rank": 2.0}
+  assert informative.apart({"pool": alike, "logits": {**alike, "cosine": 0.9}}) == 0.3 == informative.apart({"logits": alike})
+  assert np.isnan(informative.apart({"logits": {"cosine": 0.0, "stable_rank": np.nan}}))
+  accuracy = {"batch": 0.7 + SPREAD, "NF + AGC 0.01": 0.9 + SPREAD, "mine": 0.9 + SPREAD}
+  accuracy = {name: np.stack([value] * 2) for name, value in accuracy.items()}
+  found = batch_size.judged("mine", accuracy, (0.01,), 10)
+  np.testing.assert_allclose(found["yours_small"], 0.2)
+  np.testing.assert_allclose(found["yours_large"], 0.0, atol=1e-12)

@@ -226,9 +226,12 @@ def _user(settings: Settings, batch: int, seed: int = 0) -> dict[str, dict[str, 
 
 
 def growth(run: dict[str, dict[str, float]]) -> float:
-  """log2 of the largest mean square behind a submodule over the first one, less log2 of their number; inf where it overflows."""
-  power = np.array([value["var"] + value["mean_sq"] for value in run.values()])
-  return float(np.log2(power.max() / max(power[0], 1e-300) / len(power))) if np.isfinite(power).all() else float("inf")
+  """log2 of the largest mean square behind a submodule over the first one, less log2 of their number.
+
+  What overflows counts as 2^128; NaN where the first one is 0.
+  """
+  power = np.minimum(np.nan_to_num([value["var"] + value["mean_sq"] for value in run.values()], nan=np.inf), 2.0**128)
+  return float(np.log2(power.max() / power[0] / len(power))) if power[0] > 0 else float("nan")
 
 
 def _user_row(model: str, path: str, values: list[dict[str, float]]) -> Row:
