@@ -58,6 +58,17 @@ def test_a_plane_has_the_loss_itself_in_its_middle():
   assert found.shape == (3, 3) and float(found[1, 1]) == 55 and float(found[0, 1]) != float(found[2, 1])
 
 
+def test_stacked_blocks_have_filters_of_their_own():
+  """The second block's kernel is ten times the first one's, and so is its direction; gains, a number a channel, do not move."""
+  kernel = jax.random.normal(jax.random.key(0), (1, 3, 3, 4, 5)) * jnp.array([1.0, 10.0])[:, None, None, None, None]
+  params = {"blocks": [{"kernel": kernel, "gain": jnp.ones((2, 5))}], "fc": {"kernel": jnp.ones((4, 10))}}
+  direction = lab.filter_direction(params, jax.random.key(1), stacked="^blocks/")
+  length = lambda x: np.linalg.norm(np.asarray(x).reshape(2, 36, 5), axis=1)
+  np.testing.assert_allclose(length(direction["blocks"][0]["kernel"]), length(kernel), rtol=1e-5)
+  assert not np.any(direction["blocks"][0]["gain"]) and np.any(direction["fc"]["kernel"])
+  assert np.any(lab.filter_direction(params, jax.random.key(1))["blocks"][0]["gain"])
+
+
 @pytest.mark.parametrize("epsilon", (0.0, 0.1))
 def test_theorem_4_1(epsilon):
   """Equality without an epsilon, the inequality with one, for any gradient from outside."""

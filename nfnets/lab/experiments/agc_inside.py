@@ -333,7 +333,7 @@ EXPERIMENT = Experiment(
   "depends less on its threshold than global clipping; the stem may go unclipped, the stages may not, and the classifier "
   "should.",
   criteria=CRITERIA,
-  minutes=0.4,
+  minutes=0.6,
   yours=YOURS,
   run=run,
 )

@@ -250,39 +250,32 @@ def _user_row(model: str, path: str, values: list[dict[str, float]]) -> Row:
 def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, list[dict[str, dict[str, float]]]]) -> None:
   """Draws six panels, of which the last one is that of a user's own network where there is one."""
   figure.set_size_inches(9.0, 5.4)
-  (growth, others, branch), (stages, means, last) = figure.subplots(2, 3)
+  (growth, branch, others), (stages, means, last) = figure.subplots(2, 3)
   blocks = np.arange(1, 1001)
   for style, (name, values) in enumerate((name, values) for name, values in profiles.items() if name not in OTHERS):
     label = name.removeprefix("alpha/beta, ")
     if name == label:
-      drawing.line(growth, blocks, values[..., 0], name, style)
+      drawing.line(growth, blocks, values[..., 0], "", style)
     else:
-      drawing.line(stages, blocks, np.exp2(values[..., 0]), label, style)
-    drawing.line(branch, blocks, values[..., 3], "" if name == label else label, style)
-    drawing.line(means, blocks, values[..., 2], label, style)
+      drawing.line(stages, blocks, np.exp2(values[..., 0]), "", style)
+    drawing.line(branch, blocks, values[..., 3], "", style)
+    drawing.line(means, blocks, values[..., 2], name.replace("alpha/beta", "α/β"), style)
   for style, name in enumerate(OTHERS):
     drawing.line(others, blocks, profiles[name][..., 0], name, style)
     if not theirs:
       drawing.line(last, blocks, profiles[name][..., 2], "", style)
-  for panel, bottom, quantity, title in (
-    (growth, -0.5, "log2 of the mean square", "skip path"),
-    (others, -0.5, "log2 of the mean square", "skip path, other normalizers"),
-    (branch, -3, "log2 of the mean square", "residual branch"),
-  ):
+  for panel, bottom, title in ((growth, -0.5, "skip path"), (branch, -3, "residual branch"), (others, -0.5, "skip path, others")):
     panel.set_xscale("log")
     panel.set_yscale("symlog", linthresh=1)
-    drawing.name_axes(panel, "block", quantity, title)
-    panel.set_ylim(bottom, 20 * panel.get_ylim()[1])
-  drawing.legend(growth, loc="upper left", ncols=2)
-  drawing.legend(others, loc="upper left", ncols=2)
+    drawing.name_axes(panel, "block", "log2 of the mean square", title)
+    panel.set_ylim(bottom=bottom)
   expected = np.array(DeepConfig(depth=1000, width=1, stages=STAGES, alpha=ALPHA).expected_stds() + [0.0])[1:] ** 2
-  stages.plot(blocks[:-1], expected[:-1], color="0.6", lw=4, alpha=0.5, label="theory, 1 + alpha² l", zorder=0)
-  drawing.name_axes(stages, "block", "mean square", "skip path, alpha/beta")
+  stages.plot(blocks[:-1], expected[:-1], color="0.6", lw=4, alpha=0.5, label="theory, 1 + α² l", zorder=0)
+  drawing.name_axes(stages, "block", "mean square", "skip path, α/β")
   stages.set_ylim(0, 3 * expected.max())
   drawing.legend(stages)
-  drawing.legend(branch, loc="upper left", ncols=2)
-  for panel, title in ((means, "mean shift"), (last, "mean shift, other normalizers"))[: 1 if theirs else 2]:
-    drawing.name_axes(panel, "block", "squared channel mean / mean square", title)
+  for panel, title in ((means, "mean shift"), (last, "mean shift, others"))[: 1 if theirs else 2]:
+    drawing.name_axes(panel, "block", "share of squared means", title)
     panel.set_xscale("log")
     panel.set_ylim(0, 1.05)
   for style, (name, runs) in enumerate(theirs.items()):
@@ -291,6 +284,8 @@ def draw(figure: Any, profiles: dict[str, np.ndarray], theirs: dict[str, list[di
     last.set_yscale("log")
     drawing.name_axes(last, "submodule, in order", "mean square", "your model")
     drawing.legend(last)
+  for panel, side, columns in ((means, "left", 3), (others, "right", 4)):  # one for the two columns of panels, one for the third
+    figure.legend(*panel.get_legend_handles_labels(), loc=f"outside lower {side}", ncols=columns, frameon=False, fontsize=8)
 
 
 EXPERIMENT = Experiment(

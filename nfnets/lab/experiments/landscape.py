@@ -20,7 +20,7 @@ BATCH, EVERY, RATE = 128, 10, 0.02
 STEPS = (0.5, 1.0, 2.0, 4.0)  # of the learning rate, along the gradient
 NETWORKS = {"none": "none", "batch": "batch", "L1": "lp:1", "L∞": "lp:inf", "scaled WS": "scaled_weight_std"}
 RESIDUAL = {"ResNet, none": "none", "ResNet, batch": "batch", "NF": "nf"}  # since a VGG has no branches for alpha and beta
-PICTURED = ("none", "batch", "scaled WS")
+PICTURED = ("none", "batch", "scaled WS", "NF")
 LAYER = 2  # of the VGG, on which the theorem is checked
 PLACES = np.linspace(-1, 1, 17)
 Runs = dict[str, list[dict[str, Any]]]  # network → for each seed what its training brought
@@ -107,7 +107,9 @@ def run(settings: Settings, progress: Progress) -> Measured:
     if name == "batch":
       values["theorem"] = theorem(made, params, images, labels)
     if name in PICTURED and seed == 0:
-      look = jax.jit(lambda params: plane(lambda p: made.loss(p, images, labels), params, jax.random.key(1), jnp.array(PLACES)))
+      loss = lambda params: made.loss(params, images, labels)
+      stacked = "^blocks/" if name in RESIDUAL else None  # a Deep network holds equal blocks in one array
+      look = jax.jit(lambda params: plane(loss, params, jax.random.key(1), jnp.array(PLACES), stacked=stacked))
       values["plane"] = np.asarray(look(params)).tolist()
     return values
 
@@ -120,9 +122,9 @@ def run(settings: Settings, progress: Progress) -> Measured:
     rows=[_row(name, values) for name, values in runs.items()],
     draw=lambda figure: draw(figure, runs),
     caption=f"VGG and residual networks on {data.name}, batch {BATCH}. Above: effective β-smoothness, change of the gradient "
-    f"over its length, and range of the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: the "
-    "loss of a VGG on 256 training images around the end of training, on a plane of two random directions, each filter's as "
-    "long as the filter; first seed. Shades: all seeds.",
+    f"over its length, and range of the loss, at {STEPS[0]:g} to {STEPS[-1]:g} learning rates along the gradient. Below: log10 "
+    "of the loss of three VGGs and of NF, on 256 training images around the end of training, on a plane of two random "
+    "directions, each filter's as long as the filter; first seed. Shades: all seeds.",
     notes=(
       f"The learning rate is {RATE} for all, so that points lie at the same multiples of the gradient, as in the paper.",
       "The theorem's sides are equal but for rounding and for the small number that is added to the variance; the left one is "
@@ -195,9 +197,10 @@ def _row(name: str, values: list[dict[str, Any]]) -> Row:
 
 
 def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
-  """Draws three curves above and three planes below."""
-  figure.set_size_inches(9, 6.6)
-  above, below = figure.subplots(2, 3)
+  """Draws three curves above and four planes below."""
+  figure.set_size_inches(9, 6.0)
+  upper, lower = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+  above, below = upper.subplots(1, 3), lower.subplots(1, 4)
   measures = {
     "effective β": lambda run: run["smoothness"],
     "‖change‖ / ‖gradient‖": lambda run: np.array(run["change"]) / np.array(run["gradient"]),
@@ -209,14 +212,14 @@ def draw(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
       drawing.line(axis, steps, [measure(run) for run in values], name, style)
     axis.set_yscale("log")
     drawing.name_axes(axis, "step", title)
-  figure.legend(*above[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, handlelength=2.6)
+  upper.legend(*above[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, handlelength=2.6)
   for axis, name in zip(below, PICTURED, strict=True):
     values = np.array(runs[name][0]["plane"])
     shown = axis.contour(PLACES, PLACES, np.log10(np.maximum(values, 1e-6)).T, levels=10, cmap="gray", linewidths=1)
     axis.clabel(shown, fontsize=7, fmt="%.1f")
     axis.plot(0, 0, "k+")
     axis.set_aspect("equal")
-    drawing.name_axes(axis, "direction 1", "direction 2", f"{name}: log10 of the loss")
+    drawing.name_axes(axis, "direction 1", "direction 2" if axis is below[0] else "", name)
 
 
 EXPERIMENT = Experiment(

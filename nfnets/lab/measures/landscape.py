@@ -1,11 +1,13 @@
 """What the loss looks like around a point: along the gradient and in a plane of random directions; theory's bound for a layer."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nfnets.agc import named_leaves
 from nfnets.lab.measures.signals import Array
 
 EPSILON = 1e-12
@@ -37,33 +39,37 @@ def along_gradient(loss: Callable[[Any], Array], params: Any, steps: Array) -> d
   return {"lowest": lowest, "highest": highest, "gradient": length, "change": jnp.max(changes), "smoothness": smoothness}
 
 
-def filter_direction(params: Any, key: Array) -> Any:
+def filter_direction(params: Any, key: Array, *, stacked: str | None = None) -> Any:
   """A random direction, filter by filter as long as the weights; other arrays do not move (Li et al. 2018, 1712.09913, 4).
 
   Args:
     params: nested dicts of float arrays. The last axis of a kernel counts its filters.
     key: of jax.random.
+    stacked: a pattern, matched with re.search against paths such as "blocks/0/convs/0/kernel", of arrays whose first axis counts
+      blocks, each with filters of its own.
 
   Returns:
     The same structure; each filter of an array of at least two axes has the length of that filter, all else is zero.
   """
-  leaves, structure = jax.tree.flatten(params)
+  structure = jax.tree.structure(params)
 
-  def of_leaf(leaf: Array, key: Array) -> Array:
-    if leaf.ndim < 2:
+  def of_leaf(path: str, leaf: Array, key: Array) -> Array:
+    first = int(stacked is not None and re.search(stacked, path) is not None)
+    if leaf.ndim < 2 + first:
       return jnp.zeros_like(leaf)
-    axes = tuple(range(leaf.ndim - 1))
+    axes = tuple(range(first, leaf.ndim - 1))
     drawn = jax.random.normal(key, leaf.shape)
     size = lambda x: jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
     return drawn / jnp.maximum(size(drawn), EPSILON) * size(leaf)
 
+  leaves = named_leaves(params)
   keys = jax.random.split(key, len(leaves))
-  return jax.tree.unflatten(structure, [of_leaf(leaf, k) for leaf, k in zip(leaves, keys, strict=True)])
+  return jax.tree.unflatten(structure, [of_leaf(path, leaf, k) for (path, leaf, _), k in zip(leaves, keys, strict=True)])
 
 
-def plane(loss: Callable[[Any], Array], params: Any, key: Array, places: Array) -> Array:
+def plane(loss: Callable[[Any], Array], params: Any, key: Array, places: Array, *, stacked: str | None = None) -> Array:
   """The loss on a square around `params`, spanned by two of `filter_direction`: float32 [k, k], for coordinates `places` [k]."""
-  across, up = (filter_direction(params, part) for part in jax.random.split(key))
+  across, up = (filter_direction(params, part, stacked=stacked) for part in jax.random.split(key))
   points = jnp.stack(jnp.meshgrid(places, places, indexing="ij"), axis=-1).reshape(-1, 2)
   at = lambda point: loss(jax.tree.map(lambda p, a, b: p + point[0] * a + point[1] * b, params, across, up))
   return jax.lax.map(at, points).reshape(len(places), len(places))
