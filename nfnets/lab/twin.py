@@ -136,6 +136,8 @@ def recipe_changes() -> list[str]:
     "Clip: optax.chain(agc(λ), …), without the classifier's weight, λ = "
     + ", ".join(f"{clipping(batch):g} at batch {batch:,}" for batch in (256, 512, 1024, 2048, 4096))
     + " and above; at smaller batches AGC gains little and slows short trainings down.",
+    "A branch's gain begins with 0, and AGC then holds its steps to λ · 0.001 times the learning rate, also in the published "
+    'code. Where training is short, leave the gains out: agc(λ, exclude=r"skip_gain$|^fc/kernel$").',
     "Weight decay: kernels only, not gains, biases and the branches' scalars.",
     "Learning rate: as before, scaled with the batch, with five epochs of warm-up; large batches need AGC for it.",
     "Regularize more: what batch normalization's noise did is left to dropout (0.2 and more), stochastic depth and stronger "

@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 class ZooTrainer:
-  """SGD with Nesterov's momentum, warm-up and cosine, without clipping; compiled once.
+  """SGD with Nesterov's momentum, warm-up and cosine; compiled once.
 
   Args:
     make: turns a key into a network of float32 parameters, which needs no randomness when it trains.
@@ -26,17 +26,27 @@ class ZooTrainer:
     recipe: how long.
     rate: the highest learning rate.
     strength: AGC's λ, of all but the classifier's weight; infinite: no clipping.
+    scalars: whether AGC clips parameters of one number, such as the gains of branches, too.
   """
 
-  def __init__(self, make: Callable[[Array], nnx.Module], data: Data, recipe: Recipe, rate: float, strength: float = math.inf):
+  def __init__(
+    self,
+    make: Callable[[Array], nnx.Module],
+    data: Data,
+    recipe: Recipe,
+    rate: float,
+    strength: float = math.inf,
+    scalars: bool = True,
+  ):
     self.data, self.recipe = data, recipe
     self._graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, recipe.warmup, recipe.steps)
     self._optimizer = optax.sgd(schedule, momentum=MOMENTUM, nesterov=True)
     if math.isfinite(strength):
-      named = [path for path, _, _ in named_leaves(nnx.split_state(state, nnx.Param, ...)[0]) if re.search(CLASSIFIER, path)]
-      # AGC would refuse a pattern that matches nothing
-      self._optimizer = optax.chain(agc(strength, exclude=CLASSIFIER if named else None), self._optimizer)
+      leaves = named_leaves(nnx.split_state(state, nnx.Param, ...)[0])
+      left_out = [path for path, leaf, _ in leaves if re.search(CLASSIFIER, path) or (leaf.ndim == 0 and not scalars)]
+      exclude = "|".join(f"^{re.escape(path)}$" for path in left_out) or None
+      self._optimizer = optax.chain(agc(strength, exclude=exclude), self._optimizer)
     self._init, self._run = jax.jit(lambda key: nnx.state(make(key))), jax.jit(self._descend)
     self.logits = jax.jit(self._logits, static_argnums=2)  # (state, images, train) → float32 [batch, classes]
 
