@@ -23,12 +23,12 @@ article { border-top: 2px solid var(--line); margin-top: 2rem; padding-top: 1.25
 .verdict { font-weight: 600; white-space: nowrap; }
 .holds { color: var(--holds); } .fails { color: var(--fails); } .open { color: var(--open); }
 img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figure { margin: 1rem 0; } figcaption { color: var(--soft); font-size: .9rem; }
+figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; margin: .75rem 0; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--soft); }
-@media (max-width: 36rem) { .paper { display: none; } .verdict, td.number { white-space: normal; }
+@media (max-width: 36rem) { .paper { display: none; } img { width: 44rem; max-width: none; } .verdict, td.number { white-space: normal; }
   th, td { padding-right: .4rem; } }
 """
 _CLASSES = {"holds": "holds", "does not hold": "fails", "cannot be told here": "open"}
