@@ -73,7 +73,7 @@ def run(values: flags.FlagValues, *names: str) -> int:
 def _of_config(words: list[str]) -> list[str]:
   """Those words of a command line that are --config and its overrides, with their values."""
   found = []
-  for word, following in zip(words, [*words[1:], "-"], strict=True):
+  for word, following in zip(words, [*words[1:], "-"], strict=False):
     name, equals, _ = word.partition("=")
     if re.fullmatch(r"--?config(\..+)?", name):
       found += [word] if equals or following.startswith("-") else [word, following]

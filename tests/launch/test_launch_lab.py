@@ -101,6 +101,7 @@ def test_the_report_shows_what_chose_the_images():
     "lab",
     "-config.batch=8",
   ]
+  assert program._of_config([]) == []
   found = program._of_config(words)
   assert found == ["--config", "a.py", "--config.data.dir=a b", "--config.model.scan", "-config.batch=8"]
 
