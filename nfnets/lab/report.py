@@ -28,7 +28,8 @@ figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--soft); fo
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 summary { cursor: pointer; color: var(--soft); }
-@media (max-width: 36rem) { .paper { display: none; } img { width: 44rem; max-width: none; } .verdict, td.number { white-space: normal; }
+@media (max-width: 36rem) { .paper { display: none; } .verdict, td.number { white-space: normal; }
+  img { width: 44rem; max-width: none; }
   th, td { padding-right: .4rem; } }
 """
 _CLASSES = {"holds": "holds", "does not hold": "fails", "cannot be told here": "open"}
