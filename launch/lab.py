@@ -4,11 +4,11 @@
   python -m launch.lab list
 
 DIR gets NAME.png, NAME.json, NAME.jsonl (what its parts found, each training for example) and report.html, one file that
-opens from disk. An experiment that DIR holds already, with the same settings, is not computed again, so that a run that was
-stopped goes on. --model measures or trains a network of yours beside the purpose-made ones, in every experiment. It is judged
-for itself, in a table of its own, and counts for no verdict on a claim but that of nfify, which judges its twin if it has one.
-It is a name of nfnets.models, without dropout and stochastic depth, or FILE.py:FUNCTION, where FUNCTION(seed) returns an
-nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images that a
+opens from disk. An experiment that DIR holds already, of the same settings and the same code, is not computed again, so that
+a run that was stopped goes on. --model measures or trains a network of yours beside the purpose-made ones, in every
+experiment. It is judged for itself, in a table of its own, and counts for no verdict on a claim but that of nfify, which
+judges its twin if it has one. It is a name of nfnets.models, without dropout and stochastic depth, or FILE.py:FUNCTION, where
+FUNCTION(seed) returns an nnx.Module that turns images [batch, height, width, 3] into logits. --config takes the images that a
 recipe of launch.train names instead of digits, averaged to 16 pixels a side; at the scale small 8 pixels a side, and no more
 of them than there are digits where they are counted in epochs, so that it takes no longer.
 """

@@ -46,7 +46,7 @@ def run(
 ) -> list[dict[str, Any]]:
   """Runs experiments and writes NAME.png, NAME.json and report.html into `out`, which exists.
 
-  An experiment whose NAME.json is of the same settings and criteria, and whose picture is there, is not computed again.
+  An experiment whose NAME.json is of the same settings, criteria and code, and whose picture is there, is not computed again.
 
   Args:
     experiments: in the order in which they are run.

@@ -118,7 +118,7 @@ def user_model(name: str, *, seed: int, classes: int = 10, opened: bool = False)
   make = user_function(name)
   try:
     network = make(kit=BatchNormKit(seed)) if takes_kit(make) else make(seed)
-  except Exception as error:  # as above
+  except Exception as error:  # whatever a person's code raises is theirs to mend
     call = "FUNCTION(kit=…)" if takes_kit(make) else f"FUNCTION({seed})"
     raise UserError(f"--model={name}: {call} fails: {_told(error)}") from error
   if not isinstance(network, nnx.Module):
@@ -135,7 +135,7 @@ def labelled_model(name: str, *, seed: int, classes: int, opened: bool = False) 
   shape = (2, side, side, 3)
   try:
     logits = jax.eval_shape(call, state, jax.ShapeDtypeStruct(shape, jnp.float32))
-  except Exception as error:  # whatever a person's network raises is theirs to mend
+  except Exception as error:  # as above
     raise UserError(f"--model={name}: it cannot be called with images {list(shape)}: {_told(error)}") from error
   check_logits(name, logits, classes)
   return network, side, arguments

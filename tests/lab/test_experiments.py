@@ -439,6 +439,6 @@ def test_what_is_said_of_a_network_of_the_users_own():
   assert np.isnan(informative.apart({"logits": {"cosine": 0.0, "stable_rank": np.nan}}))
   accuracy = {"batch": 0.7 + SPREAD, "NF + AGC 0.01": 0.9 + SPREAD, "mine": 0.9 + SPREAD}
   accuracy = {name: np.stack([value] * 2) for name, value in accuracy.items()}
-  found = batch_size.judged("mine", accuracy, (0.01,), 10)
+  found = batch_size.of_model("mine", accuracy, (0.01,), 10)
   np.testing.assert_allclose(found["yours_small"], 0.2)
   np.testing.assert_allclose(found["yours_large"], 0.0, atol=1e-12)

@@ -64,17 +64,14 @@ CRITERIA = (
 # what is judged of a network of the user's own
 YOURS = (
   Criterion(name="yours_sgd", claim="Your model: SGD at the large rate: AGC raises it by at least 0.05.", low=0.05),
-  Criterion(
-    name="yours_adamw",
-    claim="Your model: AdamW at the large rate: AGC of the gradient changes it by at most 0.05.",
-    low=-0.05,
-    high=0.05,
-  ),
-  Criterion(
-    name="yours_lion",
-    claim="Your model: Lion at the large rate: AGC of the gradient changes it by at most 0.05.",
-    low=-0.05,
-    high=0.05,
+  *(
+    Criterion(
+      name=f"yours_{name.lower()}",
+      claim=f"Your model: {name} at the large rate: AGC of the gradient changes it by at most 0.05.",
+      low=-0.05,
+      high=0.05,
+    )
+    for name in ("AdamW", "Lion")
   ),
 )
 

@@ -103,7 +103,7 @@ def run(settings: Settings, progress: Progress) -> Measured:
   accuracy = {name: np.stack([tried[name, batch][best[name, batch]] for batch in sizes]) for name in ways}  # [sizes, seeds]
   return Measured(
     samples=figures(accuracy, sizes, lambdas, data.classes),
-    yours=judged(settings.model, accuracy, lambdas, data.classes) if settings.model else {},
+    yours=of_model(settings.model, accuracy, lambdas, data.classes) if settings.model else {},
     rows=_rows(accuracy, best, grids),
     draw=lambda figure: draw(figure, accuracy, sizes, lambdas),
     caption=f"Test accuracy after {epochs} epochs of {data.name} by batch size, each at its best of "
@@ -145,7 +145,7 @@ def best_lambda(accuracy: dict[str, np.ndarray], lambdas: tuple[float, ...]) -> 
   return clipped, clipped[np.argmax(clipped.mean(axis=-1), axis=0), np.arange(clipped.shape[1])]
 
 
-def judged(model: str, accuracy: dict[str, np.ndarray], lambdas: tuple[float, ...], classes: int) -> dict[str, list[float]]:
+def of_model(model: str, accuracy: dict[str, np.ndarray], lambdas: tuple[float, ...], classes: int) -> dict[str, list[float]]:
   """The figures of a network of the user's own, from accuracies [sizes, seeds]."""
   theirs, (_, best) = accuracy[model], best_lambda(accuracy, lambdas)
   return {

@@ -226,7 +226,7 @@ EXPERIMENT = Experiment(
   name="landscape",
   title="Landscape of the loss",
   paper="Santurkar et al. 2018 (1805.11604), Li et al. 2018 (1712.09913)",
-  section="Santurkar: section 3.2, figure 4, theorem 4.1; Li: section 4",
+  section="Santurkar: section 3.2, figure 4, theorem 4.1; Li: section 4, from memory",
   claim="Batch normalization makes the loss smoother along the gradient, as do other normalizations that do not control "
   "distributions, and scaled weight standardization, with alpha/beta in residual networks; theorem 4.1 holds on a layer.",
   criteria=CRITERIA,

@@ -151,7 +151,7 @@ EXPERIMENT = Experiment(
   paper="Zhu et al. 2025 (2503.10622), Brock et al. 2021 (2102.06171), Zhang et al. 2019 (1901.09321), "
   "De & Smith 2020 (2002.10444)",
   section="Zhu: the limitations, Dynamic Tanh in the place of batch normalization in ResNet-50, no figure; Brock: section 4; "
-  "Zhang: section 3; De & Smith: section 4; Derf is not of these papers",
+  "Zhang: section 3; De & Smith: section 4; all but Brock from memory; Derf is not of these papers",
   claim="In a ResNet Dynamic Tanh cannot replace batch normalization, while alpha/beta with scaled weight standardization and "
   "AGC can, and so can Fixup and SkipInit.",
   criteria=CRITERIA,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from nfnets import distributed
@@ -251,9 +250,7 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
   Else Orbax has each of them write a part, and compiles a program for each part of each shape, for which the first save waits
   (docs/speed.md).
   """
-  types = ocp.type_handlers.create_type_handler_registry(
-    (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)), (np.ndarray, ocp.type_handlers.NumpyHandler())
-  )
+  types = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)))
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   registry.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
   return registry
