@@ -1,9 +1,11 @@
 """Eight fake CPU devices for the whole suite; must be set before jax starts its backend.
 
 Most of the suite's time is compiling, see xla.py. What was compiled once is kept for the other tests and processes of this run;
-and the many objects that stay are seldom searched for garbage.
+the many objects that stay are seldom searched for garbage; programs do not say which of our lines they come from; and a process
+of several ends without taking apart what it compiled.
 """
 
+import atexit
 import gc
 import os
 import tempfile
@@ -14,7 +16,10 @@ from tests.xla import FAST
 
 _FLAGS = f"--xla_force_host_platform_device_count=8 {FAST}"
 os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # a flag that is set later wins
-gc.set_threshold(50_000, 20, 100)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+gc.set_threshold(200_000, 50, 100)
+if "PYTEST_XDIST_WORKER" in os.environ:
+  atexit.register(os._exit, 0)  # the first to be registered is the last to be called
 if "NFNETS_TEST_CACHE" not in os.environ:  # set by the first process of the run, read by those that it starts
   _cache = tempfile.TemporaryDirectory(prefix="nfnets-compiled-", ignore_cleanup_errors=True)
   os.environ["NFNETS_TEST_CACHE"] = _cache.name

@@ -121,20 +121,16 @@ def test_corruptions_are_a_table_and_a_picture(weights, tmp_path, monkeypatch, c
     assert picture.size[0] > 300
 
 
-def test_two_processes_give_what_one_gives(weights, tmp_path):
+def test_two_processes_give_what_one_gives(weights, tmp_path, monkeypatch, capsys):
   """Each has half of the images; the process that writes has all."""
+  arguments = [f"--weights={weights[0]}", "--batch=50", "--per_image"]
+  assert call(monkeypatch, capsys, "evaluate", *arguments, f"--out={tmp_path / '1'}")[0] == 0
+  pods = [sys.executable, "-m", "launch.pods.local", "--processes=2", "--", sys.executable, "-m", "launch.evaluate"]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST}
-  rows = []
-  for processes in (1, 2):
-    out = tmp_path / str(processes)
-    program = ["-m", "launch.evaluate", f"--weights={weights[0]}", "--batch=50", f"--out={out}", "--per_image"]
-    pods = ["-m", "launch.pods.local", "--processes=2", "--", sys.executable] if processes == 2 else []
-    done = subprocess.run(
-      [sys.executable, *pods, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    rows.append(rows_of(out / "images.csv"))
-  for one, two in zip(*rows, strict=True):
+  command = [*pods, *arguments, f"--out={tmp_path / '2'}"]
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  for one, two in zip(*(rows_of(tmp_path / name / "images.csv") for name in "12"), strict=True):
     assert all(one[key] == two[key] for key in ("index", "image", "label", "predicted"))
     assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=1e-4, abs=1e-5)
 
