@@ -27,8 +27,8 @@ def run_main(monkeypatch, program, *arguments: str, define=lambda values: None) 
 @pytest.mark.parametrize(
   "command, own, expected",
   [
-    (["-m", "launch.show"], None, "glibc.malloc.hugetlb=1"),
-    (["-u", "-X", "dev", "-m", "launch.show"], None, "glibc.malloc.hugetlb=1"),
+    (["-m", "launch.show"], None, "glibc.malloc.hugetlb=1:glibc.malloc.mxfast=0"),
+    (["-u", "-X", "dev", "-m", "launch.show"], None, "glibc.malloc.hugetlb=1:glibc.malloc.mxfast=0"),
     (["-m", "launch.show"], "glibc.malloc.check=1", "glibc.malloc.check=1"),
     (["-c", "import launch.show"], None, None),
     (["launch/show.py"], None, None),

@@ -245,7 +245,7 @@ def test_program_prints_json_last_and_writes_it(tmp_path):
   read = json.loads(last)
   assert (read["batch"], read["image_size"], read["num_classes"], read["run_steps"]) == (8, 16, 10, 2)
   assert "10 classes, as the dataset digits has" in done.stdout
-  assert read["glibc_tunables"] == ("glibc.malloc.hugetlb=1" if sys.platform == "linux" else "")
+  assert read["glibc_tunables"] == ("glibc.malloc.hugetlb=1:glibc.malloc.mxfast=0" if sys.platform == "linux" else "")
   assert read["clipping"] == digits.get_config().optim.clipping and read["agc_track"] is True and read["agc"] is None
 
 
