@@ -3,7 +3,7 @@
 import os
 import sys
 
-# On CPUs XLA allocates what a step needs anew in every step, and getting it in pages of 4 KB takes a tenth of the step; and a kept
+# On CPUs XLA allocates what a step needs anew in every step, and getting it in pages of 4 KB takes a tenth of the step. A kept
 # program is read sooner where malloc puts small freed pieces together at once (docs/speed.md). glibc reads these settings when a
 # process starts, so a program starts again with them; a person's own stay.
 # sys.argv[0] is "-m" only while Python looks for the module to run: where this package is imported, nothing starts again.
