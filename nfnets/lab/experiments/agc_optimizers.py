@@ -279,7 +279,7 @@ EXPERIMENT = Experiment(
   claim="AGC of the gradient helps SGD at large learning rates and does nothing for AdamW, Lion and LARS, which rescale the "
   "gradient themselves; AGC of their updates helps.",
   criteria=CRITERIA,
-  minutes=1.4,
+  minutes=1.1,
   yours=YOURS,
   run=run,
 )

@@ -217,7 +217,7 @@ EXPERIMENT = Experiment(
   "less so the larger the groups that are normalized, and not at all in residual networks with alpha/beta and scaled weight "
   "standardization.",
   criteria=CRITERIA,
-  minutes=1.2,
+  minutes=0.8,
   yours=YOURS,
   run=run,
 )

@@ -260,7 +260,7 @@ EXPERIMENT = Experiment(
   claim="Batch normalization does not reduce internal covariate shift, and with noise that makes the distributions of layers' "
   "inputs jump it still trains as well.",
   criteria=CRITERIA,
-  minutes=1.0,
+  minutes=0.8,
   yours=YOURS,
   run=run,
 )
