@@ -11,6 +11,7 @@ from nfnets.lab.deep import Deep, DeepConfig
 from nfnets.lab.linear import LinearNetwork, layer_similarities
 from nfnets.lab.training import sgd
 from nfnets.lab.vgg import VGG, VGGConfig
+from nfnets.models import layers
 
 IMAGES = jax.random.normal(jax.random.key(7), (8, 4, 4, 3))
 POWER = lambda out, branch: jnp.mean(out**2)
@@ -112,6 +113,14 @@ def test_every_normalizer_learns(name):
   loss = lambda params: jnp.mean((nnx.merge(graph, params, rest, copy=True)(IMAGES, key=key) - 1) ** 2)
   grads = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
   assert all(bool(jnp.isfinite(grad).all()) for grad in grads) and max(float(jnp.abs(grad).max()) for grad in grads) > 0
+
+
+def test_kernels_are_those_drawn_in_their_shape():
+  """They are drawn flat, which compiles sooner; that the numbers are the same keeps what was measured before."""
+  keys = jax.random.split(jax.random.key(2), 3)
+  make = lambda key: norms.conv("none", 4, 5, 3, act="identity", keys=layers.ParamKeys(key)).kernel[...]
+  draw = lambda key: jax.random.normal(layers.ParamKeys(key).params(), (3, 3, 4, 5)) / 6  # 6 is the root of the 36 inputs
+  np.testing.assert_allclose(jax.jit(jax.vmap(make))(keys), jax.vmap(draw)(keys), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ("batch", "scaled_weight_std"))
