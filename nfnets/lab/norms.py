@@ -159,7 +159,7 @@ def conv(norm: str, in_features: int, out_features: int, size: int, *, act: str,
   row, _ = lookup(norm)
   gain = 2.0 if row.weights in ("plain", "weight_norm") and act == "relu" and not row.gamma else 1.0
   std = (gain * factor**2 / (size * size * in_features)) ** 0.5
-  # The same numbers as drawn in their shape, which takes XLA ten times as long to compile on CPUs: it unrolls the small sides.
+  # The same numbers as drawn in their shape, which takes XLA longer to compile on CPUs with each axis, ten times with five.
   init = lambda key, shape: (jax.random.normal(key, (math.prod(shape),)) * std).reshape(shape)
   bias = row.activations is None and row.branch != "fixup"
   return CONVS[row.weights](in_features, out_features, size, use_bias=bias, kernel_init=init, rngs=keys)
