@@ -9,7 +9,6 @@ batch's.
 
 import abc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,15 +73,10 @@ def noise(x: Array, key: Array) -> Array:
   of the paper's appendix, not checked against it. `key` is one key, or the images' keys [batch], of which the first one is taken.
   """
   keys = jax.random.split(key[0] if key.ndim else key, 4)
-
-  def draw(random: Callable[..., Array], key: Array, shape: tuple[int, ...], **limits: float) -> Array:
-    """The same numbers as drawn in `shape`, which takes XLA several times as long to compile on CPUs."""
-    return random(key, (math.prod(shape[:-1]), shape[-1]), **limits).reshape(shape)
-
-  mean = draw(jax.random.uniform, keys[0], x.shape[1:], minval=-0.5, maxval=0.5)
-  spread = draw(jax.random.uniform, keys[1], x.shape[1:], minval=1.0, maxval=1.25)
-  added = mean + draw(jax.random.uniform, keys[2], x.shape, minval=-0.1, maxval=0.1)
-  return (x * (spread + 0.1 * draw(jax.random.normal, keys[3], x.shape)) + added).astype(x.dtype)
+  mean = jax.random.uniform(keys[0], x.shape[1:], minval=-0.5, maxval=0.5)
+  spread = jax.random.uniform(keys[1], x.shape[1:], minval=1.0, maxval=1.25)
+  added = mean + jax.random.uniform(keys[2], x.shape, minval=-0.1, maxval=0.1)
+  return (x * (spread + 0.1 * jax.random.normal(keys[3], x.shape)) + added).astype(x.dtype)
 
 
 class Affine(nnx.Module):
